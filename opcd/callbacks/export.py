@@ -1,0 +1,92 @@
+"""The trained student as a Hugging Face folder that plain `transformers` loads."""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoConfig
+
+from opcd.data import ContextQueryDataModule
+from opcd.models import resolve
+from opcd.modules import Distiller, FrozenTeacher
+
+CARD = """---
+library_name: transformers
+base_model: {base}
+tags: [context-distillation, opcd]
+---
+# {base} with a context in its weights
+
+Trained with [opcd](https://arxiv.org/abs/2602.12275): the student answers without the context, the teacher scores the
+answer with it.
+
+| | |
+|---|---|
+| base | {base} |
+| teacher | {teacher} |
+| context (sha256) | {context} |
+| data | {data} |
+| loss | {loss}, temperature {temperature}, reduction {reduction} |
+| rollout | {rollout} |
+| steps | {steps} |
+| command | `{command}` |
+"""
+
+
+class ExportStudent(Callback):
+    """Writes `student/` in the run's folder when training ends: safetensors, tokenizer, chat template, model card.
+
+    Args:
+        dtype: type of the written weights; auto takes that of the model it was made from.
+    """
+
+    def __init__(self, dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto") -> None:
+        self.dtype = dtype
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write beside the target first, then rename: the folder is whole or not there."""
+        assert isinstance(pl_module, Distiller)
+        if not trainer.is_global_zero:
+            return
+        target = Path(trainer.default_root_dir) / "student"
+        scratch = target.with_name(".student-being-written")
+        shutil.rmtree(scratch, ignore_errors=True)
+        pl_module.student.save(scratch, self._dtype(pl_module))
+        (scratch / "README.md").write_text(model_card(trainer, pl_module), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+        rank_zero_info(f"student written to {target}")
+
+    def _dtype(self, distiller: Distiller) -> torch.dtype | None:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        config = distiller.student_config
+        base = AutoConfig.from_pretrained(
+            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        return base.dtype if isinstance(base.dtype, torch.dtype) else None
+
+
+def model_card(trainer: Trainer, distiller: Distiller) -> str:
+    """What a reader must know to make this student again."""
+    datamodule = getattr(trainer, "datamodule", None)
+    known = isinstance(datamodule, ContextQueryDataModule)
+    base, teacher = distiller.student_config.name, distiller.teacher
+    model = f" of {(teacher.config.name if teacher.config else base)}" if isinstance(teacher, FrozenTeacher) else ""
+    return CARD.format(
+        base=base,
+        teacher=type(teacher).__name__ + model,
+        context=datamodule.context_hash if known else "unknown",
+        data=datamodule.sources["train"] if known else "unknown",
+        loss=distiller.loss,
+        temperature=distiller.temperature,
+        reduction=distiller.reduction,
+        rollout=type(distiller.rollout).__name__,
+        steps=trainer.global_step,
+        command=shlex.join(["opcd", *sys.argv[1:]]),
+    )

@@ -1,0 +1,113 @@
+"""Answers to a few fixed queries: before training, every n steps, and at the end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from rich.table import Table
+
+from opcd.data import Batch, ContextQueryDataModule
+from opcd.errors import UserError
+from opcd.modules import Distiller
+
+
+class AnswerSamples(Callback):
+    """Logs the student's answers to the first validation queries (training queries where there are none).
+
+    Every answer is a line of `samples.jsonl` in the run's folder: step, query, reference, context (whether the prompt
+    held it), answer. A table of before and after is printed at the end. An answer is called right where it contains
+    the reference, in any case; queries without a reference are shown and not counted.
+
+    Args:
+        queries: how many queries.
+        every_n_steps: optimizer steps between two rounds; null asks before and after training only.
+    """
+
+    def __init__(self, queries: int = 6, every_n_steps: int | None = None) -> None:
+        if queries < 1 or (every_n_steps is not None and every_n_steps < 1):
+            raise ValueError(f"AnswerSamples wants queries >= 1 and every_n_steps >= 1 or null, got {queries}, {every_n_steps}")
+        self.queries, self.every_n_steps = queries, every_n_steps
+        self.rows: list[dict[str, Any]] = []
+        self._batch: Batch | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask without and with the context."""
+        datamodule = getattr(trainer, "datamodule", None)
+        if not isinstance(datamodule, ContextQueryDataModule):
+            raise UserError("AnswerSamples needs a ContextQueryDataModule: remove the callback or pass one to the trainer")
+        split = "val" if datamodule.sources["val"] else "train"
+        examples = datamodule.examples(split)[: self.queries]
+        self._batch = datamodule.encode(examples)
+        rank_zero_info(f"answers to the first {len(examples)} queries of data.{split} go to samples.jsonl")
+        self._ask(trainer, pl_module, context=False)
+        self._ask(trainer, pl_module, context=True)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Ask without the context every n steps."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._ask(trainer, pl_module, context=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask without the context once more, and print the table."""
+        if self.rows[-1]["step"] != trainer.global_step:
+            self._ask(trainer, pl_module, context=False)
+        if trainer.is_global_zero:
+            print_table(self.rows, Console(width=None if Console().is_terminal else 140))
+
+    def _ask(self, trainer: Trainer, pl_module: LightningModule, context: bool) -> None:
+        assert isinstance(pl_module, Distiller) and self._batch is not None
+        batch = self._batch
+        prompts = batch.teacher_prompts if context else batch.student_prompts
+        with torch.random.fork_rng(devices=[pl_module.device] if pl_module.device.type == "cuda" else []):
+            answers = pl_module.student.answer(prompts, pl_module.answer)
+        for example, answer in zip(batch.examples, answers, strict=True):
+            row = {"step": trainer.global_step, "query": query_text(example.query), "reference": example.reference}
+            self.rows.append({**row, "context": context, "answer": answer})
+        if trainer.is_global_zero:
+            file = Path(trainer.default_root_dir) / "samples.jsonl"
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows[-len(answers) :]]
+            with file.open("a", encoding="utf-8") as stream:
+                stream.writelines(lines)
+
+
+def query_text(query: str | list[dict[str, str]]) -> str:
+    """The query as one string: a chat's messages, a line each."""
+    return query if isinstance(query, str) else "\n".join(message["content"] for message in query)
+
+
+def right(row: dict[str, Any]) -> bool:
+    """Whether the answer contains the reference, in any case."""
+    return row["reference"] is not None and str(row["reference"]).casefold() in str(row["answer"]).casefold()
+
+
+def print_table(rows: list[dict[str, Any]], console: Console) -> None:
+    """Before, after and with the context, side by side, with the counts of right answers."""
+    last = max(row["step"] for row in rows)
+    columns = {
+        "without context, before": [row for row in rows if row["step"] == 0 and not row["context"]],
+        f"without context, after {last} steps": [row for row in rows if row["step"] == last and not row["context"]],
+        "with context, before": [row for row in rows if row["context"]],
+    }
+    table = Table(show_lines=True)
+    table.add_column("question")
+    for title, answers in columns.items():
+        known = [row for row in answers if row["reference"] is not None]
+        table.add_column(f"{title}: {sum(map(right, known))} of {len(known)} right" if known else title)
+    for number, row in enumerate(columns["with context, before"]):
+        table.add_row(_short(row["query"]), *(_marked(answers[number]) for answers in columns.values()))
+    console.print(table)
+
+
+def _marked(row: dict[str, Any]) -> str:
+    mark = "" if row["reference"] is None else "✓ " if right(row) else "✗ "
+    return mark + _short(row["answer"])
+
+
+def _short(text: str, limit: int = 240) -> str:
+    from rich.markup import escape
+
+    return escape(text if len(text) <= limit else f"{text[:limit]} … (whole in samples.jsonl)")

@@ -1,0 +1,186 @@
+"""The command `opcd`: Lightning's fit, validate, test and predict on a Distiller and its data, and `opcd doctor`."""
+
+import errno
+import logging
+import os
+import shutil
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from opcd.callbacks import AnswerSamples, ExportStudent, PredictionWriter, StepProgress
+from opcd.data import ContextQueryDataModule
+from opcd.errors import UserError
+from opcd.modules import Distiller, FrozenTeacher, StudentRollout
+
+DESCRIPTION = """On-policy context distillation: put a context into a language model's weights.
+
+opcd doctor shows what is installed here, which devices and models there are, and what is missing."""
+RUN_FOLDER = "OPCD_RUN_FOLDER"  # how the ranks that the first one starts learn of its folder
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Command(LightningCLI):
+    """LightningCLI with the project's defaults, one folder a run, and the callbacks that every run has."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Defaults that are classes, and what data must know of the models."""
+        parser.set_defaults(
+            {
+                "model.teacher": {"class_path": f"opcd.modules.{FrozenTeacher.__name__}"},
+                "model.rollout": {"class_path": f"opcd.modules.{StudentRollout.__name__}"},
+            }
+        )
+        parser.link_arguments("model.student", "data.student")
+        parser.link_arguments("model.teacher", "data.teacher", compute_fn=_teacher_model)
+
+    def instantiate_classes(self) -> None:
+        """Classes refuse bad arguments with ValueError: the user's mistake, not a bug."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that writes into a folder of its own."""
+        config = self._get(self.config_init, "trainer")
+        self.run_folder = claim_folder(Path(config["default_root_dir"]))
+        self.run_folder_is_new = RUN_FOLDER not in os.environ
+        os.environ[RUN_FOLDER] = str(self.run_folder)
+        callbacks = config["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        kwargs |= {
+            "default_root_dir": self.run_folder,
+            "logger": self._loggers(config["logger"]),
+            "callbacks": [*callbacks, *self._own_callbacks(callbacks, config)],
+        }
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self, configured: Any) -> list[Logger] | bool:
+        if configured is False:
+            return False
+        chosen = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
+        return [CSVLogger(self.run_folder, name="", version="", flush_logs_every_n_steps=1), *chosen]
+
+    def _own_callbacks(self, configured: list[Callback], config: Any) -> list[Callback]:
+        """Those that are always there; one that the config holds too is taken from there."""
+        own: list[Callback] = [ExportStudent(), PredictionWriter()]
+        if config["enable_progress_bar"] is not False:
+            own.append(StepProgress())
+        if config["enable_checkpointing"] is not False:
+            own.append(
+                ModelCheckpoint(self.run_folder / "checkpoints", filename="{step}", every_n_train_steps=100, save_last=True)
+            )
+        if self.subcommand == "fit":
+            own.append(AnswerSamples())
+        return [callback for callback in own if not any(isinstance(c, type(callback)) for c in configured)]
+
+
+def _teacher_model(teacher: Any) -> Any:
+    """The teacher's ModelConfig out of its class_path/init_args, or None where it has none of its own."""
+    init_args = getattr(teacher, "init_args", None) or {}
+    return init_args.get("model")
+
+
+def claim_folder(root: Path) -> Path:
+    """Make the next free folder version_N under `root`: by mkdir, so that two runs never share one."""
+    if RUN_FOLDER in os.environ:
+        return Path(os.environ[RUN_FOLDER])
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while True:
+            try:
+                folder = root / f"version_{number}"
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(f"trainer.default_root_dir: cannot write to {root.resolve()}: {error.strerror}") from error
+
+
+def run(args: list[str]) -> None:
+    """Parse `args` and run one of Lightning's subcommands. UserError for the user's mistakes."""
+    sys.argv[1:] = args  # where Lightning looks, also when it starts the other ranks
+    command = Command.__new__(Command)
+    try:
+        command.__init__(  # type: ignore[misc]
+            Distiller,
+            ContextQueryDataModule,
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+                "precision": "bf16-mixed",
+            },
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"description": DESCRIPTION},
+        )
+    except (UserError, MisconfigurationException):
+        _remove_unused_folder(command)
+        raise
+    finally:
+        os.environ.pop(RUN_FOLDER, None)
+
+
+def _remove_unused_folder(command: Command) -> None:
+    """Leave nothing behind of a run that was refused before its first step."""
+    trainer = getattr(command, "trainer", None)
+    if getattr(command, "run_folder_is_new", False) and (trainer is None or trainer.global_step == 0):
+        shutil.rmtree(command.run_folder, ignore_errors=True)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point. Returns 0, or 2 for the user's mistakes, with one message and no traceback (`--debug` shows it)."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    _quiet()
+    try:
+        if args[:1] == ["doctor"]:
+            from opcd import doctor
+
+            return doctor.main(args[1:])
+        run(args)
+    except (UserError, MisconfigurationException) as error:
+        return _refused(str(error), debug)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        return _refused(f"cannot write {error.filename or 'the output'}: {error.strerror}", debug)
+    return 0
+
+
+def _refused(message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"opcd: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _quiet() -> None:
+    """Switch off what other libraries print that a user can do nothing about."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*The number of training batches .* is smaller than the logging interval.*")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""From files to batches: examples, contexts, both views of each, and the LightningDataModule that joins them."""
+
+from opcd.data.batch import Batch
+from opcd.data.contexts import ContextSource, context_hash, read_contexts
+from opcd.data.examples import Example, parse_row, parse_rows
+from opcd.data.module import ContextQueryDataModule
+from opcd.data.sources import read_examples
+from opcd.data.views import Placement, Views
+from opcd.data.vocabulary import check_same_vocabulary
+
+__all__ = [
+    "Batch",
+    "ContextQueryDataModule",
+    "ContextSource",
+    "Example",
+    "Placement",
+    "Views",
+    "check_same_vocabulary",
+    "context_hash",
+    "parse_row",
+    "parse_rows",
+    "read_contexts",
+    "read_examples",
+]

@@ -1,0 +1,169 @@
+"""One example, and the row shapes that it is read from: the project's own, TRL's and DAPO-Math-17k's."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from opcd.errors import UserError
+
+Message = dict[str, str]
+
+NATIVE_KEYS = ("query", "context", "response", "reference")
+ROLES = ("system", "user", "assistant", "tool")
+ACCEPTED = "accepted are {query, context, response, reference}, {prompt, completion, privileged_context}, DAPO-Math-17k"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query, and what is known about it.
+
+    Attributes:
+        query: text, or chat messages ({"role": ..., "content": ...}) of which the last is the user's.
+        context: the example's own context, which the teacher sees; None: the data set's.
+        response: a recorded response.
+        reference: what an answer is compared with; never shown to a model.
+        index: number of the row in its data set, after reading.
+        source: where it was read, such as "train.jsonl:12".
+    """
+
+    query: str | list[Message]
+    context: str | None
+    response: str | None
+    reference: str | None
+    index: int
+    source: str
+
+
+def parse_rows(rows: Iterable[tuple[str, object]], key: str) -> list[Example]:
+    """Examples from (source, raw row) pairs. Copies of a DAPO-Math-17k problem are dropped, and their number logged.
+
+    On the hub that set holds each problem about a hundred times by accident.
+
+    Raises:
+        UserError: a row is in no accepted shape, or one of its fields is wrong.
+    """
+    examples: list[Example] = []
+    problems: set[str] = set()
+    copies = 0
+    for source, row in rows:
+        if _is_dapo(row):
+            problem = json.dumps([row["prompt"], row["reward_model"]["ground_truth"]], sort_keys=True, default=str)
+            if problem in problems:
+                copies += 1
+                continue
+            problems.add(problem)
+        examples.append(parse_row(row, source, len(examples)))
+    if copies:
+        rank_zero_info(f"{key}: dropped {copies} copies of problems; {len(examples)} rows remain")
+    return examples
+
+
+def parse_row(row: object, source: str, index: int) -> Example:
+    """An example from one raw row.
+
+    Raises:
+        UserError: names the source and the field.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{source}: a row must be an object, not {_kind(row)}; {ACCEPTED}")
+    if _is_dapo(row):
+        fields = {"query": row["prompt"], "reference": row["reward_model"]["ground_truth"]}
+        names = {"query": "prompt", "reference": "reward_model.ground_truth"}
+    elif "prompt" in row and "query" not in row:
+        names = {"query": "prompt", "response": "completion", "context": "privileged_context"}
+        fields = {field: row.get(name) for field, name in names.items()}
+        fields["response"] = _completion(fields["response"], source)
+    else:
+        _check_native_keys(row, source)
+        names, fields = {}, row
+    return Example(
+        query=_query(fields.get("query"), source, names.get("query", "query")),
+        context=_text(fields.get("context"), source, names.get("context", "context")),
+        response=_text(fields.get("response"), source, names.get("response", "response")),
+        reference=_reference(fields.get("reference"), source, names.get("reference", "reference")),
+        index=index,
+        source=source,
+    )
+
+
+def _is_dapo(row: object) -> TypeGuard[dict[str, Any]]:
+    if not isinstance(row, dict) or "prompt" not in row:
+        return False
+    reward = row.get("reward_model")
+    return isinstance(reward, dict) and "ground_truth" in reward
+
+
+def _check_native_keys(row: dict[str, Any], source: str) -> None:
+    for name in row.keys() - set(NATIVE_KEYS):
+        near = difflib.get_close_matches(str(name).lower(), NATIVE_KEYS, n=1, cutoff=0.8)
+        if near:
+            raise UserError(f"{source}: unknown key {name!r}; did you mean {near[0]!r}?")
+    if "query" not in row:
+        raise UserError(f"{source}: no query: the row has the keys {sorted(map(str, row))}; {ACCEPTED}")
+
+
+def _query(value: object, source: str, name: str) -> str | list[Message]:
+    if isinstance(value, list):
+        return _messages(value, source, name)
+    text = _text(value, source, name, "text or a list of messages")
+    if text is None:
+        raise UserError(f"{source}: {name} is missing")
+    return text
+
+
+def _messages(value: list[object], source: str, name: str) -> list[Message]:
+    messages = [_message(message, f"{source}: {name}[{number}]") for number, message in enumerate(value)]
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(f"{source}: the last message of {name} must be the user's: a response to it is what is trained")
+    if not messages[-1]["content"].strip():
+        raise UserError(f"{source}: the last message of {name} is empty")
+    return messages
+
+
+def _message(value: object, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a message with role and content, not {_kind(value)}")
+    message = {str(name): item for name, item in value.items() if item is not None}
+    if message.keys() != {"role", "content"} or not isinstance(message["content"], str):
+        raise UserError(f"{where} must have a role and a content, both text, and no more; it has {sorted(message)}")
+    if message["role"] not in ROLES:
+        raise UserError(f"{where} has the role {message['role']!r}; known are {', '.join(ROLES)}")
+    return message
+
+
+def _completion(value: object, source: str) -> object:
+    """The text of TRL's completion: text already, or one message of the assistant."""
+    if not isinstance(value, list):
+        return value
+    if len(value) != 1 or _message(value[0], f"{source}: completion[0]")["role"] != "assistant":
+        raise UserError(f"{source}: completion must be text or one message of the assistant")
+    return value[0]["content"]
+
+
+def _text(value: object, source: str, name: str, expected: str = "text") -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise UserError(f"{source}: {name} must be {expected}, not {_kind(value)}")
+    if not value.strip():
+        raise UserError(f"{source}: {name} is empty; give it text, or leave it out where it is optional")
+    return value
+
+
+def _reference(value: object, source: str, name: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
+    raise UserError(f"{source}: {name} must be text, a number or a list, not {_kind(value)}")
+
+
+def _kind(value: object) -> str:
+    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "text", type(None): "null"}
+    return kinds.get(type(value), type(value).__name__)

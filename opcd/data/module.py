@@ -1,0 +1,229 @@
+"""The data of a run: examples from files, two views of each, batches."""
+
+from typing import cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from opcd.data.batch import Batch
+from opcd.data.budgets import LengthBudgets, OverlongContext, OverlongQuery
+from opcd.data.contexts import ContextSource, context_hash, read_contexts
+from opcd.data.examples import Example
+from opcd.data.lengths import longest_prompts
+from opcd.data.sources import read_examples
+from opcd.data.views import STUDENT, TEACHER, Placement, Views, split_template
+from opcd.data.vocabulary import check_same_vocabulary
+from opcd.errors import UserError
+from opcd.models import ModelConfig, load_tokenizer
+
+# The splits that a stage of the Trainer reads: the first is required.
+STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+
+class ContextQueryDataModule(LightningDataModule):
+    """Queries, and the contexts that the teacher sees with them.
+
+    A source is a .jsonl, .json or .parquet file, or a hub data set (org/name or org/name:split). A row is
+    {"query", "context", "response", "reference"} (only the query is required; text or chat messages), TRL's {"prompt",
+    "completion", "privileged_context"}, or in the shape of DAPO-Math-17k.
+
+    Args:
+        train: source of the training rows.
+        val: source of the validation rows.
+        test: source of the test rows.
+        predict: source of the rows to answer.
+        context: file with the context of all rows without their own: text (one context), or .json or .jsonl with a list
+            from which each row draws one in each epoch.
+        placement: where the teacher's context goes: a system message, the last user message, or raw (before the query,
+            without a chat template).
+        template: joins context and query for placement user and raw; holds {context} and {query} once each. Default:
+            the two with a blank line between them.
+        batch_size: queries in a training batch, per device.
+        eval_batch_size: queries in a batch of the other splits. Default: as batch_size.
+        max_context_tokens: most tokens of a context's own text.
+        overlong_context: what happens to a longer one: raise an error, drop the row (or the context from the list), or
+            cut the context's beginning (cut_left) or end (cut_right).
+        max_query_tokens: most tokens of a student's prompt.
+        overlong_query: what happens to a row with a longer one.
+        shuffle: a new order of the training rows in each epoch, which depends on the seed and the epoch only.
+        seed: seed of that order and of the drawn contexts.
+        num_workers: processes that load rows. Rows are in memory and tokenized in the main process: 0 is rarely slower.
+        student: linked from model.student by the command line.
+        teacher: linked from the teacher's model by the command line. Default: as student.
+
+    Raises:
+        UserError: an argument is wrong or has no effect.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        context: str | None = None,
+        placement: Placement = "system",
+        template: str | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_context_tokens: int | None = None,
+        overlong_context: OverlongContext = "raise",
+        max_query_tokens: int | None = None,
+        overlong_query: OverlongQuery = "raise",
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        student: ModelConfig | None = None,
+        teacher: ModelConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self.context = context
+        split_template(template, placement)  # a wrong one is refused before anything is read
+        self.placement, self.template = placement, template
+        self.batch_size = _at_least(1, batch_size, "batch_size")
+        eval_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.eval_batch_size = _at_least(1, eval_size, "eval_batch_size")
+        self.budgets = LengthBudgets(max_context_tokens, overlong_context, max_query_tokens, overlong_query)
+        self.shuffle, self.seed = shuffle, seed
+        self.num_workers = _at_least(0, num_workers, "num_workers")
+        self.student = student or ModelConfig()
+        self.teacher = teacher or self.student
+        self._examples: dict[str, list[Example]] = {}
+        self._longest: dict[str, tuple[int, int]] = {}
+        self._contexts: ContextSource | None = None
+        self._views: Views | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read the rows of a stage (fit, validate, test, predict), and check all that needs no model.
+
+        Raises:
+            UserError: a source is missing or wrong, the tokenizers do not fit, or something is too long.
+        """
+        splits = STAGES[stage]
+        if self.sources[splits[0]] is None:
+            raise UserError(f"data.{splits[0]} is not set; `{stage}` needs it: name a file or a hub data set")
+        rows = {
+            split: read_examples(source, f"data.{split}")
+            for split in splits
+            if (source := self.sources[split]) is not None and split not in self._examples
+        }
+        contexts = self._context_source()
+        known = {**self._examples, **rows}
+        contexts.check(known, complete=all(source is None or split in known for split, source in self.sources.items()))
+        if self._views is None:
+            views = self._make_views()
+            contexts.contexts = self.budgets.limit_contexts(contexts.contexts, views)
+            self._views = views
+        for split, examples in rows.items():
+            kept = self.budgets.limit_examples(examples, self._views, f"data.{split}")
+            self._longest[split] = longest_prompts(kept, contexts, self._views)
+            self._examples[split] = kept
+
+    @property
+    def views(self) -> Views:
+        """What encodes prompts and responses; exists after `setup`."""
+        if self._views is None:
+            raise RuntimeError("call setup(stage) first")
+        return self._views
+
+    @property
+    def context_hash(self) -> str:
+        """SHA-256 of the contexts that the teacher sees: data.context, then the rows' own."""
+        own = {example.context: None for split in self._examples.values() for example in split if example.context}
+        return context_hash([*self._context_source().contexts, *own])
+
+    def examples(self, split: str) -> list[Example]:
+        """The rows of a split (train, val, test, predict) that was set up, without the dropped ones."""
+        if split not in self._examples:
+            raise RuntimeError(f"the split {split!r} is not set up; it is read by the stages that need it: {STAGES}")
+        return self._examples[split]
+
+    def longest_student_prompt(self, split: str) -> int:
+        """Tokens of the longest student prompt of a split that was set up."""
+        return self._longest[split][0]
+
+    def longest_teacher_prompt(self, split: str) -> int:
+        """Tokens of the longest teacher prompt of a split that was set up, whichever contexts are drawn."""
+        return self._longest[split][1]
+
+    def train_dataloader(self) -> DataLoader[Example]:
+        """Batches of training rows. Under several ranks, rows are repeated until all ranks have as many."""
+        dataset = cast("Dataset[Example]", self.examples("train"))
+        # The order is a function of (seed, epoch): a resumed epoch has the order that it began with.
+        ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        sampler: DistributedSampler[Example] = DistributedSampler(
+            dataset, shuffle=self.shuffle, seed=self.seed, **ranks
+        )
+        return self._loader("train", self.batch_size, sampler)
+
+    def val_dataloader(self) -> DataLoader[Example] | list[object]:
+        """Batches of validation rows; none where data.val is not set."""
+        return self._loader("val", self.eval_batch_size) if self.sources["val"] is not None else []
+
+    def test_dataloader(self) -> DataLoader[Example]:
+        """Batches of test rows."""
+        return self._loader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Example]:
+        """Batches of rows to answer."""
+        return self._loader("predict", self.eval_batch_size)
+
+    def on_before_batch_transfer(self, batch: list[Example], dataloader_idx: int) -> Batch:
+        """Encode what a loader gave. In the main process: workers have no part in what is drawn."""
+        epoch = self.trainer.current_epoch if self.trainer is not None and self.trainer.training else 0
+        return self.encode(batch, epoch)
+
+    def encode(self, examples: list[Example], epoch: int = 0) -> Batch:
+        """Both views of each example, with the contexts of an epoch."""
+        contexts = [self._context_source().context_for(example, epoch) for example in examples]
+        views = self.views
+        return Batch(
+            examples=list(examples),
+            contexts=contexts,
+            student_prompts=[torch.tensor(views.student_prompt(example)) for example in examples],
+            teacher_prompts=[torch.tensor(views.teacher_prompt(e, c)) for e, c in zip(examples, contexts, strict=True)],
+            responses=[None if e.response is None else torch.tensor(views.response_ids(e.response)) for e in examples],
+        )
+
+    def _context_source(self) -> ContextSource:
+        if self._contexts is None:
+            contexts = None if self.context is None else read_contexts(self.context)
+            self._contexts = ContextSource(contexts, self.seed)
+        return self._contexts
+
+    def _make_views(self) -> Views:
+        student = load_tokenizer(self.student, STUDENT)
+        teacher = student if self.teacher == self.student else load_tokenizer(self.teacher, TEACHER)
+        check_same_vocabulary(student, teacher)
+        return Views(
+            student,
+            teacher,
+            self.placement,
+            self.template,
+            self.student.chat_template_kwargs,
+            self.teacher.chat_template_kwargs,
+        )
+
+    def _loader(
+        self, split: str, batch_size: int, sampler: DistributedSampler[Example] | None = None
+    ) -> DataLoader[Example]:
+        return DataLoader(
+            cast("Dataset[Example]", self.examples(split)),
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=as_list,
+        )
+
+
+def as_list(examples: list[Example]) -> list[Example]:
+    """Collate nothing: rows of different lengths become tensors one by one."""
+    return examples
+
+
+def _at_least(least: int, value: int, name: str) -> int:
+    if value < least:
+        raise UserError(f"data.{name} must be at least {least}, not {value}")
+    return value

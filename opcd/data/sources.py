@@ -1,0 +1,86 @@
+"""Examples from a file (.jsonl, .json, .parquet) or from a data set of the hub."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from opcd.data.examples import Example, parse_rows
+from opcd.data.files import read_json, read_jsonl, require_file
+from opcd.errors import UserError
+
+Rows = Iterator[tuple[str, object]]
+
+HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<split>.+))?")
+
+
+def read_examples(source: str, key: str = "data.train") -> list[Example]:
+    """All examples of a source.
+
+    Args:
+        source: a .jsonl, .json or .parquet file, or a hub data set "org/name" or "org/name:split" (split: train;
+            slices of `datasets`, such as train[:1000], are allowed).
+        key: the config key that holds the source, for messages.
+
+    Raises:
+        UserError: the source cannot be read, has no rows, or a row is wrong.
+    """
+    examples = parse_rows(_rows(source, key), key)
+    if not examples:
+        raise UserError(f"{key}: {source} has no rows")
+    return examples
+
+
+def _rows(source: str, key: str) -> Rows:
+    readers = {".jsonl": read_jsonl, ".json": _json_rows, ".parquet": _parquet_rows}
+    path = Path(source).expanduser()
+    if path.suffix in readers or path.is_dir():
+        return readers.get(path.suffix, read_jsonl)(require_file(source, key), key)
+    hub = HUB_ID.fullmatch(source)
+    if hub is None or path.exists():
+        raise UserError(
+            f"{key}: {source!r} is neither a {', '.join(readers)} file nor a hub data set (org/name or org/name:split)"
+        )
+    return _hub_rows(hub["name"], hub["split"] or "train", key)
+
+
+def _json_rows(path: Path, key: str) -> Rows:
+    value = read_json(path, key)
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise UserError(f'{key}: {path} must hold a list of rows, or {{"data": [...]}} with such a list')
+    yield from _numbered(rows, str(path))
+
+
+def _parquet_rows(path: Path, key: str) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{key}: cannot read {path} as Parquet: {error}") from error
+    yield from _numbered(table.to_pylist(), str(path))
+
+
+def _hub_rows(name: str, split: str, key: str) -> Rows:
+    import datasets
+
+    source = f"{name}:{split}"
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise UserError(f"{key}: no hub data set {name}, and no such file ({Path(name).resolve()}): {error}") from error
+    except (ConnectionError, OSError) as error:
+        raise UserError(
+            f"{key}: the hub could not be reached for {source}: {error}; "
+            f"check the network, or give a .jsonl, .json or .parquet file ({Path(name).resolve()} does not exist)"
+        ) from error
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{key}: the hub data set {source} cannot be read: {error}") from error
+    yield from _numbered(rows, source)
+
+
+def _numbered(rows: Iterable[object], source: str) -> Rows:
+    """Rows of a source without lines: they are counted from 1."""
+    for number, row in enumerate(rows, start=1):
+        yield f"{source}: row {number}", row

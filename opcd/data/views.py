@@ -1,0 +1,152 @@
+"""The two views of an example: what the student is asked, and the same with the context, for the teacher."""
+
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from opcd.data.examples import Example, Message
+from opcd.data.literal import TextEncoder
+from opcd.data.rendering import MARK, ChatRenderer
+from opcd.errors import UserError
+
+Placement = Literal["system", "user", "raw"]
+
+DEFAULT_TEMPLATE = "{context}\n\n{query}"
+STUDENT, TEACHER = "model.student", "model.teacher.init_args.model"
+
+
+class Views:
+    """Builds both views as token ids. They end at the same generation prompt, so a response follows the same tokens.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer, of the same vocabulary.
+        placement: where the teacher's context goes. system: in a system message, joined to one that is there already;
+            user: before the query, in the last message of the user's; raw: before the query, without a chat template.
+        template: joins the two for user and raw; holds {context} and {query} once each. None: "{context}\\n\\n{query}".
+        student_kwargs: extra variables of the student's chat template.
+        teacher_kwargs: extra variables of the teacher's.
+
+    Raises:
+        UserError: the template or the chat templates do not fit the placement, or the views end differently.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedTokenizerBase,
+        teacher: PreTrainedTokenizerBase,
+        placement: Placement = "system",
+        template: str | None = None,
+        student_kwargs: dict[str, Any] | None = None,
+        teacher_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.placement = placement
+        self._template = split_template(template, placement)
+        self._student_text, self._teacher_text = TextEncoder(student), TextEncoder(teacher)
+        self._eos = student.eos_token_id
+        if placement == "raw":
+            _refuse_kwargs(student_kwargs, teacher_kwargs)
+            return
+        self._student = ChatRenderer(student, student_kwargs or {}, STUDENT)
+        self._teacher = ChatRenderer(teacher, teacher_kwargs or {}, TEACHER)
+        self._check_same_end()
+        self._check_context_shows()
+
+    def student_prompt(self, example: Example) -> list[int]:
+        """Ids of the query and of the generation prompt: what the student answers.
+
+        Raises:
+            UserError: the query does not fit the placement or the chat template; names its source.
+        """
+        if self.placement == "raw":
+            return self._student_text.data(_raw_query(example), add_special_tokens=True)
+        return self._student.encode(_messages(example), example.source)
+
+    def teacher_prompt(self, example: Example, context: str) -> list[int]:
+        """Ids of the same prompt with the context.
+
+        Raises:
+            UserError: as for `student_prompt`.
+        """
+        if self.placement == "raw":
+            return self._teacher_text.data(self._fill(context, _raw_query(example)), add_special_tokens=True)
+        return self._teacher.encode(self._with_context(_messages(example), context), example.source)
+
+    def response_ids(self, text: str) -> list[int]:
+        """Ids of a response, then the end-of-sequence token. No special token in the text is taken as one."""
+        # Unlike a prompt, a response may hold what a model writes: added tokens that are not special, such as <think>.
+        encoded = self._student_text.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return [*encoded["input_ids"], self._eos]
+
+    def context_ids(self, context: str) -> list[int]:
+        """Ids of a context's own text, by the teacher's tokenizer."""
+        return self._teacher_text.data(context)
+
+    def context_text(self, ids: list[int]) -> str:
+        """The text of a part of `context_ids`."""
+        return self._teacher_text.decode(ids)
+
+    def _with_context(self, messages: list[Message], context: str) -> list[Message]:
+        if self.placement == "user":
+            return [*messages[:-1], {**messages[-1], "content": self._fill(context, messages[-1]["content"])}]
+        if messages[0]["role"] == "system":
+            return [{"role": "system", "content": f"{context}\n\n{messages[0]['content']}"}, *messages[1:]]
+        return [{"role": "system", "content": context}, *messages]
+
+    def _fill(self, context: str, query: str) -> str:
+        return "".join({"{context}": context, "{query}": query}.get(piece, piece) for piece in self._template)
+
+    def _check_same_end(self) -> None:
+        question: list[Message] = [{"role": "user", "content": MARK.format(0)}]
+        views = (self._student, self._teacher)
+        ends = [view.text.trusted(view.render(question).rpartition(MARK.format(0))[2]) for view in views]
+        if ends[0] != ends[1]:
+            raise UserError(
+                "both views must end at the same generation prompt; the student's ends with "
+                f"{views[0].text.decode(ends[0])!r}, the teacher's with {views[1].text.decode(ends[1])!r}: make "
+                f"{STUDENT}.chat_template_kwargs and {TEACHER}.chat_template_kwargs agree (or the chat templates)"
+            )
+
+    def _check_context_shows(self) -> None:
+        context, query = MARK.format(1), MARK.format(2)
+        why = "it drops the context"
+        try:
+            text = self._teacher.render(self._with_context([{"role": "user", "content": query}], context))
+            if context in text and query in text:
+                return
+        except UserError as error:
+            why = str(error)
+        hint = "; use data.placement: user" if self.placement == "system" else ""
+        name = self._teacher.tokenizer.name_or_path
+        raise UserError(f"data.placement: {self.placement}: {name} does not take a context there: {why}{hint}")
+
+
+def split_template(template: str | None, placement: Placement) -> list[str]:
+    """The template (None: the default) cut at its two fields: text from data may hold braces, which str.format reads.
+
+    Raises:
+        UserError: a field is missing or repeated, or the placement uses no template.
+    """
+    if template is not None and placement == "system":
+        raise UserError("data.template has no effect with data.placement: system; remove it, or use placement user")
+    text = DEFAULT_TEMPLATE if template is None else template
+    if text.count("{context}") != 1 or text.count("{query}") != 1:
+        raise UserError(f"data.template must hold {{context}} and {{query}} once each; it is {text!r}")
+    return [piece for half in text.partition("{context}") for piece in half.partition("{query}")]
+
+
+def _refuse_kwargs(student_kwargs: dict[str, Any] | None, teacher_kwargs: dict[str, Any] | None) -> None:
+    for key, kwargs in ((STUDENT, student_kwargs), (TEACHER, teacher_kwargs)):
+        if kwargs:
+            raise UserError(f"{key}.chat_template_kwargs has no effect with data.placement: raw; remove it")
+
+
+def _messages(example: Example) -> list[Message]:
+    query = example.query
+    return [{"role": "user", "content": query}] if isinstance(query, str) else query
+
+
+def _raw_query(example: Example) -> str:
+    if not isinstance(example.query, str):
+        raise UserError(f"{example.source}: with data.placement: raw the query must be text, not chat messages")
+    return example.query

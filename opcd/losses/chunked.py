@@ -1,0 +1,138 @@
+"""A divergence from hidden states and heads, without ever holding the logits of all tokens.
+
+How it works: walk over the tokens in chunks; project a chunk with both heads, compute its values, and throw the logits
+away; the backward pass projects each chunk once more (``torch.utils.checkpoint``). Peak memory is that of one chunk,
+however many tokens there are.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from opcd.losses.checks import check_device, check_floating, check_positive
+from opcd.losses.divergences import Divergence
+from opcd.losses.head import Head, Projection, as_head
+
+LogitsFunction = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""(student_logits, teacher_logits), each [n, V] -> tensors [n]; only the first one's gradient is used."""
+
+CHUNK_BYTES = 256 * 2**20
+"""The default size of one model's logits of one chunk, in bytes."""
+
+
+def chunked_divergence(
+    divergence: Divergence,
+    student_hidden: Tensor,
+    student_head: Head | Projection,
+    teacher_hidden: Tensor,
+    teacher_head: Head | Projection,
+    *,
+    temperature: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """D(p_S, p_T) of every token, [N, H_s] and [N, H_t] -> [N] in nats, no [N, V] ever stored.
+
+    ``divergence(student_head(student_hidden), teacher_head(teacher_hidden), temperature=temperature)`` in chunks; see
+    ``chunked`` for what gets a gradient, for vocabularies of two sizes, for ``chunk_bytes`` and for the errors.
+    """
+
+    def values(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, ...]:
+        return (divergence(student_logits, teacher_logits),)
+
+    (nats,) = chunked(
+        values,
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        temperature=temperature,
+        chunk_bytes=chunk_bytes,
+    )
+    return nats
+
+
+def chunked(
+    function: LogitsFunction,
+    student_hidden: Tensor,
+    student_head: Head | Projection,
+    teacher_hidden: Tensor,
+    teacher_head: Head | Projection,
+    *,
+    temperature: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, ...]:
+    """``function`` of the logits of every token, [N, H_s] and [N, H_t] -> a tuple of [N], no [N, V] ever stored.
+
+    The first result carries a gradient, to ``student_hidden`` and to whatever the student's head holds (matrix, bias,
+    adapter). The others are statistics from the same projection, detached; compute them after the first and without
+    gradient (as ``entropy`` does), and the backward pass does not compute them again. The teacher's side runs without
+    gradient.
+
+    Args:
+        function: of both logits [n, V] in float32 (float64 stays float64), already divided by the temperature.
+        student_hidden: [N, H_s]; N = 0 is fine.
+        student_head: a ``Head``, a matrix [V, H_s], a module or a function.
+        teacher_hidden: [N, H_t], on the same device.
+        teacher_head: as ``student_head``. Where one vocabulary is longer, its extra rows are taken for padding: both
+            logits are cut to the shorter length, and the softmax runs over the rows that both have.
+        temperature: divides both logits; positive.
+        chunk_bytes: the size of one model's float32 logits [n, V] of a chunk, which sets n (at least 1). The peak is 10
+            times that for a KL and 15 for the JSD, in the backward pass. On a CPU stay at 64 MiB or more: glibc's
+            allocator fragments on smaller tensors, and the process then grows with N after all.
+
+    Raises:
+        ValueError: for hidden states that are not two [N, H] floating-point tensors of one N and one device, a
+            temperature or chunk_bytes that is not positive, or a result of ``function`` that is not [n].
+    """
+    check_positive(temperature, "temperature")
+    check_positive(chunk_bytes, "chunk_bytes")
+    _check_hidden(student_hidden, teacher_hidden)
+    student_head, teacher_head = as_head(student_head), as_head(teacher_head)
+    run = partial(_one_chunk, function, student_head, teacher_head, temperature)
+    if torch.is_grad_enabled():
+        run = partial(checkpoint, run, use_reentrant=False)
+    rows = max(1, chunk_bytes // (4 * student_head.vocabulary_size(student_hidden)))
+    # One split, not a slice a chunk: its backward joins the chunks' gradients once, where slices would add N x H each.
+    pairs = zip(torch.split(student_hidden, rows), torch.split(teacher_hidden.detach(), rows), strict=True)
+    results = [run(student_rows, teacher_rows) for student_rows, teacher_rows in pairs]
+    return tuple(torch.cat(result) for result in zip(*results, strict=True))
+
+
+def _one_chunk(
+    function: LogitsFunction,
+    student_head: Head,
+    teacher_head: Head,
+    temperature: float,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+) -> tuple[Tensor, ...]:
+    """The results for the rows of one chunk, [n, H_s] and [n, H_t] -> a tuple of [n], all but the first detached."""
+    # The student first: autocast keeps its low-precision copy of a weight, and one made without gradient would
+    # (in torch 2.8) serve the student too where both models share the head.
+    student_logits = student_head(student_hidden)
+    with torch.no_grad():
+        teacher_logits = teacher_head(teacher_hidden)
+    vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student_logits, teacher_logits = student_logits[:, :vocabulary], teacher_logits[:, :vocabulary]
+    if temperature != 1.0:
+        student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+    first, *statistics = function(student_logits, teacher_logits)
+    for result in (first, *statistics):
+        if result.shape != student_hidden.shape[:1]:
+            raise ValueError(f"function gave {list(result.shape)} for {len(student_hidden)} tokens; it must give [n]")
+    return first, *(statistic.detach() for statistic in statistics)
+
+
+def _check_hidden(student_hidden: Tensor, teacher_hidden: Tensor) -> None:
+    """Refuse hidden states that are not [N, H_s] and [N, H_t], floating point, on one device."""
+    check_floating(student_hidden, "student_hidden")
+    check_floating(teacher_hidden, "teacher_hidden")
+    if student_hidden.dim() != 2 or teacher_hidden.dim() != 2 or len(student_hidden) != len(teacher_hidden):
+        raise ValueError(
+            f"student_hidden are {list(student_hidden.shape)} and teacher_hidden {list(teacher_hidden.shape)}; they "
+            "must be [N, H_s] and [N, H_t]: select the N response tokens first, e.g. hidden[mask]"
+        )
+    check_device(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")

@@ -1,0 +1,143 @@
+"""Any divergence on the k likeliest tokens of a position, and what becomes of the rest of the vocabulary.
+
+How it works: choose the tokens (``support``) from the two full distributions, take both models' log-probabilities of
+them, deal with the remaining mass (``tail``), and give the result to the inner divergence. The choice itself carries no
+gradient; the log-probabilities do, normalisation over the whole vocabulary included.
+"""
+
+import warnings
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from opcd.losses.checks import check_logits, check_positive
+from opcd.losses.divergences import Divergence
+from opcd.losses.log_probs import NEVER, log_probs, log_total
+
+Support = Literal["student", "teacher", "union", "intersection"]
+Tail = Literal["bucket", "renormalize", "drop"]
+
+
+class TopK(Divergence):
+    """``inner`` on the k likeliest tokens of ``support``; with k ≥ V exactly ``inner``, whatever the tail."""
+
+    def __init__(self, inner: Divergence, k: int = 256, support: Support = "student", tail: Tail = "bucket") -> None:
+        """Hold the choice.
+
+        Args:
+            inner: the divergence on the chosen tokens.
+            k: how many tokens of a model to choose, at least 1; more than the vocabulary has means all of it.
+            support: whose likeliest tokens: the student's, the teacher's, those of either (``union``, up to 2k) or
+                those of both (``intersection``, down to none).
+            tail: ``bucket`` joins all other tokens into one more outcome: a divergence, at most ``inner`` on the whole
+                vocabulary. ``renormalize`` makes the chosen tokens sum to one, and does not see the mass off them.
+                ``drop`` leaves the terms off the support out of the sum, without renormalizing: the paper's code does
+                so (k = 256 of the student), but the result is not a divergence and can be negative.
+
+        Raises:
+            ValueError: for k < 1, an unknown support or tail, a TopK inside a TopK, or ``renormalize`` over at most one
+                token, which is zero for every pair of models.
+        """
+        _check_choice(inner, k, support, tail)
+        if tail == "drop":
+            warnings.warn(
+                "tail='drop' is not a divergence: it can be negative, and is minimised by draining mass off the "
+                "support. It is what the paper's code does with k=256 of the student; watch retained_mass with it, or "
+                "use tail='bucket'",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.inner = inner
+        self.k = k
+        self.support: Support = support
+        self.tail: Tail = tail
+
+    def from_log_probs(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        """``inner`` on the support and its tail, [..., V] x2 -> [...]; 0 at positions where the support is empty."""
+        if self.k >= student_log_probs.shape[-1]:
+            return self.inner.from_log_probs(student_log_probs, teacher_log_probs)
+        tokens = self._tokens(student_log_probs, teacher_log_probs)
+        student, teacher = self._reduce(student_log_probs, tokens), self._reduce(teacher_log_probs, tokens)
+        return self.inner.from_log_probs(student, teacher)
+
+    def retained_mass(
+        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The probability mass of the student and of the teacher on the support, [..., V] x2 -> [...] x2 in 0..1.
+
+        Without gradient. ``ValueError`` as for the divergence itself.
+        """
+        check_positive(temperature, "temperature")
+        check_logits(student_logits, teacher_logits)
+        with torch.no_grad():
+            student, teacher = log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
+            tokens = self._tokens(student, teacher)
+            return _gather(student, tokens).exp().sum(-1), _gather(teacher, tokens).exp().sum(-1)
+
+    def _tokens(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        """The ids of the support, [..., n], each once; V, which is no token, fills the places that are left over."""
+        vocabulary = student_log_probs.shape[-1]
+        k = min(self.k, vocabulary)
+        if self.support == "student":
+            return student_log_probs.topk(k).indices
+        teachers = teacher_log_probs.topk(k).indices
+        if self.support == "teacher":
+            return teachers
+        students = student_log_probs.topk(k).indices
+        shared = _among(teachers, students, vocabulary)
+        if self.support == "intersection":
+            return teachers.masked_fill(~shared, vocabulary)
+        return torch.cat([students, teachers.masked_fill(shared, vocabulary)], dim=-1)
+
+    def _reduce(self, log_p: Tensor, tokens: Tensor) -> Tensor:
+        """One model's log-probabilities of the outcomes that ``inner`` compares, [..., V] -> [..., n or n + 1]."""
+        kept = _gather(log_p, tokens)
+        if self.tail == "bucket":
+            return torch.cat([kept, _log_rest(log_p, tokens)[..., None]], dim=-1)
+        if self.tail == "renormalize":
+            total = log_total(kept)[..., None]
+            return kept - total.masked_fill(total == NEVER, 0.0)  # nothing kept stays nothing, and not NaN
+        return kept
+
+
+def _gather(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probabilities of the tokens, [..., V] and [..., n] -> [..., n]; ``NEVER`` where the id is V."""
+    vocabulary = log_p.shape[-1]
+    return log_p.gather(-1, tokens.clamp(max=vocabulary - 1)).masked_fill(tokens == vocabulary, NEVER)
+
+
+def _log_rest(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """The log of the mass on all other tokens, [...].
+
+    Summed over those tokens: one minus the retained mass would cancel where that mass is near one, which it mostly is.
+    """
+    return log_total(log_p.masked_fill(_members(tokens, log_p.shape[-1]), NEVER))
+
+
+def _members(tokens: Tensor, vocabulary: int) -> Tensor:
+    """Whether each token of the vocabulary is among the ids, [..., n] -> [..., V]; the id V is ignored."""
+    one_more = torch.zeros(*tokens.shape[:-1], vocabulary + 1, dtype=torch.bool, device=tokens.device)
+    return one_more.scatter_(-1, tokens, True)[..., :vocabulary]
+
+
+def _among(tokens: Tensor, others: Tensor, vocabulary: int) -> Tensor:
+    """Whether each id is also among the others, [..., n] x2 -> [..., n]."""
+    return _members(others, vocabulary).gather(-1, tokens)
+
+
+def _check_choice(inner: Divergence, k: int, support: str, tail: str) -> None:
+    """Refuse, at construction, what cannot work."""
+    if isinstance(inner, TopK):
+        raise ValueError("inner is a TopK already; give the divergence inside it, with one k, support and tail")
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1 token")
+    if support not in get_args(Support):
+        raise ValueError(f"support is {support!r}; choose one of {', '.join(get_args(Support))}")
+    if tail not in get_args(Tail):
+        raise ValueError(f"tail is {tail!r}; choose one of {', '.join(get_args(Tail))}")
+    if tail == "renormalize" and k == 1 and support != "union":
+        raise ValueError(
+            "tail='renormalize' with k=1 gives the one token probability 1 in both models: the loss is zero for every "
+            "pair of models and teaches nothing. Use tail='bucket', or k >= 2"
+        )

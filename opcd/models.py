@@ -1,0 +1,154 @@
+"""A model or a tokenizer from a hub id, a folder, a GGUF file or the packaged default."""
+
+import difflib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from opcd import gguf
+from opcd.errors import UserError
+
+PACKAGED = "smollm2-135m"
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and how to load it."""
+
+    name: str = PACKAGED
+    """A hub id (org/name), a folder, a .gguf file, or the packaged model smollm2-135m."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights. auto: float32 for weights that are trained or averaged, bfloat16 for frozen ones."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """Attention implementation of transformers."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; refused for anything that lies on this disk."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such a model is refused."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, if it is not the model's own."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra variables of the chat template, such as {enable_thinking: false}."""
+
+
+def resolve(config: ModelConfig, key: str = "model.student") -> str:
+    """Folder or hub id to load from; a GGUF file is converted to a folder of the user's cache first.
+
+    Raises:
+        UserError: the name is neither a model on this disk nor a hub id that can be reached.
+    """
+    path = Path(config.name).expanduser()
+    local = config.name == PACKAGED or path.exists()
+    if local and config.revision is not None:
+        raise UserError(f"{key}.revision: {config.name} lies on this disk, where a revision has no effect; remove it")
+    if config.name == PACKAGED:
+        return str(gguf.converted(gguf.packaged_file(), "packaged"))
+    if path.suffix == ".gguf" and path.is_file():
+        return str(gguf.converted(path, key))
+    if path.is_dir():
+        return _model_folder(path, key)
+    return _hub_id(config, key)
+
+
+def load_tokenizer(config: ModelConfig, key: str = "model.student") -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token and the chat template that the config asks for."""
+    name = config.tokenizer or resolve(config, key)
+    with _explained(f"{key}.tokenizer" if config.tokenizer else f"{key}.name", name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name,
+            revision=None if config.tokenizer else config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{key}.name: the tokenizer of {name} has no end-of-sequence token; set one in its folder")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.chat_template is not None:
+        tokenizer.chat_template = _read_template(config.chat_template, f"{key}.chat_template")
+    return tokenizer
+
+
+def load_model(
+    config: ModelConfig, default_dtype: torch.dtype = torch.bfloat16, key: str = "model.student"
+) -> PreTrainedModel:
+    """The causal language model in eval mode on the CPU, its weights in `config.dtype` (auto: `default_dtype`)."""
+    name = resolve(config, key)
+    dtype = default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    with _explained(f"{key}.name", name):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    return model.eval()
+
+
+def context_window(config: ModelConfig, key: str = "model.student") -> int | None:
+    """Most tokens that the model takes, read from its config without loading weights; None where it states none."""
+    with _explained(f"{key}.name", config.name):
+        loaded = AutoConfig.from_pretrained(
+            resolve(config, key), revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    window = getattr(loaded.get_text_config(), "max_position_embeddings", None)
+    return int(window) if window is not None else None
+
+
+def _model_folder(path: Path, key: str) -> str:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{key}.name: {path.resolve()} is no model folder: it has no config.json")
+    try:
+        json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{key}.name: {path.resolve() / 'config.json'} is not valid JSON: {error}") from error
+    return str(path)
+
+
+def _hub_id(config: ModelConfig, key: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    name = config.name
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+        near = difflib.get_close_matches(name, [PACKAGED], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"{key}.name: no model {name!r}: it is no folder or .gguf file here ({Path(name).expanduser().resolve()}), "
+            f"no hub id (org/name), and not the packaged model {PACKAGED}{hint}"
+        )
+    with _explained(f"{key}.name", name):
+        hf_hub_download(name, "config.json", revision=config.revision)
+    return name
+
+
+def _read_template(file: str, key: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{key}: cannot read {Path(file).resolve()}: {error.strerror}") from error
+
+
+@contextmanager
+def _explained(key: str, name: str) -> Iterator[None]:
+    """Turn the many errors of a failed load into one message that names the config key."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise UserError(
+            f"{key}: {name} is not on this machine and the hub cannot be reached; "
+            f"give a local folder, a .gguf file or {PACKAGED} (`opcd doctor` shows what is there)"
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"{key}: the hub refuses {name}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{key}: cannot load {name}: {str(error).strip().splitlines()[0]}") from error

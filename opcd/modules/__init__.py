@@ -1,0 +1,24 @@
+"""Student, teachers, rollouts, and the LightningModule that joins them."""
+
+from opcd.modules.distiller import Distiller
+from opcd.modules.generation import Sampling
+from opcd.modules.rollouts import MixedRollout, RecordedRollout, Rollout, StudentRollout, TeacherRollout
+from opcd.modules.student import Student
+from opcd.modules.teachers import FrozenTeacher, MovingAverageTeacher, SelfTeacher, Teacher
+from opcd.modules.trajectories import Trajectories
+
+__all__ = [
+    "Distiller",
+    "FrozenTeacher",
+    "MixedRollout",
+    "MovingAverageTeacher",
+    "RecordedRollout",
+    "Rollout",
+    "Sampling",
+    "SelfTeacher",
+    "Student",
+    "StudentRollout",
+    "Teacher",
+    "TeacherRollout",
+    "Trajectories",
+]

@@ -1,0 +1,263 @@
+"""On-policy context distillation as a LightningModule (arXiv:2602.12275).
+
+How a step works:
+    1. the rollout writes y for every query of the batch, by default the student without the context: y ~ p_S(. | x)
+    2. the teacher, which sees the context, gives its states for every token of y: p_T(. | c, x, y<t)
+    3. the student gives its own: p_S(. | x, y<t)
+    4. the loss compares the two token by token, by default KL(p_S || p_T) over the whole vocabulary, without logits in
+       memory, and its gradient goes through p_S only
+    5. one optimizer step follows, however the batch was cut into micro-batches
+
+    opcd fit --config configs/quickstart.yaml
+"""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from opcd.data import Batch, ContextQueryDataModule
+from opcd.data.module import STAGES
+from opcd.errors import UserError
+from opcd.losses import Divergence, ReverseKL, TopK, chunked, clip_nats, entropy, top1_agreement
+from opcd.models import ModelConfig, context_window
+from opcd.modules.generation import Sampling
+from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib
+from opcd.modules.rollouts import Rollout, StudentRollout
+from opcd.modules.scoring import States
+from opcd.modules.student import Student
+from opcd.modules.teachers import FrozenTeacher, Teacher
+from opcd.modules.trajectories import Reduction, Trajectories, token_weights
+
+
+def default_optimizer(params: Any) -> torch.optim.Optimizer:
+    """AdamW as in the paper's code, fused."""
+    return torch.optim.AdamW(params, lr=5e-6, weight_decay=0.01, fused=True)
+
+
+class Distiller(LightningModule):
+    """Trains a student to answer without the context as the teacher answers with it.
+
+    Args:
+        student: the model that is trained, float32 master weights by default.
+        teacher: the model that sees the context; FrozenTeacher (the student's own starting weights) if null.
+        loss: divergence between student and teacher at every token of the response, in nats.
+        rollout: who writes the responses; StudentRollout (the student, without the context) if null.
+        optimizer: any torch optimizer, over the student's trainable weights.
+        lr_scheduler: any torch scheduler, stepped after every optimizer step; null keeps the rate constant.
+        temperature: divides the logits of both models inside the loss; the rollout's sampling has its own.
+        reduction: sequence averages every response over its own tokens first, then over responses (the paper);
+            token averages over all tokens of the step. Micro-batches and ranks do not change either.
+        max_nats: clip a token's divergence from above, in nats; its gradient is then zero. null clips nothing.
+        micro_batch_tokens: most tokens (rows x longest row) in one forward and backward pass of a model.
+        gradient_checkpointing: recompute the student's activations in the backward pass: less memory, more time.
+        gradient_clip_val: most norm of the gradient of a step; null clips nothing.
+        answer: how answers are drawn that are shown or written (predict, samples); greedy by default.
+    """
+
+    def __init__(
+        self,
+        student: ModelConfig = ModelConfig(),  # noqa: B008
+        teacher: Teacher | None = None,
+        loss: Divergence = ReverseKL(),  # noqa: B008
+        rollout: Rollout | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        temperature: float = 1.0,
+        reduction: Reduction = "sequence",
+        max_nats: float | None = None,
+        micro_batch_tokens: int = 4096,
+        gradient_checkpointing: bool = False,
+        gradient_clip_val: float | None = 1.0,
+        answer: Sampling = Sampling(temperature=0.0),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        # One optimizer step takes several backward passes, one a micro-batch: Lightning calls that manual.
+        self.automatic_optimization = False
+        _positive(
+            temperature=temperature,
+            micro_batch_tokens=micro_batch_tokens,
+            max_nats=max_nats,
+            gradient_clip_val=gradient_clip_val,
+        )
+        self.student_config, self.loss = student, loss
+        self.teacher, self.rollout = teacher or FrozenTeacher(), rollout or StudentRollout()
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.temperature, self.reduction, self.max_nats = temperature, reduction, max_nats
+        self.micro_batch_tokens, self.gradient_checkpointing = micro_batch_tokens, gradient_checkpointing
+        self.gradient_clip_val, self.answer = gradient_clip_val, answer
+        self.held_out_divergence = MeanMetric()
+
+    def setup(self, stage: str) -> None:
+        """Check what can be known before a model is loaded."""
+        if str(self.trainer.precision).startswith("16"):
+            raise UserError("trainer.precision: float16 needs loss scaling, which is not here; use bf16-mixed or 32-true")
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, ContextQueryDataModule):
+            splits = [split for split in STAGES[stage] if datamodule.sources[split]]
+            student = max(datamodule.longest_student_prompt(split) for split in splits)
+            teacher = max(datamodule.longest_teacher_prompt(split) for split in splits)
+            self._check_window(student, teacher, stage)
+
+    def configure_model(self) -> None:
+        """Load the student and the teacher, once."""
+        if hasattr(self, "student"):
+            return
+        self.student = Student.load(self.student_config, self.gradient_checkpointing)
+        if self.trainer.state.fn != "predict":
+            self.teacher.prepare(self.student, self.student_config, self.trainer.strategy.root_device)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the student's trainable weights, and the scheduler if there is one."""
+        optimizer = self.optimizer(p for p in self.student.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        return [optimizer], [self.lr_scheduler(optimizer)]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimizer step on one batch of queries."""
+        start, clock, means = time.perf_counter(), Stopwatch(self.device), TokenMeans()
+        with clock("rollout"):
+            trajectories = self.rollout.sample(self.student, self.teacher, batch)
+        weights = token_weights(trajectories.lengths, self.reduction, self._all_sum)
+        micro_batches = trajectories.micro_batches(self.micro_batch_tokens)
+        for number, rows in enumerate(micro_batches, start=1):
+            part = trajectories.select(rows)
+            with clock("teacher"):
+                target = self.teacher.score(part, self.micro_batch_tokens)
+            with clock("student"):
+                values = self.divergence(self.student.score(part), target)
+                means.add(values)
+                self._backward(values["divergence"], weights[rows], part.lengths, last=number == len(micro_batches))
+        with clock("optimizer"):
+            gradient_norm = self._optimizer_step()
+        self._log_step(trajectories, means, clock, time.perf_counter() - start, gradient_norm)
+
+    def divergence(self, student: States, teacher: States) -> dict[str, Tensor]:
+        """Nats of every response token, with gradient, and statistics without: each [N]."""
+        measured = chunked(
+            self._terms, student.hidden, student.head, teacher.hidden, teacher.head, temperature=self.temperature
+        )
+        named = dict(zip(self._names(), measured, strict=True))
+        if self.max_nats is not None:
+            named["clipped"] = (named["divergence"] > self.max_nats).float()
+            named["divergence"] = clip_nats(named["divergence"], self.max_nats)
+        return named
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Divergence on rollouts of held-out queries."""
+        self._held_out_step(batch, batch_idx, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As `validation_step`, on the test queries."""
+        self._held_out_step(batch, batch_idx, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """The student's answers without and with the context, a row each."""
+        rows = []
+        for context, prompts in ((False, batch.student_prompts), (True, batch.teacher_prompts)):
+            answers = self.student.answer(prompts, self.answer)
+            for example, answer in zip(batch.examples, answers, strict=True):
+                row = {"source": example.source, "query": example.query, "reference": example.reference}
+                rows.append({**row, "context": context, "answer": answer})
+        return rows
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the teacher's state where it cannot be loaded again; a frozen teacher stays out."""
+        if state := self.teacher.state_dict():
+            checkpoint["teacher"] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the teacher its state back."""
+        if "teacher" in checkpoint:
+            self.teacher.load_state_dict(checkpoint["teacher"])
+
+    def _terms(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, ...]:
+        values = [self.loss(student_logits, teacher_logits)]
+        if isinstance(self.loss, TopK):
+            values += self.loss.retained_mass(student_logits, teacher_logits)
+        values += [entropy(student_logits), entropy(teacher_logits), top1_agreement(student_logits, teacher_logits)]
+        return tuple(values)
+
+    def _names(self) -> list[str]:
+        retained = ["student_retained_mass", "teacher_retained_mass"] if isinstance(self.loss, TopK) else []
+        return ["divergence", *retained, "student_entropy", "teacher_entropy", "top1_agreement"]
+
+    def _backward(self, values: Tensor, weights: Tensor, lengths: Tensor, last: bool) -> None:
+        # DDP averages gradients over ranks, the weights are shares of the sum over all of them: undo the mean.
+        scale = weights.repeat_interleave(lengths).to(values) * self.trainer.world_size
+        loss = (values * scale).sum()
+        strategy = self.trainer.strategy
+        if last or not isinstance(strategy, ParallelStrategy):
+            self.manual_backward(loss)
+        else:
+            with strategy.block_backward_sync():
+                self.manual_backward(loss)
+
+    def _optimizer_step(self) -> Tensor:
+        optimizer = self.optimizers()
+        limit = float("inf") if self.gradient_clip_val is None else self.gradient_clip_val
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit)
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        if self.lr_scheduler is not None:
+            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        self.teacher.after_step(self.student)
+        return norm
+
+    @torch.no_grad()
+    def _held_out_step(self, batch: Batch, batch_idx: int, split: str) -> None:
+        # The same draws at every validation, and none taken from the generator that training draws from.
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(batch_idx)
+            trajectories = self.rollout.sample(self.student, self.teacher, batch)
+        for rows in trajectories.micro_batches(self.micro_batch_tokens):
+            part = trajectories.select(rows)
+            target = self.teacher.score(part, self.micro_batch_tokens)
+            self.held_out_divergence.update(self.divergence(self.student.score(part), target)["divergence"])
+        self.log(f"{split}/divergence", self.held_out_divergence, prog_bar=True, batch_size=len(batch))
+
+    def _log_step(
+        self, trajectories: Trajectories, means: TokenMeans, clock: Stopwatch, seconds: float, gradient_norm: Tensor
+    ) -> None:
+        shown = {
+            "train/divergence": means.compute()["divergence"],
+            "train/tokens_per_s": means.tokens / seconds,
+            "train/response_tokens": means.tokens / len(trajectories),
+            "train/ended": sum(trajectories.ended) / len(trajectories),
+        }
+        kept = {f"train/{name}": value for name, value in means.compute().items() if name != "divergence"}
+        kept |= {f"seconds/{part}": value for part, value in clock.seconds.items()} | {"seconds/step": seconds}
+        kept |= {"train/gradient_norm": float(gradient_norm), "memory/peak_mib": peak_memory_mib(self.device)}
+        several = self.trainer.world_size > 1
+        self.log_dict(shown, prog_bar=True, batch_size=len(trajectories), sync_dist=several)
+        self.log_dict(kept, batch_size=len(trajectories), sync_dist=several)
+
+    def _all_sum(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")  # type: ignore[no-any-return]
+
+    def _check_window(self, student_prompt: int, teacher_prompt: int, stage: str) -> None:
+        new = self.answer.max_new_tokens if stage == "predict" else self.rollout.max_new_tokens
+        teacher = getattr(self.teacher, "config", None)
+        for config, key, prompt in (
+            (self.student_config, "model.student", student_prompt),
+            (teacher or self.student_config, "model.teacher.init_args.model" if teacher else "model.student", teacher_prompt),
+        ):
+            window = context_window(config, key)
+            if window is not None and prompt + new > window:
+                raise UserError(
+                    f"{key}.name: {config.name} takes {window} tokens, but the longest prompt has {prompt} and up to "
+                    f"{new} are added; shorten the context (data.max_context_tokens, data.overlong_context) or the response"
+                )
+
+
+def _positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"model.{name} must be greater than 0, got {value}")

@@ -1,0 +1,93 @@
+"""Sampling responses from a model with transformers' `generate`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from opcd.modules.trajectories import first_sequence
+
+
+@dataclass
+class Sampling:
+    """How tokens are drawn."""
+
+    max_new_tokens: int = 128
+    """Most tokens of a response, its end-of-sequence token included."""
+    temperature: float = 1.0
+    """Divides the logits before sampling; 0 takes the likeliest token each time (greedy)."""
+    top_p: float = 1.0
+    """Nucleus sampling: the smallest set of tokens that holds this share of the mass; 1 keeps all."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"sampling wants temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got temperature={self.temperature}, "
+                f"top_k={self.top_k}, top_p={self.top_p}"
+            )
+        if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
+            raise ValueError("top_k and top_p have no effect at temperature 0 (greedy); remove them")
+
+    def generation_config(self, eos_ids: set[int], pad_id: int) -> GenerationConfig:
+        """The same in transformers' words; what a model's own generation config says does not come in."""
+        drawn: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **drawn
+        )
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, prompts: list[Tensor], sampling: Sampling, eos_ids: set[int], pad_id: int
+) -> list[Tensor]:
+    """One response a prompt: B tensors [P] of token ids -> B tensors [R] on the model's device, 1 <= R <= max_new_tokens.
+
+    Each response ends with its first end-of-sequence token or at the limit. Draws come from torch's default generator.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
+    mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts])
+    with eval_mode(model), own_precision(model):
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.long().to(model.device),
+            generation_config=sampling.generation_config(eos_ids, pad_id),
+        )
+    return [first_sequence(row, eos_ids) for row in output[:, longest:]]
+
+
+@contextmanager
+def own_precision(model: PreTrainedModel) -> Iterator[None]:
+    """Low-precision weights compute as they are (autocast would only add casts); float32 ones follow the trainer's.
+
+    The casts of weights that autocast keeps are dropped at the end: made without gradient here, they would cut the
+    gradient of a training pass in the same autocast region.
+    """
+    device = model.device.type
+    enabled = torch.is_autocast_enabled(device) and model.dtype == torch.float32
+    with torch.autocast(device, torch.get_autocast_dtype(device), enabled=enabled):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
+
+
+@contextmanager
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode (no dropout, and no gradient checkpointing, which switches the cache off), then as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,60 @@
+"""What a step measures: seconds of its parts, token-weighted means, peak memory."""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Stopwatch:
+    """Seconds spent in named parts, each part summed over its visits.
+
+    On a GPU a part ends with a synchronisation, so that the seconds are those of the kernels it launched.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Count the time inside the `with` block to `part`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[part] += time.perf_counter() - start
+
+
+class TokenMeans:
+    """Means over tokens of several micro-batches."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add [N] values a token, all of one N; no gradient is kept."""
+        self.tokens += len(next(iter(values.values())))
+        for name, value in values.items():
+            total = value.detach().double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def compute(self) -> dict[str, float]:
+        """Mean of every value over all tokens."""
+        return {name: float(total) / self.tokens for name, total in self._sums.items()}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory so far, in MiB: of the GPU's allocator, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,134 @@
+"""Rollouts: who writes the responses that the student learns on."""
+
+import copy
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opcd.data import Batch
+from opcd.errors import UserError
+from opcd.modules.generation import Sampling, generate
+from opcd.modules.student import Student
+from opcd.modules.teachers import Teacher
+from opcd.modules.trajectories import Trajectories
+
+
+class Rollout(ABC):
+    """Writes one response to each example of a batch."""
+
+    @property
+    @abstractmethod
+    def max_new_tokens(self) -> int:
+        """Most tokens that this rollout adds to a prompt; 0 where the responses come from the data."""
+
+    @abstractmethod
+    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        """Responses as data: token ids without gradient."""
+
+
+class StudentRollout(Rollout):
+    """On-policy: y ~ p_S(. | x), the student answers without the context.
+
+    Args:
+        sampling: how tokens are drawn.
+        dtype: type of the weights that generate. Where it differs from the student's, a copy is kept and overwritten
+            in place from the master weights before every rollout.
+    """
+
+    def __init__(self, sampling: Sampling = Sampling(), dtype: str = "bfloat16") -> None:  # noqa: B008
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
+        self.sampling = sampling
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self._copy: PreTrainedModel | None = None
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.sampling.max_new_tokens
+
+    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        model = self._synchronised(student.model)
+        responses = generate(model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
+        return Trajectories.of(batch, responses, student.eos_ids)
+
+    @torch.no_grad()
+    def _synchronised(self, master: PreTrainedModel) -> PreTrainedModel:
+        if master.dtype == self.dtype:
+            return master
+        if self._copy is None or self._copy.device != master.device:
+            self._copy = copy.deepcopy(master).requires_grad_(False)
+            for parameter in self._copy.parameters():  # not the buffers: rotary frequencies stay in float32
+                parameter.data = parameter.data.to(self.dtype)
+        torch._foreach_copy_(list(self._copy.parameters()), list(master.parameters()))
+        return self._copy
+
+
+class TeacherRollout(Rollout):
+    """Off-policy, as in plain context distillation: y ~ p_T(. | c, x), the teacher answers with the context.
+
+    Args:
+        sampling: how tokens are drawn.
+    """
+
+    def __init__(self, sampling: Sampling = Sampling()) -> None:  # noqa: B008
+        self.sampling = sampling
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.sampling.max_new_tokens
+
+    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        responses = teacher.respond(batch.teacher_prompts, self.sampling, student.eos_ids, student.pad_id)
+        return Trajectories.of(batch, responses, student.eos_ids)
+
+
+class RecordedRollout(Rollout):
+    """Responses from the data: the `response` (or `completion`) of every example."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        return 0
+
+    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        responses: list[Tensor] = []
+        for example, response in zip(batch.examples, batch.responses, strict=True):
+            if response is None:
+                raise UserError(
+                    f"{example.source}: no `response`, but model.rollout is RecordedRollout; "
+                    "add one to every row, or let StudentRollout or TeacherRollout write it"
+                )
+            responses.append(response)
+        return Trajectories.of(batch, responses, student.eos_ids)
+
+
+class MixedRollout(Rollout):
+    """Each example goes to one of several rollouts, drawn with given shares (the lambda of GKD, arXiv:2306.13649).
+
+    Args:
+        rollouts: at least two rollouts.
+        shares: probability of each, in the same order; they sum to 1.
+    """
+
+    def __init__(self, rollouts: list[Rollout], shares: list[float]) -> None:
+        if len(rollouts) < 2 or len(rollouts) != len(shares):
+            raise ValueError(f"MixedRollout wants two or more rollouts and a share for each, got {len(shares)} shares")
+        if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"shares must be positive and sum to 1, got {shares}")
+        self.rollouts, self.shares = rollouts, shares
+
+    @property
+    def max_new_tokens(self) -> int:
+        return max(rollout.max_new_tokens for rollout in self.rollouts)
+
+    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        drawn = torch.multinomial(torch.tensor(self.shares), len(batch), replacement=True).tolist()
+        parts: list[Trajectories] = []
+        order: list[int] = []
+        for number, rollout in enumerate(self.rollouts):
+            rows = [row for row, choice in enumerate(drawn) if choice == number]
+            if rows:
+                parts.append(rollout.sample(student, teacher, batch.select(rows)))
+                order += rows
+        return Trajectories.joined(parts).select([order.index(row) for row in range(len(batch))])

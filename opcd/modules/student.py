@@ -1,0 +1,71 @@
+"""The model that is trained, with its tokenizer."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opcd.models import ModelConfig, load_model, load_tokenizer
+from opcd.modules.generation import Sampling, generate
+from opcd.modules.scoring import States, check_head, response_states
+from opcd.modules.trajectories import Trajectories
+
+
+class Student(nn.Module):
+    """A causal language model that answers without the context and learns.
+
+    Args:
+        model: float32 master weights for mixed precision (the default of `Student.load`).
+        tokenizer: the tokenizer of both views.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, config: ModelConfig, gradient_checkpointing: bool = False) -> "Student":
+        """Load as `config` says; `auto` weights are float32. UserError where that fails."""
+        model = load_model(config, torch.float32, "model.student")
+        check_head(model, "model.student.name")
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return cls(model, load_tokenizer(config, "model.student"))
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Token ids that end a response: those of the generation config and the tokenizer's own."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        return {int(i) for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills short rows."""
+        return int(self.tokenizer.pad_token_id)
+
+    def score(self, trajectories: Trajectories) -> States:
+        """States of p_S(. | x, y<t) for all response tokens, with gradient."""
+        return response_states(self.model, trajectories.student_prompts, trajectories.responses)
+
+    def answer(self, prompts: list[Tensor], sampling: Sampling) -> list[str]:
+        """Generated text, without special tokens, for each prompt of token ids."""
+        responses = generate(self.model, prompts, sampling, self.eos_ids, self.pad_id)
+        return [str(self.tokenizer.decode(response, skip_special_tokens=True)).strip() for response in responses]
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that plain `transformers` loads: weights (in `dtype`, or as they are), tokenizer, template."""
+        own = self.model.config.dtype
+        dtype = dtype or own
+        casts: dict[int, Tensor] = {}  # by address, so that tied weights stay one tensor
+        for weight in self.model.state_dict().values():
+            casts.setdefault(weight.data_ptr(), weight.to(dtype) if weight.is_floating_point() else weight)
+        weights = {name: casts[weight.data_ptr()] for name, weight in self.model.state_dict().items()}
+        self.model.config.dtype = dtype
+        try:
+            self.model.save_pretrained(folder, state_dict=weights)
+        finally:
+            self.model.config.dtype = own
+        self.tokenizer.save_pretrained(folder)

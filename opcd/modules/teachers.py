@@ -1,0 +1,151 @@
+"""Teachers: the model that sees the context and scores the tokens of a response."""
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opcd.models import ModelConfig, load_model
+from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
+from opcd.modules.scoring import States, check_head, response_states
+from opcd.modules.student import Student
+from opcd.modules.trajectories import Trajectories, length_groups
+
+
+class Teacher(ABC):
+    """Scores responses under the context. Never trained: no gradient, and no parameter of the LightningModule."""
+
+    @abstractmethod
+    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+        """Get ready on `device`, once, before the first step."""
+
+    @property
+    @abstractmethod
+    def model(self) -> PreTrainedModel:
+        """The model that scores; there after `prepare`."""
+
+    @abstractmethod
+    def after_step(self, student: Student) -> None:
+        """Follow the student, whose weights have just changed."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold; empty for weights that can be loaded again."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave, after `prepare`."""
+
+    @torch.no_grad()
+    def score(self, trajectories: Trajectories, max_tokens: int) -> States:
+        """States of p_T(. | c, x, y<t) for all response tokens, in row order, without gradient.
+
+        The pass is cut into groups of rows of at most `max_tokens` with their padding.
+        """
+        rows = list(zip(trajectories.teacher_prompts, trajectories.responses, strict=True))
+        groups = length_groups([len(p) + len(r) for p, r in rows], max_tokens)
+        hidden: dict[int, Tensor] = {}
+        with eval_mode(self.model), own_precision(self.model):
+            for group in groups:
+                prompts, responses = [rows[i][0] for i in group], [rows[i][1] for i in group]
+                states = response_states(self.model, prompts, responses)
+                hidden.update(zip(group, states.hidden.split([len(r) for r in responses]), strict=True))
+        return States(torch.cat([hidden[i] for i in range(len(rows))]), states.head)
+
+    def respond(self, prompts: list[Tensor], sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
+        """Responses to prompts that hold the context: B tensors [Q] of token ids -> B tensors [R]."""
+        return generate(self.model, prompts, sampling, eos_ids, pad_id)
+
+
+class FrozenTeacher(Teacher):
+    """A model of any size that shares the student's tokenizer; its weights never change.
+
+    Args:
+        model: which model; null takes the student's own starting weights.
+    """
+
+    def __init__(self, model: ModelConfig | None = None) -> None:
+        self.config = model
+        self._model: PreTrainedModel | None = None
+
+    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+        key = "model.teacher.init_args.model" if self.config else "model.student"
+        self._model = load_model(self.config or student_config, torch.bfloat16, key).requires_grad_(False).to(device)
+        check_head(self._model, f"{key}.name")
+
+    @property
+    def model(self) -> PreTrainedModel:
+        assert self._model is not None, "prepare() comes first"
+        return self._model
+
+    def after_step(self, student: Student) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class MovingAverageTeacher(Teacher):
+    """An exponential moving average of the student's weights, in float32: w_T <- decay * w_T + (1 - decay) * w_S.
+
+    Args:
+        decay: share of the old average that stays at every optimizer step, 0 < decay < 1.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(
+                f"decay must lie strictly between 0 and 1, got {decay}: 1 is FrozenTeacher, 0 is SelfTeacher"
+            )
+        self.decay = decay
+        self._model: PreTrainedModel | None = None
+
+    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+        # bfloat16 has 8 bits: an update of (1 - decay) times a small change would round away.
+        self._model = copy.deepcopy(student.model).float().requires_grad_(False).to(device)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        assert self._model is not None, "prepare() comes first"
+        return self._model
+
+    @torch.no_grad()
+    def after_step(self, student: Student) -> None:
+        averages, weights = list(self.model.parameters()), list(student.model.parameters())
+        torch._foreach_lerp_(averages, [weight.float() for weight in weights], 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+
+
+class SelfTeacher(Teacher):
+    """The live student itself under the context: it learns to answer without the context as it does with it."""
+
+    def __init__(self) -> None:
+        self._student: Student | None = None
+
+    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+        self._student = student
+
+    @property
+    def model(self) -> PreTrainedModel:
+        assert self._student is not None, "prepare() comes first"
+        return self._student.model
+
+    def after_step(self, student: Student) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,99 @@
+"""Responses with the prompts of both views, and how they are cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opcd.data import Batch
+
+Reduction = Literal["token", "sequence"]
+
+
+@dataclass
+class Trajectories:
+    """B responses, and the prompts that they follow.
+
+    Attributes:
+        student_prompts: B tensors [P] of token ids: the query without the context.
+        teacher_prompts: B tensors [Q] of token ids: the query with the context.
+        responses: B tensors [R], R >= 1, of token ids. Each ends with its first end-of-sequence token or at the
+            length limit, so every token of it counts.
+        ended: whether each response ended by itself, [B].
+    """
+
+    student_prompts: list[Tensor]
+    teacher_prompts: list[Tensor]
+    responses: list[Tensor]
+    ended: list[bool]
+
+    @classmethod
+    def of(cls, batch: Batch, responses: list[Tensor], eos_ids: set[int]) -> Trajectories:
+        """Join a batch with a response an example; what follows a response's first end-of-sequence token is cut."""
+        cut = [first_sequence(response, eos_ids) for response in responses]
+        ended = [int(response[-1]) in eos_ids for response in cut]
+        return cls(batch.student_prompts, batch.teacher_prompts, cut, ended)
+
+    @classmethod
+    def joined(cls, parts: list[Trajectories]) -> Trajectories:
+        """The rows of all parts, one part after the other."""
+        names = ("student_prompts", "teacher_prompts", "responses", "ended")
+        return cls(*([row for part in parts for row in getattr(part, name)] for name in names))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response, [B] int64."""
+        return torch.tensor([len(response) for response in self.responses])
+
+    def select(self, rows: list[int]) -> Trajectories:
+        """The trajectories at `rows`, in that order."""
+        fields = (self.student_prompts, self.teacher_prompts, self.responses, self.ended)
+        return Trajectories(*([field[row] for row in rows] for field in fields))  # type: ignore[arg-type]
+
+    def micro_batches(self, max_tokens: int) -> list[list[int]]:
+        """Rows of each micro-batch: sorted by length, so that little is padding, and cut by tokens.
+
+        A micro-batch takes rows until (rows x longest student row) would pass `max_tokens`; a single row that is
+        longer than that is a micro-batch of its own.
+        """
+        sizes = [len(p) + len(r) for p, r in zip(self.student_prompts, self.responses, strict=True)]
+        return length_groups(sizes, max_tokens)
+
+
+def first_sequence(response: Tensor, eos_ids: set[int]) -> Tensor:
+    """The tokens up to and with the first end-of-sequence token: [R] -> [<= R]."""
+    for position, token in enumerate(response.tolist()):
+        if token in eos_ids:
+            return response[: position + 1]
+    return response
+
+
+def length_groups(sizes: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices of `sizes` in groups of neighbouring sizes, each at most `max_tokens` with its padding."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def token_weights(lengths: Tensor, reduction: Reduction, all_sum: Callable[[Tensor], Tensor]) -> Tensor:
+    """Weight of one token of each response in the loss of a whole optimizer step, [B] float64.
+
+    token: 1 / (tokens of all ranks). sequence: 1 / (responses of all ranks x tokens of its own response), the
+    formula of arXiv:2602.12275. `all_sum` adds a tensor up over the ranks. The weights do not depend on how the
+    responses are split into micro-batches or ranks.
+    """
+    counts = all_sum(torch.tensor([float(lengths.sum()), float(len(lengths))], dtype=torch.float64))
+    if reduction == "token":
+        return torch.full((len(lengths),), 1.0, dtype=torch.float64) / counts[0].cpu()
+    return 1.0 / (counts[1].cpu() * lengths.double())
