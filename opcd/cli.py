@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -122,14 +122,16 @@ def run(args: list[str]) -> None:
                 "default_root_dir": "runs",
                 "log_every_n_steps": 1,
                 "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
                 "precision": "bf16-mixed",
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"description": DESCRIPTION},
+            parser_kwargs={"description": DESCRIPTION, "exit_on_error": False}
+            | {name: {"exit_on_error": False} for name in LightningCLI.subcommands()},
         )
-    except (UserError, MisconfigurationException):
+    except Exception:
         _remove_unused_folder(command)
         raise
     finally:
@@ -155,7 +157,7 @@ def main(args: list[str] | None = None) -> int:
 
             return doctor.main(args[1:])
         run(args)
-    except (UserError, MisconfigurationException) as error:
+    except (UserError, MisconfigurationException, ArgumentError) as error:
         return _refused(str(error), debug)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -178,7 +180,11 @@ def _quiet() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "litlogger" not in str(record.msg).lower())
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*The .lr_scheduler.step... call.*")
     warnings.filterwarnings("ignore", message=".*The number of training batches .* is smaller than the logging interval.*")
 
 

@@ -90,6 +90,9 @@ class ContextQueryDataModule(LightningDataModule):
         self.num_workers = _at_least(0, num_workers, "num_workers")
         self.student = student or ModelConfig()
         self.teacher = teacher or self.student
+        if val is None:
+            # What Lightning takes for "no validation"; it warns of an empty list of loaders.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
         self._examples: dict[str, list[Example]] = {}
         self._longest: dict[str, tuple[int, int]] = {}
         self._contexts: ContextSource | None = None
@@ -158,9 +161,9 @@ class ContextQueryDataModule(LightningDataModule):
         )
         return self._loader("train", self.batch_size, sampler)
 
-    def val_dataloader(self) -> DataLoader[Example] | list[object]:
-        """Batches of validation rows; none where data.val is not set."""
-        return self._loader("val", self.eval_batch_size) if self.sources["val"] is not None else []
+    def val_dataloader(self) -> DataLoader[Example]:
+        """Batches of validation rows."""
+        return self._loader("val", self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[Example]:
         """Batches of test rows."""

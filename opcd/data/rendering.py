@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from opcd.data.examples import Message
 from opcd.data.literal import TextEncoder
@@ -19,7 +18,7 @@ class ChatRenderer:
     """Applies one model's chat template, up to the prompt of the answer that is to be generated.
 
     Args:
-        tokenizer: the model's tokenizer.
+        text: the encoder of the model's tokenizer.
         template_kwargs: extra variables of the template.
         key: config key of the model (`model.student`), for messages.
 
@@ -27,10 +26,10 @@ class ChatRenderer:
         UserError: there is no chat template, or it never reads one of `template_kwargs`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any], key: str) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, text: TextEncoder, template_kwargs: dict[str, Any], key: str) -> None:
+        self.text = text
+        self.tokenizer = text.tokenizer
         self.template_kwargs = template_kwargs
-        self.text = TextEncoder(tokenizer)
         self._check(key)
 
     def _check(self, key: str) -> None:

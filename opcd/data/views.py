@@ -42,13 +42,14 @@ class Views:
     ) -> None:
         self.placement = placement
         self._template = split_template(template, placement)
-        self._student_text, self._teacher_text = TextEncoder(student), TextEncoder(teacher)
+        self._student_text = TextEncoder(student)
+        self._teacher_text = self._student_text if teacher is student else TextEncoder(teacher)
         self._eos = student.eos_token_id
         if placement == "raw":
             _refuse_kwargs(student_kwargs, teacher_kwargs)
             return
-        self._student = ChatRenderer(student, student_kwargs or {}, STUDENT)
-        self._teacher = ChatRenderer(teacher, teacher_kwargs or {}, TEACHER)
+        self._student = ChatRenderer(self._student_text, student_kwargs or {}, STUDENT)
+        self._teacher = ChatRenderer(self._teacher_text, teacher_kwargs or {}, TEACHER)
         self._check_same_end()
         self._check_context_shows()
 

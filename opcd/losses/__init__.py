@@ -16,7 +16,7 @@ torch.Size([10])
 """
 
 from opcd.losses import functional
-from opcd.losses.chunked import chunked, chunked_divergence
+from opcd.losses.chunking import chunked, chunked_divergence
 from opcd.losses.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from opcd.losses.functional import clip_nats, entropy, retained_mass, top1_agreement
 from opcd.losses.head import Head, as_head

@@ -32,7 +32,8 @@ class Student(nn.Module):
         check_head(model, "model.student.name")
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return cls(model, load_tokenizer(config, "model.student"))
+        # Training mode is what Lightning expects to find, and what dropout and gradient checkpointing act in.
+        return cls(model.train(), load_tokenizer(config, "model.student"))
 
     @property
     def eos_ids(self) -> set[int]:

@@ -52,7 +52,7 @@ def test_dapo_row():
 
 def test_copies_of_a_dapo_problem_are_dropped_and_counted(caplog):
     other_answer = DAPO | {"reward_model": {"ground_truth": "5"}}
-    copy = DAPO | {"extra_info": {"index": "b"}}
+    copy = DAPO | {"extra_info": {"index": "b"}, "prompt": [dict(reversed(DAPO["prompt"][0].items()))]}
     rows = [("f:1", DAPO), ("f:2", copy), ("f:3", other_answer), ("f:4", copy)]
     with caplog.at_level(logging.INFO):
         examples = parse_rows(rows, "data.val")

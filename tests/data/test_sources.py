@@ -73,7 +73,9 @@ def test_what_is_no_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text("query\na\n")
     (tmp_path / "data.jsonl").mkdir()
+    (tmp_path / "data.jsonl" / "rows.csv").write_text("query\na\n")  # a file, though it reads like a hub id
     assert refusal("rows.csv").startswith("data.train: 'rows.csv' is neither a .jsonl, .json, .parquet file nor a hub")
+    assert refusal("data.jsonl/rows.csv").startswith("data.train: 'data.jsonl/rows.csv' is neither")
     assert refusal("gsm8k").startswith("data.train: 'gsm8k' is neither")
     assert refusal(tmp_path) == f"data.train: {tmp_path} is a folder; name a file in it"
     assert refusal("data.jsonl") == f"data.train: {tmp_path}/data.jsonl is a folder; name a file in it"

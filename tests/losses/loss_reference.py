@@ -80,20 +80,26 @@ def reference_row(divergence: Divergence, student: list[float], teacher: list[fl
 def reference(divergence: Divergence, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Values [...] and gradients [..., V] in float64."""
     shape, vocabulary = student_logits.shape, student_logits.shape[-1]
-    rows = zip(student_logits.reshape(-1, vocabulary).tolist(), teacher_logits.reshape(-1, vocabulary).tolist(), strict=True)
+    rows = zip(
+        student_logits.reshape(-1, vocabulary).tolist(), teacher_logits.reshape(-1, vocabulary).tolist(), strict=True
+    )
     values, gradients = zip(*(reference_row(divergence, s, t) for s, t in rows), strict=True)
     double = torch.float64
     return torch.tensor(values, dtype=double).reshape(shape[:-1]), torch.tensor(gradients, dtype=double).reshape(shape)
 
 
-def value_and_gradient(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_gradient(
+    loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor
+) -> tuple[Tensor, Tensor]:
     """What the code under test gives: values, and the gradient of their sum in the student's logits."""
     student = student.detach().clone().requires_grad_()
     values = loss(student, teacher)
     return values.detach(), torch.autograd.grad(values.sum(), student)[0]
 
 
-def random_pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, spread: float = 2.0) -> tuple[Tensor, Tensor]:
+def random_pair(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, spread: float = 2.0
+) -> tuple[Tensor, Tensor]:
     """Two sets of logits, normal with the given spread."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(*shape, generator=generator, dtype=torch.float64) * spread for _ in range(2))

@@ -143,7 +143,7 @@ def test_low_precision_logits_are_computed_in_float32(divergence: Divergence, dt
 
 @every_divergence
 def test_gradcheck_of_the_function_in_both_arguments(divergence: Divergence) -> None:
-    student, teacher = (logits.requires_grad_() for logits in random_pair(3, 5))
+    student, teacher = (logits.requires_grad_() for logits in random_pair(2, 4))
     assert torch.autograd.gradcheck(lambda s, t: apply_function(divergence, s, t), (student, teacher))
 
 
@@ -161,8 +161,8 @@ def test_a_mask_equals_the_subset(divergence: Divergence) -> None:
     mask = torch.tensor([True, False, True, True, False, False])
     values, gradient = value_and_gradient(lambda s, t: divergence(s, t) * mask, student, teacher)
     subset, subset_gradient = value_and_gradient(divergence, student[mask], teacher[mask])
-    torch.testing.assert_close(values[mask], subset, rtol=0, atol=0)
-    torch.testing.assert_close(gradient[mask], subset_gradient, rtol=0, atol=0)
+    torch.testing.assert_close(values[mask], subset)
+    torch.testing.assert_close(gradient[mask], subset_gradient)
     assert not gradient[~mask].any()
 
 
@@ -202,7 +202,7 @@ def test_wrong_logits_are_refused(divergence: Divergence) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
 def test_a_temperature_must_be_positive(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature is .* positive"):
+    with pytest.raises(ValueError, match=r"temperature is .* positive"):
         ReverseKL()(*random_pair(2, 3), temperature=temperature)
 
 

@@ -31,13 +31,16 @@ def test_an_infinite_token_that_is_clipped_leaves_no_nan_behind() -> None:
 
 @pytest.mark.parametrize("max_nats", [0.0, -1.0, math.nan, INF])
 def test_clip_refuses_what_is_not_positive(max_nats: float) -> None:
-    with pytest.raises(ValueError, match="max_nats is .* positive"):
+    with pytest.raises(ValueError, match=r"max_nats is .* positive"):
         clip_nats(torch.ones(2), max_nats)
 
 
 def test_entropy_by_definition() -> None:
     logits, _ = random_pair(2, 3, 7)
-    expected = [[-math.fsum(p * log_p for p, log_p in zip(*softmax(row), strict=True)) for row in rows] for rows in logits.tolist()]
+    expected = [
+        [-math.fsum(p * log_p for p, log_p in zip(*softmax(row), strict=True)) for row in rows]
+        for rows in logits.tolist()
+    ]
     torch.testing.assert_close(entropy(logits), torch.tensor(expected, dtype=torch.float64))
     assert not entropy(logits.requires_grad_()).requires_grad
 

