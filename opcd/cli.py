@@ -1,8 +1,10 @@
 """The command `opcd`: Lightning's fit, validate, test and predict on a Distiller and its data, and `opcd doctor`."""
 
+import ctypes
 import errno
 import logging
 import os
+import platform
 import shutil
 import sys
 import traceback
@@ -26,6 +28,8 @@ DESCRIPTION = """On-policy context distillation: put a context into a language m
 
 opcd doctor shows what is installed here, which devices and models there are, and what is missing."""
 RUN_FOLDER = "OPCD_RUN_FOLDER"  # how the ranks that the first one starts learn of its folder
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -151,6 +155,7 @@ def main(args: list[str] | None = None) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     _quiet()
+    _keep_freed_memory()
     try:
         if args[:1] == ["doctor"]:
             from opcd import doctor
@@ -164,6 +169,18 @@ def main(args: list[str] | None = None) -> int:
             raise
         return _refused(f"cannot write {error.filename or 'the output'}: {error.strerror}", debug)
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving it back to the kernel after every pass.
+
+    On a CPU the pages of a step's activations would be mapped and zeroed anew each time: measured with SmolLM2-135M on
+    2 cores, a forward and backward pass of 8 x 71 tokens takes 1.5 s with this and 2.2 s without (docs/log.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _refused(message: str, debug: bool) -> int:

@@ -58,7 +58,7 @@ class StudentRollout(Rollout):
         if master.dtype == self.dtype:
             return master
         if self._copy is None or self._copy.device != master.device:
-            self._copy = copy.deepcopy(master).requires_grad_(False)
+            self._copy = copy.deepcopy(master)
             for parameter in self._copy.parameters():  # not the buffers: rotary frequencies stay in float32
                 parameter.data = parameter.data.to(self.dtype)
         torch._foreach_copy_(list(self._copy.parameters()), list(master.parameters()))

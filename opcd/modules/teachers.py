@@ -73,7 +73,7 @@ class FrozenTeacher(Teacher):
 
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         key = "model.teacher.init_args.model" if self.config else "model.student"
-        self._model = load_model(self.config or student_config, torch.bfloat16, key).requires_grad_(False).to(device)
+        self._model = load_model(self.config or student_config, torch.bfloat16, key).to(device)
         check_head(self._model, f"{key}.name")
 
     @property
@@ -108,7 +108,7 @@ class MovingAverageTeacher(Teacher):
 
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         # bfloat16 has 8 bits: an update of (1 - decay) times a small change would round away.
-        self._model = copy.deepcopy(student.model).float().requires_grad_(False).to(device)
+        self._model = copy.deepcopy(student.model).float().to(device)
 
     @property
     def model(self) -> PreTrainedModel:

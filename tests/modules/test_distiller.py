@@ -1,0 +1,237 @@
+"""The training step: its gradient against a dense reference, micro-batches, and where gradient must not flow."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.testing import assert_close
+
+from opcd.data import ContextQueryDataModule
+from opcd.losses import ForwardKL, ReverseKL, TopK
+from opcd.models import ModelConfig, load_model
+from opcd.modules import (
+    Distiller,
+    FrozenTeacher,
+    MovingAverageTeacher,
+    RecordedRollout,
+    Sampling,
+    SelfTeacher,
+    StudentRollout,
+    TeacherRollout,
+)
+from tests.conftest import write_rows
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:.*number of training batches"),
+    pytest.mark.filterwarnings("ignore:.*is not available in the installed"),
+]
+
+RESPONSES = ["It is two.", "Yes, of course I know that: four!", "Six", "8", "Ten, I think.", "12 it is", "Well", "Sixteen."]
+
+
+@pytest.fixture
+def recorded(tmp_path, context):
+    """Eight queries with responses of different lengths."""
+    rows = [{"query": f"What is {n} + {n}?", "response": text} for n, text in enumerate(RESPONSES)]
+    return ContextQueryDataModule(train=str(write_rows(tmp_path / "r.jsonl", rows)), context=str(context), shuffle=False)
+
+
+def trainer(tmp_path, steps=1, **options):
+    return Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **options,
+    )
+
+
+def gradients(monkeypatch, tmp_path, data, distiller, **options):
+    """The gradients of one step, as they are when the optimizer would use them."""
+    kept = {}
+
+    def keep(self):
+        kept.update({name: p.grad.clone() for name, p in self.student.named_parameters()})
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(Distiller, "_optimizer_step", keep)
+    run = trainer(tmp_path, steps=-1, max_epochs=1, limit_train_batches=1, **options)
+    run.fit(distiller, datamodule=data)
+    return kept
+
+
+def relative_difference(one, other):
+    """Norm of the difference over the norm, of all weights together."""
+    difference = sum(float((one[name] - other[name]).double().square().sum()) for name in one)
+    return (difference / sum(float(value.double().square().sum()) for value in other.values())) ** 0.5
+
+
+def dense_reference(student, teacher, trajectories, divergence, reduction):
+    """The loss from whole rows, dense float64 log-softmax and a plain loop: the definition."""
+    per_response = []
+    for row in range(len(trajectories)):
+        response = trajectories.responses[row]
+        logits = []
+        for model, prompts in ((student, trajectories.student_prompts), (teacher, trajectories.teacher_prompts)):
+            whole = torch.cat([prompts[row], response])[None]
+            logits.append(model(whole).logits[0, len(prompts[row]) - 1 : -1].double().log_softmax(-1))
+        ours, theirs = logits[0], logits[1].detach()
+        p, q = (ours, theirs) if divergence == "reverse" else (theirs, ours)
+        per_response.append((p.exp() * (p - q)).sum(-1))
+    if reduction == "token":
+        return torch.cat(per_response).mean()
+    return torch.stack([values.mean() for values in per_response]).mean()
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+@pytest.mark.parametrize(("loss", "name"), [(ReverseKL(), "reverse"), (ForwardKL(), "forward")])
+def test_gradient_equals_the_definition(monkeypatch, tmp_path, recorded, tiny, tiny_teacher, reduction, loss, name):
+    config, teacher = ModelConfig(name=tiny), ModelConfig(name=tiny_teacher, dtype="float32")
+    distiller = Distiller(config, FrozenTeacher(teacher), loss, RecordedRollout(), reduction=reduction)
+    found = gradients(monkeypatch, tmp_path, recorded, distiller)
+
+    student, frozen = load_model(config, torch.float32), load_model(teacher, torch.float32)
+    batch = recorded.encode(recorded.examples("train"))
+    trajectories = RecordedRollout().sample(distiller.student, distiller.teacher, batch)
+    dense_reference(student, frozen, trajectories, name, reduction).backward()
+    expected = {f"model.{key}": value.grad for key, value in student.named_parameters()}
+    assert relative_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+@pytest.mark.parametrize("rows_a_micro_batch", [1, 3])
+def test_micro_batches_do_not_change_the_gradient(monkeypatch, tmp_path, recorded, tiny, reduction, rows_a_micro_batch):
+    recorded.setup("fit")
+    longest = recorded.longest_student_prompt("train") + 12
+    runs = []
+    for tokens in (rows_a_micro_batch * longest, 8 * longest):
+        make = partial(Distiller, ModelConfig(name=tiny), FrozenTeacher(ModelConfig(name=tiny, dtype="float32")))
+        distiller = make(rollout=RecordedRollout(), reduction=reduction, micro_batch_tokens=tokens)
+        runs.append(gradients(monkeypatch, tmp_path, recorded, distiller))
+    assert relative_difference(runs[0], runs[1]) < 1e-6
+
+
+def test_micro_batches_of_the_real_model(monkeypatch, tmp_path, recorded):
+    """One step of SmolLM2-135M in float32 with micro-batches of one, three and eight rows."""
+    recorded.setup("fit")
+    longest = recorded.longest_student_prompt("train") + 10
+    runs = []
+    for rows in (1, 3, 8):
+        distiller = Distiller(rollout=RecordedRollout(), micro_batch_tokens=rows * longest)
+        runs.append(gradients(monkeypatch, tmp_path, recorded, distiller))
+    assert relative_difference(runs[0], runs[2]) < 1e-6
+    assert relative_difference(runs[1], runs[2]) < 1e-6
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_live_student_as_teacher_gets_no_gradient_of_its_own(monkeypatch, tmp_path, recorded, tiny, precision):
+    """Its gradient equals that against a frozen copy: it is the same model, and only the student's side counts."""
+    frozen = FrozenTeacher(ModelConfig(name=tiny, dtype="float32"))
+    make = partial(Distiller, ModelConfig(name=tiny), rollout=RecordedRollout())
+    live = gradients(monkeypatch, tmp_path, recorded, make(SelfTeacher()), precision=precision)
+    other = gradients(monkeypatch, tmp_path, recorded, make(frozen), precision=precision)
+    assert all(float(value.abs().sum()) > 0 for value in live.values())
+    assert relative_difference(live, other) < (1e-6 if precision == "32-true" else 5e-2)
+
+
+def test_a_step_changes_the_student_and_not_the_teacher(tmp_path, recorded, tiny):
+    distiller = Distiller(ModelConfig(name=tiny), FrozenTeacher(), rollout=RecordedRollout())
+    trainer(tmp_path, steps=2).fit(distiller, datamodule=recorded)
+    start = load_model(ModelConfig(name=tiny), torch.bfloat16)
+    for before, after in zip(start.parameters(), distiller.teacher.model.parameters(), strict=True):
+        assert torch.equal(before, after)
+    assert any(
+        not torch.equal(a.float(), b)
+        for a, b in zip(start.parameters(), distiller.student.model.parameters(), strict=True)
+    )
+    assert {id(p) for p in distiller.parameters()} == {id(p) for p in distiller.student.parameters()}
+
+
+def test_moving_average_follows_by_its_formula(tmp_path, recorded, tiny):
+    teacher = MovingAverageTeacher(decay=0.75)
+    optimizer = partial(torch.optim.SGD, lr=1.0)
+    distiller = Distiller(ModelConfig(name=tiny), teacher, rollout=RecordedRollout(), optimizer=optimizer)
+    trainer(tmp_path, steps=1).fit(distiller, datamodule=recorded)
+    start = load_model(ModelConfig(name=tiny), torch.float32)
+    trios = zip(start.parameters(), distiller.student.model.parameters(), teacher.model.parameters(), strict=True)
+    for before, student, average in trios:
+        assert_close(average.data, 0.75 * before.data + 0.25 * student.data)
+    assert set(teacher.state_dict()) == {"model"}
+
+
+def test_the_student_writes_without_the_context_and_the_teacher_with_it(tmp_path, batch, tiny):
+    distiller = Distiller(ModelConfig(name=tiny), FrozenTeacher(ModelConfig(name=tiny, dtype="float32")))
+    distiller.trainer = trainer(tmp_path)
+    distiller.configure_model()
+    student, teacher = distiller.student, distiller.teacher
+    greedy = Sampling(max_new_tokens=6, temperature=0.0)
+    written = {
+        "student": StudentRollout(greedy, dtype="float32").sample(student, teacher, batch),
+        "teacher": TeacherRollout(greedy).sample(student, teacher, batch),
+    }
+    for name, prompts in (("student", batch.student_prompts), ("teacher", batch.teacher_prompts)):
+        for prompt, response in zip(prompts, written[name].responses, strict=True):
+            assert response.tolist() == greedily(student.model, prompt, len(response))
+    assert [r.tolist() for r in written["student"].responses] != [r.tolist() for r in written["teacher"].responses]
+
+
+def test_the_low_precision_copy_follows_the_master_weights(batch, tiny):
+    distiller = Distiller(ModelConfig(name=tiny))
+    distiller.trainer = trainer(None)
+    distiller.configure_model()
+    rollout = StudentRollout(Sampling(max_new_tokens=4, temperature=0.0))
+    rollout.sample(distiller.student, distiller.teacher, batch)
+    copied = rollout._copy
+    with torch.no_grad():
+        for weight in distiller.student.parameters():
+            weight.add_(0.25)
+    rollout.sample(distiller.student, distiller.teacher, batch)
+    assert rollout._copy is copied  # in place: nothing is allocated again
+    for master, low in zip(distiller.student.model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(master.to(torch.bfloat16), low)
+    assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_clipped_tokens_have_no_gradient_and_top_k_reports_its_mass(monkeypatch, tmp_path, recorded, tiny, tiny_teacher):
+    teacher = FrozenTeacher(ModelConfig(name=tiny_teacher))
+    distiller = Distiller(ModelConfig(name=tiny), teacher, TopK(ReverseKL(), k=4), RecordedRollout(), max_nats=1e-6)
+    found = gradients(monkeypatch, tmp_path, recorded, distiller)
+    assert all(float(value.abs().max()) == 0 for value in found.values())
+    logged = distiller.trainer.callback_metrics
+    assert float(logged["train/clipped"]) == 1.0
+    assert 0 < float(logged["train/student_retained_mass"]) <= 1
+
+
+def test_training_lowers_the_divergence(tmp_path, rows, context, tiny, tiny_teacher):
+    """On-policy, with sampling: the student comes closer to a teacher of another size."""
+    data = ContextQueryDataModule(train=str(rows), val=str(rows), context=str(context))
+    optimizer = partial(torch.optim.AdamW, lr=3e-3)
+    rollout = StudentRollout(Sampling(max_new_tokens=8))
+    distiller = Distiller(ModelConfig(name=tiny), FrozenTeacher(ModelConfig(name=tiny_teacher)), rollout=rollout, optimizer=optimizer)
+    before = trainer(tmp_path).validate(distiller, datamodule=data)[0]["val/divergence"]
+    trainer(tmp_path, steps=30, limit_val_batches=0).fit(distiller, datamodule=data)
+    after = trainer(tmp_path).validate(distiller, datamodule=data)[0]["val/divergence"]
+    assert after < 0.7 * before
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"temperature": 0.0}, {"micro_batch_tokens": 0}, {"max_nats": -1.0}, {"gradient_clip_val": 0.0}]
+)
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError, match=f"model.{next(iter(arguments))} must be greater than 0"):
+        Distiller(**arguments)
+
+
+def greedily(model, prompt, steps):
+    """The likeliest continuation, one whole pass a token."""
+    ids = prompt
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids[None]).logits[0, -1:].argmax(-1)])
+    return ids[len(prompt) :].tolist()

@@ -1,0 +1,42 @@
+"""End of sequence, micro-batches, and the weights of the reductions."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from opcd.modules.trajectories import Trajectories, first_sequence, length_groups, token_weights
+
+
+def test_nothing_after_the_first_end_of_sequence_counts(batch):
+    responses = [torch.tensor([7, 8, 2, 9, 2, 2])] + [torch.tensor([5, 6])] * 7
+    trajectories = Trajectories.of(batch, responses, {2, 3})
+    assert trajectories.responses[0].tolist() == [7, 8, 2]
+    assert trajectories.ended == [True] + [False] * 7
+    assert trajectories.lengths.tolist() == [3] + [2] * 7
+
+
+def test_any_of_several_end_tokens_ends():
+    assert first_sequence(torch.tensor([7, 3, 2]), {2, 3}).tolist() == [7, 3]
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20), limit=st.integers(1, 200))
+def test_groups_hold_every_row_once_within_the_limit(sizes, limit):
+    groups = length_groups(sizes, limit)
+    assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(sizes[i] for i in group) <= limit
+
+
+def test_weights_by_hand():
+    lengths = torch.tensor([1, 3])
+    assert_close(token_weights(lengths, "token", lambda x: x), torch.tensor([1 / 4, 1 / 4], dtype=torch.float64))
+    assert_close(token_weights(lengths, "sequence", lambda x: x), torch.tensor([1 / 2, 1 / 6], dtype=torch.float64))
+
+
+def test_weights_of_two_ranks_sum_to_one():
+    ranks = [torch.tensor([1, 3]), torch.tensor([5, 2])]
+    for reduction in ("token", "sequence"):
+        sums = {"token": [11.0, 4.0], "sequence": [11.0, 4.0]}[reduction]
+        total = sum(float((token_weights(r, reduction, lambda _: torch.tensor(sums)) * r).sum()) for r in ranks)  # noqa: B023
+        assert abs(total - 1) < 1e-6

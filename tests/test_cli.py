@@ -1,0 +1,214 @@
+"""The command as users call it: what a run leaves, the four subcommands, and wrong input."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import ROWS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:.*number of training batches"),
+    pytest.mark.filterwarnings("ignore:.*is not available in the installed"),
+]
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture
+def fit(opcd, tiny, rows, context, tmp_path):
+    """Two steps of a tiny student under the fixed words of the command line."""
+
+    def run(*more: object) -> tuple[int, str]:
+        return opcd(
+            "fit",
+            *("--config", CONFIGS / "quickstart.yaml", "--model.student.name", tiny, "--data.train", rows),
+            *("--data.val", rows, "--data.context", context, "--trainer.max_steps", 2, "--seed_everything", 1),
+            *("--trainer.default_root_dir", tmp_path / "runs", *more),
+        )
+
+    return run
+
+
+def test_what_a_run_leaves(fit, tmp_path, tiny, tiny_teacher):
+    code, text = fit("--model.teacher.init_args.model.name", tiny_teacher, "--model.loss", "JSD")
+    assert code == 0, text
+    run = tmp_path / "runs" / "version_0"
+    assert sorted(file.name for file in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.csv",
+        "samples.jsonl",
+        "student",
+    ]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["loss"]["class_path"].endswith("JSD")
+    assert config["model"]["teacher"]["init_args"]["model"]["name"] == tiny_teacher
+    metrics = list(csv.DictReader((run / "metrics.csv").open()))
+    assert [row["step"] for row in metrics] == ["0", "1"]
+    for name in (
+        *("train/divergence", "train/tokens_per_s", "train/response_tokens", "train/ended", "train/student_entropy"),
+        *("train/teacher_entropy", "train/top1_agreement", "train/gradient_norm", "memory/peak_mib", "seconds/step"),
+        *("seconds/rollout", "seconds/teacher", "seconds/student", "seconds/optimizer"),
+    ):
+        assert float(metrics[1][name]) >= 0, name
+    samples = [json.loads(line) for line in (run / "samples.jsonl").open()]
+    assert [(s["step"], s["context"]) for s in samples] == [(0, False)] * 6 + [(0, True)] * 6 + [(2, False)] * 6
+    assert "without context, before: " in " ".join(text.split())
+    card = (run / "student" / "README.md").read_text()
+    assert f"| base | {tiny} |" in card and "| steps | 2 |" in card and "JSD(beta=0.5)" in card and tiny_teacher in card
+
+
+def test_the_exported_student_is_the_trained_one(fit, tmp_path, tiny):
+    assert fit()[0] == 0
+    run = tmp_path / "runs" / "version_0"
+    exported = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert {name.removeprefix("student.model.") for name in checkpoint} == set(start)  # no frozen teacher in it
+    assert any(not torch.equal(start[name], exported[name]) for name in start)
+    for name, weight in exported.items():
+        assert torch.equal(weight, checkpoint[f"student.model.{name}"])
+    assert AutoTokenizer.from_pretrained(run / "student").chat_template
+
+
+def test_a_run_is_the_same_with_the_same_seed_and_another_with_another(fit, tmp_path):
+    for seed in (1, 1, 2):
+        assert fit("--seed_everything", seed)[0] == 0
+    values = []
+    for number in range(3):
+        rows = csv.DictReader((tmp_path / "runs" / f"version_{number}" / "metrics.csv").open())
+        values.append([row["train/divergence"] for row in rows])
+    assert values[0] == values[1] != values[2]
+
+
+def test_validate_test_and_predict(opcd, fit, tmp_path, rows, context):
+    assert fit()[0] == 0
+    student = tmp_path / "runs" / "version_0" / "student"
+    common = ("--model.student.name", student, "--data.context", context, "--trainer.default_root_dir", tmp_path / "eval")
+    common += ("--model.rollout.init_args.sampling.max_new_tokens", 4, "--model.answer.max_new_tokens", 4)
+    for command, source in (("validate", "val"), ("test", "test")):
+        code, text = opcd(command, *common, f"--data.{source}", rows)
+        assert code == 0, text
+        assert f"{source}/divergence" in text
+    code, text = opcd("predict", *common, "--data.predict", rows)
+    assert code == 0, text
+    (file,) = (tmp_path / "eval").glob("*/predictions.jsonl")
+    answers = [json.loads(line) for line in file.open()]
+    assert sorted((a["query"], a["context"]) for a in answers) == sorted(
+        (row["query"], with_context) for row in ROWS for with_context in (False, True)
+    )
+
+
+def test_resume_from_a_checkpoint(fit, tmp_path):
+    assert fit()[0] == 0
+    code, text = fit("--ckpt_path", tmp_path / "runs/version_0/checkpoints/last.ckpt", "--trainer.max_steps", 3)
+    assert code == 0, text
+    assert len((tmp_path / "runs/version_1/metrics.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.train", "missing.jsonl"], "data.train"),
+        (["--data.context", "missing.txt"], "data.context"),
+        (["--model.loss", "NoSuchLoss"], "model.loss"),
+        (["--model.loss.init_args.beta", "1.0", "--model.loss", "JSD"], "JSD"),
+        (["--trainer.max_stepss", "3"], "max_stepss"),
+        (["--model.student.name", "org/model"], "model.student.name: org/model is not on this machine"),
+        (["--model.student.name", "smollm2-135"], "did you mean smollm2-135m"),
+        (["--model.student.name", "/"], "model.student.name: / is no model folder"),
+        (["--model.student.revision", "main"], "model.student.revision"),
+        (["--model.rollout", "RecordedRollout"], "model.rollout is RecordedRollout"),
+        (["--model.micro_batch_tokens", "0"], "model.micro_batch_tokens"),
+        (["--model.rollout.init_args.sampling.temperature", "-1"], "temperature"),
+        (["--model.rollout.init_args.sampling.max_new_tokens", "600"], "model.student.name"),
+        (["--trainer.gradient_clip_val", "1.0"], "gradient_clip_val"),
+        (["--trainer.precision", "16-true"], "trainer.precision"),
+        (["--trainer.default_root_dir", "/proc/nowhere"], "trainer.default_root_dir"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_message_and_exit_code_2(fit, tmp_path, words, message):
+    code, text = fit(*words)
+    assert code == 2
+    assert "Traceback" not in text
+    error = [line for line in text.splitlines() if line.startswith("opcd: error: ")]
+    assert len(error) == 1
+    assert message in text[text.index("opcd: error: ") :]
+    assert not list((tmp_path / "runs").glob("*"))  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"query": "a"}', "{not json"], "rows.jsonl:2"),
+        (['{"query": "a"}', '{"query": " "}'], "rows.jsonl:2"),
+        (['{"qery": "a"}'], "rows.jsonl:1"),
+        ([], "no rows"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(fit, rows, lines, message):
+    rows.write_text("\n".join(lines))
+    code, text = fit()
+    assert code == 2
+    assert message in text
+
+
+def test_a_context_longer_than_the_window(fit, context):
+    context.write_text("word " * 600)
+    code, text = fit()
+    assert code == 2
+    assert "takes 512 tokens" in text and "data.max_context_tokens" in text
+
+
+def test_vocabularies_that_do_not_match(fit, tiny, tmp_path):
+    tokenizer = json.loads((Path(tiny) / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = list(vocabulary)[1000:1002]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in Path(tiny).iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, text = fit("--model.teacher.init_args.model.name", other)
+    assert code == 2
+    assert "model.student.name" in text and "model.teacher.init_args.model.name" in text
+
+
+def test_debug_shows_the_traceback(fit):
+    code, text = fit("--debug", "--data.train", "missing.jsonl")
+    assert code == 2
+    assert "Traceback" in text
+
+
+def test_every_recipe_parses(opcd, capsys):
+    for file in sorted(CONFIGS.glob("*.yaml")):
+        base = ["--config", CONFIGS / "cross_size.yaml"] if file.stem == "cross_size_cpu" else []
+        with pytest.raises(SystemExit) as raised:
+            opcd("fit", *base, "--config", file, "--print_config")
+        assert raised.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "off_policy", "system_prompt"])
+def test_the_small_recipes_run_a_step(opcd, recipe, tmp_path, tiny, monkeypatch):
+    """As they stand, but for a tiny student: each runs with the packaged model in `make test-slow`."""
+    monkeypatch.chdir(CONFIGS.parent)
+    words = ("--config", CONFIGS / f"{recipe}.yaml", "--trainer.default_root_dir", tmp_path, "--trainer.max_steps", 1)
+    code, text = opcd("fit", *words, "--model.student.name", tiny)
+    assert code == 0, text
+
+
+def test_doctor(opcd):
+    code, text = opcd("doctor")
+    assert code == 0
+    for word in ("torch", "CPU:", "smollm2-135m", "the hub"):
+        assert word in text
