@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opcd.callbacks import AnswerSamples, ExportStudent, PredictionWriter, StepProgress
 from opcd.data import ContextQueryDataModule
@@ -29,7 +29,7 @@ DESCRIPTION = """On-policy context distillation: put a context into a language m
 opcd doctor shows what is installed here, which devices and models there are, and what is missing."""
 RUN_FOLDER = "OPCD_RUN_FOLDER"  # how the ranks that the first one starts learn of its folder
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -83,7 +83,9 @@ class Command(LightningCLI):
             own.append(StepProgress())
         if config["enable_checkpointing"] is not False:
             own.append(
-                ModelCheckpoint(self.run_folder / "checkpoints", filename="{step}", every_n_train_steps=100, save_last=True)
+                ModelCheckpoint(
+                    self.run_folder / "checkpoints", filename="{step}", every_n_train_steps=100, save_last=True
+                )
             )
         if self.subcommand == "fit":
             own.append(AnswerSamples())
@@ -179,7 +181,7 @@ def _keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_MMAP_THRESHOLD, 64 * 2**20)  # larger blocks go back at once: they would fragment the heap
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -202,7 +204,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*The .lr_scheduler.step... call.*")
-    warnings.filterwarnings("ignore", message=".*The number of training batches .* is smaller than the logging interval.*")
+    warnings.filterwarnings(
+        "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
+    )
 
 
 if __name__ == "__main__":

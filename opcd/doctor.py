@@ -1,4 +1,4 @@
-"""`opcd doctor`: what is installed here, which devices and models there are, and what to install for what is missing."""
+"""`opcd doctor`: what is installed here, which devices and models there are, and what is missing."""
 
 import argparse
 import importlib.metadata
@@ -43,7 +43,9 @@ def _packages() -> Iterator[tuple[bool | None, str]]:
         yield version is not None, f"{name} {version}" if version else f"{name}: pip install {name}"
     for name, (purpose, extra) in OPTIONAL.items():
         version = _version(name)
-        text = f"{name} {version}" if version else f"{name} is not installed; for {purpose}: pip install 'opcd[{extra}]'"
+        text = (
+            f"{name} {version}" if version else f"{name} is not installed; for {purpose}: pip install 'opcd[{extra}]'"
+        )
         yield (True if version else None), text
 
 

@@ -69,7 +69,7 @@ def _convert(file: Path, target: Path) -> None:
         )
         # transformers goes on to treat the dense weights as quantized, and would refuse to save or train them.
         model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer, model.is_quantized = None, False
+        vars(model).update(hf_quantizer=None, is_quantized=False)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "opcd.json").write_text(json.dumps({"gguf": file.name, "sha256": _hashes(folder)}, indent=1))

@@ -94,7 +94,8 @@ def load_model(
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def context_window(config: ModelConfig, key: str = "model.student") -> int | None:

@@ -91,7 +91,14 @@ def test_a_run_is_the_same_with_the_same_seed_and_another_with_another(fit, tmp_
 def test_validate_test_and_predict(opcd, fit, tmp_path, rows, context):
     assert fit()[0] == 0
     student = tmp_path / "runs" / "version_0" / "student"
-    common = ("--model.student.name", student, "--data.context", context, "--trainer.default_root_dir", tmp_path / "eval")
+    common = (
+        "--model.student.name",
+        student,
+        "--data.context",
+        context,
+        "--trainer.default_root_dir",
+        tmp_path / "eval",
+    )
     common += ("--model.rollout.init_args.sampling.max_new_tokens", 4, "--model.answer.max_new_tokens", 4)
     for command, source in (("validate", "val"), ("test", "test")):
         code, text = opcd(command, *common, f"--data.{source}", rows)

@@ -75,14 +75,14 @@ class ExportStudent(Callback):
 def model_card(trainer: Trainer, distiller: Distiller) -> str:
     """What a reader must know to make this student again."""
     datamodule = getattr(trainer, "datamodule", None)
-    known = isinstance(datamodule, ContextQueryDataModule)
+    data = datamodule if isinstance(datamodule, ContextQueryDataModule) else None
     base, teacher = distiller.student_config.name, distiller.teacher
     model = f" of {(teacher.config.name if teacher.config else base)}" if isinstance(teacher, FrozenTeacher) else ""
     return CARD.format(
         base=base,
         teacher=type(teacher).__name__ + model,
-        context=datamodule.context_hash if known else "unknown",
-        data=datamodule.sources["train"] if known else "unknown",
+        context=data.context_hash if data else "unknown",
+        data=data.sources["train"] if data else "unknown",
         loss=distiller.loss,
         temperature=distiller.temperature,
         reduction=distiller.reduction,

@@ -29,7 +29,9 @@ class AnswerSamples(Callback):
 
     def __init__(self, queries: int = 6, every_n_steps: int | None = None) -> None:
         if queries < 1 or (every_n_steps is not None and every_n_steps < 1):
-            raise ValueError(f"AnswerSamples wants queries >= 1 and every_n_steps >= 1 or null, got {queries}, {every_n_steps}")
+            raise ValueError(
+                f"AnswerSamples wants queries >= 1 and every_n_steps >= 1 or null, got {queries}, {every_n_steps}"
+            )
         self.queries, self.every_n_steps = queries, every_n_steps
         self.rows: list[dict[str, Any]] = []
         self._batch: Batch | None = None
@@ -38,7 +40,9 @@ class AnswerSamples(Callback):
         """Ask without and with the context."""
         datamodule = getattr(trainer, "datamodule", None)
         if not isinstance(datamodule, ContextQueryDataModule):
-            raise UserError("AnswerSamples needs a ContextQueryDataModule: remove the callback or pass one to the trainer")
+            raise UserError(
+                "AnswerSamples needs a ContextQueryDataModule: remove the callback or pass one to the trainer"
+            )
         split = "val" if datamodule.sources["val"] else "train"
         examples = datamodule.examples(split)[: self.queries]
         self._batch = datamodule.encode(examples)

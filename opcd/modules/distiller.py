@@ -97,7 +97,9 @@ class Distiller(LightningModule):
     def setup(self, stage: str) -> None:
         """Check what can be known before a model is loaded."""
         if str(self.trainer.precision).startswith("16"):
-            raise UserError("trainer.precision: float16 needs loss scaling, which is not here; use bf16-mixed or 32-true")
+            raise UserError(
+                "trainer.precision: float16 needs loss scaling, which is not here; use bf16-mixed or 32-true"
+            )
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ContextQueryDataModule):
             splits = [split for split in STAGES[stage] if datamodule.sources[split]]
@@ -207,7 +209,7 @@ class Distiller(LightningModule):
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
         if self.lr_scheduler is not None:
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+            self.lr_schedulers().step()  # type: ignore[union-attr]
         self.teacher.after_step(self.student)
         return norm
 
@@ -240,20 +242,24 @@ class Distiller(LightningModule):
         self.log_dict(kept, batch_size=len(trajectories), sync_dist=several)
 
     def _all_sum(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")  # type: ignore[no-any-return]
+        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
 
     def _check_window(self, student_prompt: int, teacher_prompt: int, stage: str) -> None:
         new = self.answer.max_new_tokens if stage == "predict" else self.rollout.max_new_tokens
         teacher = getattr(self.teacher, "config", None)
         for config, key, prompt in (
             (self.student_config, "model.student", student_prompt),
-            (teacher or self.student_config, "model.teacher.init_args.model" if teacher else "model.student", teacher_prompt),
+            (
+                teacher or self.student_config,
+                "model.teacher.init_args.model" if teacher else "model.student",
+                teacher_prompt,
+            ),
         ):
             window = context_window(config, key)
             if window is not None and prompt + new > window:
                 raise UserError(
                     f"{key}.name: {config.name} takes {window} tokens, but the longest prompt has {prompt} and up to "
-                    f"{new} are added; shorten the context (data.max_context_tokens, data.overlong_context) or the response"
+                    f"{new} are added; shorten the context (data.max_context_tokens, data.overlong_context)"
                 )
 
 

@@ -50,7 +50,7 @@ class Sampling:
 def generate(
     model: PreTrainedModel, prompts: list[Tensor], sampling: Sampling, eos_ids: set[int], pad_id: int
 ) -> list[Tensor]:
-    """One response a prompt: B tensors [P] of token ids -> B tensors [R] on the model's device, 1 <= R <= max_new_tokens.
+    """One response a prompt: B tensors [P] of token ids -> B tensors [R], 1 <= R <= max_new_tokens.
 
     Each response ends with its first end-of-sequence token or at the limit. Draws come from torch's default generator.
     Leave `requires_grad` of the model's weights on: without it, torch copies the head once a row to project the last
@@ -60,7 +60,7 @@ def generate(
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
     mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts])
     with eval_mode(model), own_precision(model):
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             input_ids=ids.to(model.device),
             attention_mask=mask.long().to(model.device),
             generation_config=sampling.generation_config(eos_ids, pad_id),

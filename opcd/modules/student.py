@@ -58,7 +58,7 @@ class Student(nn.Module):
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that plain `transformers` loads: weights (in `dtype`, or as they are), tokenizer, template."""
-        own = self.model.config.dtype
+        own: torch.dtype = self.model.dtype
         dtype = dtype or own
         casts: dict[int, Tensor] = {}  # by address, so that tied weights stay one tensor
         for weight in self.model.state_dict().values():

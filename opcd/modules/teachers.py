@@ -73,7 +73,8 @@ class FrozenTeacher(Teacher):
 
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         key = "model.teacher.init_args.model" if self.config else "model.student"
-        self._model = load_model(self.config or student_config, torch.bfloat16, key).to(device)
+        self._model = load_model(self.config or student_config, torch.bfloat16, key)
+        self._model.to(device)  # type: ignore[arg-type]
         check_head(self._model, f"{key}.name")
 
     @property
@@ -117,8 +118,8 @@ class MovingAverageTeacher(Teacher):
 
     @torch.no_grad()
     def after_step(self, student: Student) -> None:
-        averages, weights = list(self.model.parameters()), list(student.model.parameters())
-        torch._foreach_lerp_(averages, [weight.float() for weight in weights], 1 - self.decay)
+        averages: list[Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(averages, [weight.float() for weight in student.model.parameters()], 1 - self.decay)
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict()}

@@ -42,7 +42,7 @@ class Trajectories:
     def joined(cls, parts: list[Trajectories]) -> Trajectories:
         """The rows of all parts, one part after the other."""
         names = ("student_prompts", "teacher_prompts", "responses", "ended")
-        return cls(*([row for part in parts for row in getattr(part, name)] for name in names))  # type: ignore[arg-type]
+        return cls(*([row for part in parts for row in getattr(part, name)] for name in names))
 
     def __len__(self) -> int:
         return len(self.responses)

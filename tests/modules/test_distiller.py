@@ -30,14 +30,25 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is not available in the installed"),
 ]
 
-RESPONSES = ["It is two.", "Yes, of course I know that: four!", "Six", "8", "Ten, I think.", "12 it is", "Well", "Sixteen."]
+RESPONSES = [
+    "It is two.",
+    "Yes, of course I know that: four!",
+    "Six",
+    "8",
+    "Ten, I think.",
+    "12 it is",
+    "Well",
+    "Sixteen.",
+]
 
 
 @pytest.fixture
 def recorded(tmp_path, context):
     """Eight queries with responses of different lengths."""
     rows = [{"query": f"What is {n} + {n}?", "response": text} for n, text in enumerate(RESPONSES)]
-    return ContextQueryDataModule(train=str(write_rows(tmp_path / "r.jsonl", rows)), context=str(context), shuffle=False)
+    return ContextQueryDataModule(
+        train=str(write_rows(tmp_path / "r.jsonl", rows)), context=str(context), shuffle=False
+    )
 
 
 def trainer(tmp_path, steps=1, **options):
@@ -199,7 +210,9 @@ def test_the_low_precision_copy_follows_the_master_weights(batch, tiny):
     assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_clipped_tokens_have_no_gradient_and_top_k_reports_its_mass(monkeypatch, tmp_path, recorded, tiny, tiny_teacher):
+def test_clipped_tokens_have_no_gradient_and_top_k_reports_its_mass(
+    monkeypatch, tmp_path, recorded, tiny, tiny_teacher
+):
     teacher = FrozenTeacher(ModelConfig(name=tiny_teacher))
     distiller = Distiller(ModelConfig(name=tiny), teacher, TopK(ReverseKL(), k=4), RecordedRollout(), max_nats=1e-6)
     found = gradients(monkeypatch, tmp_path, recorded, distiller)
@@ -214,7 +227,9 @@ def test_training_lowers_the_divergence(tmp_path, rows, context, tiny, tiny_teac
     data = ContextQueryDataModule(train=str(rows), val=str(rows), context=str(context))
     optimizer = partial(torch.optim.AdamW, lr=3e-3)
     rollout = StudentRollout(Sampling(max_new_tokens=8))
-    distiller = Distiller(ModelConfig(name=tiny), FrozenTeacher(ModelConfig(name=tiny_teacher)), rollout=rollout, optimizer=optimizer)
+    distiller = Distiller(
+        ModelConfig(name=tiny), FrozenTeacher(ModelConfig(name=tiny_teacher)), rollout=rollout, optimizer=optimizer
+    )
     before = trainer(tmp_path).validate(distiller, datamodule=data)[0]["val/divergence"]
     trainer(tmp_path, steps=30, limit_val_batches=0).fit(distiller, datamodule=data)
     after = trainer(tmp_path).validate(distiller, datamodule=data)[0]["val/divergence"]
