@@ -53,6 +53,7 @@ class StudentRollout(Rollout):
         responses = generate(model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
         return Trajectories.of(batch, responses, student.eos_ids)
 
+    @torch.inference_mode(mode=False)  # validation may come first, and its tensors could never be written again
     @torch.no_grad()
     def _synchronised(self, master: PreTrainedModel) -> PreTrainedModel:
         if master.dtype == self.dtype:

@@ -1,0 +1,76 @@
+"""Models: the packaged one, GGUF conversion into the cache, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from opcd import gguf
+from opcd.errors import UserError
+from opcd.models import PACKAGED, ModelConfig, context_window, load_model, load_tokenizer, resolve
+
+
+def test_the_packaged_model_answers():
+    model, tokenizer = load_model(ModelConfig(), torch.float32), load_tokenizer(ModelConfig())
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = tokenizer.decode(model.generate(**ids, max_new_tokens=10, do_sample=False)[0])
+    assert "Paris" in answer
+    assert context_window(ModelConfig()) == 8192
+    assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize(("asked", "found"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_dtype(tiny, asked, found):
+    assert load_model(ModelConfig(name=tiny, dtype=asked), torch.float32).dtype == found
+
+
+def test_two_processes_convert_once_and_a_damaged_copy_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path))
+    code = "from opcd.models import ModelConfig, resolve; print(resolve(ModelConfig()))"
+    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    folders = {process.communicate(timeout=200)[0].splitlines()[-1] for process in both}
+    assert len(folders) == 1 and [process.returncode for process in both] == [0, 0]
+    folder = gguf.converted(gguf.packaged_file(), "packaged")
+    assert str(folder) in folders and gguf._intact(folder)
+    weights = folder / "model.safetensors"
+    written = weights.read_bytes()
+    weights.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
+    assert not gguf._intact(folder)
+    assert resolve(ModelConfig()) == str(folder)
+    assert weights.read_bytes() == written
+    assert [file.name for file in (tmp_path / "models").iterdir() if file.name.startswith(".conv")] == []
+
+
+def test_a_file_that_is_no_gguf(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"not a model")
+    with pytest.raises(UserError, match=r"model\.student: cannot convert .*broken\.gguf"):
+        resolve(ModelConfig(name=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere/model", "the hub cannot be reached"),
+        ("smollm2", f"did you mean {PACKAGED}"),
+        ("a/b/c", "no model 'a/b/c'"),
+    ],
+)
+def test_names_that_are_no_model(name, message):
+    with pytest.raises(UserError, match=message):
+        resolve(ModelConfig(name=name))
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        resolve(ModelConfig(name=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        resolve(ModelConfig(name=str(tmp_path)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match=r"model\.student\.name: cannot load"):
+        load_model(ModelConfig(name=str(tmp_path)))
