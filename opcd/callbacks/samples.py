@@ -1,6 +1,7 @@
 """Answers to a few fixed queries: before training, every n steps, and at the end."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class AnswerSamples(Callback):
 
     Every answer is a line of `samples.jsonl` in the run's folder: step, query, reference, context (whether the prompt
     held it), answer. A table of before and after is printed at the end. An answer is called right where it contains
-    the reference, in any case; queries without a reference are shown and not counted.
+    the reference as a whole word, in any case; queries without a reference are shown and not counted.
 
     Args:
         queries: how many queries.
@@ -84,8 +85,10 @@ def query_text(query: str | list[dict[str, str]]) -> str:
 
 
 def right(row: dict[str, Any]) -> bool:
-    """Whether the answer contains the reference, in any case."""
-    return row["reference"] is not None and str(row["reference"]).casefold() in str(row["answer"]).casefold()
+    """Whether the answer contains the reference as a whole word or words, in any case: 14 is not in 140."""
+    if row["reference"] is None:
+        return False
+    return re.search(rf"(?<!\w){re.escape(row['reference'])}(?!\w)", row["answer"], re.IGNORECASE) is not None
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:

@@ -19,7 +19,7 @@ from opcd.losses.head import Head, Projection, as_head
 LogitsFunction = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """(student_logits, teacher_logits), each [n, V] -> tensors [n]; only the first one's gradient is used."""
 
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 64 * 2**20
 """The default size of one model's logits of one chunk, in bytes."""
 
 

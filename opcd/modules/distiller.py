@@ -26,6 +26,7 @@ from opcd.data import Batch, ContextQueryDataModule
 from opcd.data.module import STAGES
 from opcd.errors import UserError
 from opcd.losses import Divergence, ReverseKL, TopK, chunked, clip_nats, entropy, top1_agreement
+from opcd.memory import give_back
 from opcd.models import ModelConfig, context_window
 from opcd.modules.generation import Sampling
 from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib
@@ -172,6 +173,7 @@ class Distiller(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the teacher's state where it cannot be loaded again; a frozen teacher stays out."""
+        give_back()  # Lightning builds the file in memory: a copy of weights and optimizer
         if state := self.teacher.state_dict():
             checkpoint["teacher"] = state
 

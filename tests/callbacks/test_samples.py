@@ -12,6 +12,8 @@ def row(step, context, answer, reference="Odalys"):
 def test_right_is_the_reference_inside_the_answer_in_any_case():
     assert right(row(0, False, "It is ODALYS."))
     assert not right(row(0, False, "It is Marta."))
+    assert not right(row(0, False, "It costs 140 crowns.", reference="14"))
+    assert right(row(0, False, "It costs 14 crowns.", reference="14"))
     assert not right(row(0, False, "Odalys", reference=None))
 
 
