@@ -93,9 +93,9 @@ def right(row: dict[str, Any]) -> bool:
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     """Before, after and with the context, side by side, with the counts of right answers."""
-    last = max(row["step"] for row in rows)
+    first, last = (bound(row["step"] for row in rows) for bound in (min, max))  # a resumed run does not begin at 0
     columns = {
-        "without context, before": [row for row in rows if row["step"] == 0 and not row["context"]],
+        "without context, before": [row for row in rows if row["step"] == first and not row["context"]],
         f"without context, after {last} steps": [row for row in rows if row["step"] == last and not row["context"]],
         "with context, before": [row for row in rows if row["context"]],
     }
