@@ -134,7 +134,7 @@ def run(args: list[str]) -> None:
             parser_kwargs={"description": DESCRIPTION, "exit_on_error": False}
             | {name: {"exit_on_error": False} for name in LightningCLI.subcommands()},
         )
-    except Exception:
+    except (UserError, MisconfigurationException, ArgumentError):  # a crash keeps what was written
         _remove_unused_folder(command)
         raise
     finally:
@@ -144,7 +144,9 @@ def run(args: list[str]) -> None:
 def _remove_unused_folder(command: Command) -> None:
     """Leave nothing behind of a run that was refused before its first step."""
     trainer = getattr(command, "trainer", None)
-    if getattr(command, "run_folder_is_new", False) and (trainer is None or trainer.global_step == 0):
+    if not getattr(command, "run_folder_is_new", False) or any(command.run_folder.glob("predictions*.jsonl")):
+        return
+    if trainer is None or trainer.global_step == 0:
         shutil.rmtree(command.run_folder, ignore_errors=True)
 
 
