@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import shutil
 import sys
 import traceback
@@ -16,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from opcd.callbacks import AnswerSamples, ExportStudent, PredictionWriter, StepProgress
 from opcd.data import ContextQueryDataModule
@@ -26,7 +26,6 @@ from opcd.modules import Distiller, FrozenTeacher, StudentRollout
 DESCRIPTION = """On-policy context distillation: put a context into a language model's weights.
 
 opcd doctor shows what is installed here, which devices and models there are, and what is missing."""
-RUN_FOLDER = "OPCD_RUN_FOLDER"  # how the ranks that the first one starts learn of its folder
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -55,9 +54,9 @@ class Command(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes into a folder of its own."""
         config = self._get(self.config_init, "trainer")
-        self.run_folder = claim_folder(Path(config["default_root_dir"]))
-        self.run_folder_is_new = RUN_FOLDER not in os.environ
-        os.environ[RUN_FOLDER] = str(self.run_folder)
+        root = Path(config["default_root_dir"])
+        # Rank 0 claims the folder; the others learn of it from Lightning, which broadcasts `trainer.log_dir`.
+        self.run_folder = rank_zero_only(claim_folder, default=root)(root)
         callbacks = config["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         kwargs |= {
@@ -97,8 +96,6 @@ def _teacher_model(teacher: Any) -> Any:
 
 def claim_folder(root: Path) -> Path:
     """Make the next free folder version_N under `root`: by mkdir, so that two runs never share one."""
-    if RUN_FOLDER in os.environ:
-        return Path(os.environ[RUN_FOLDER])
     try:
         root.mkdir(parents=True, exist_ok=True)
         number = 0
@@ -137,17 +134,15 @@ def run(args: list[str]) -> None:
     except (UserError, MisconfigurationException, ArgumentError):  # a crash keeps what was written
         _remove_unused_folder(command)
         raise
-    finally:
-        os.environ.pop(RUN_FOLDER, None)
 
 
 def _remove_unused_folder(command: Command) -> None:
     """Leave nothing behind of a run that was refused before its first step."""
-    trainer = getattr(command, "trainer", None)
-    if not getattr(command, "run_folder_is_new", False) or any(command.run_folder.glob("predictions*.jsonl")):
+    trainer, folder = getattr(command, "trainer", None), getattr(command, "run_folder", None)
+    if folder is None or any(folder.glob("predictions*.jsonl")):
         return
     if trainer is None or trainer.global_step == 0:
-        shutil.rmtree(command.run_folder, ignore_errors=True)
+        rank_zero_only(shutil.rmtree)(folder, ignore_errors=True)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -1,17 +1,31 @@
-"""What glibc does with freed memory on a CPU: keep it for the next pass, give it back before a checkpoint."""
+"""What glibc does with freed memory on a CPU: keep some for the next step, give the rest back to the kernel."""
 
 import ctypes
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 GLIBC = platform.libc_ver()[0] == "glibc"
+KEPT = 2 * 2**30
+"""Free bytes that the heap may hold from one step to the next."""
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's struct mallinfo2 (2.33 and later)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
 
 
 def keep_freed_blocks() -> None:
     """Let glibc keep freed blocks under 32 MiB instead of giving them back to the kernel after every pass.
 
     The pages of a step's activations would be mapped and zeroed anew each time (docs/log.md). Larger blocks go back at
-    once: they would fragment the heap. Does nothing where the C library is not glibc.
+    once. Does nothing where the C library is not glibc.
     """
     if GLIBC:
         libc = ctypes.CDLL(None)
@@ -19,7 +33,18 @@ def keep_freed_blocks() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back() -> None:
-    """Return all free pages to the kernel."""
-    if GLIBC:
+def give_back(beyond: int = 0) -> None:
+    """Return the heap's free pages to the kernel where there are more than `beyond` bytes of them.
+
+    Blocks of many sizes fragment the heap: without this it grows by as much as a gigabyte a step (docs/log.md).
+    """
+    if GLIBC and _free_bytes() > beyond:
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _free_bytes() -> int:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return 2**62  # unknown: taken for many
+    libc.mallinfo2.restype = _Mallinfo2
+    return int(libc.mallinfo2().fordblks)

@@ -71,6 +71,20 @@ def test_the_exported_student_is_the_trained_one(fit, tmp_path, tiny):
     assert AutoTokenizer.from_pretrained(run / "student").chat_template
 
 
+def test_the_student_is_exported_on_the_way_where_asked(fit, tmp_path):
+    export = {"class_path": "opcd.callbacks.ExportStudent", "init_args": {"every_n_steps": 1}}
+    overlay = tmp_path / "export.yaml"
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [export]}}))
+    code, text = fit("--config", overlay)
+    assert code == 0, text
+    run = tmp_path / "runs" / "version_0"
+    folders = ("student-step=1", "student-step=2", "student")
+    first, second, last = (AutoModelForCausalLM.from_pretrained(run / name).state_dict() for name in folders)
+    assert all(torch.equal(second[name], last[name]) for name in last)
+    assert any(not torch.equal(first[name], last[name]) for name in last)
+    assert "| steps | 1 |" in (run / "student-step=1" / "README.md").read_text()
+
+
 def test_a_run_is_the_same_with_the_same_seed_and_another_with_another(fit, tmp_path):
     for seed in (1, 1, 2):
         assert fit("--seed_everything", seed)[0] == 0
@@ -167,6 +181,13 @@ def test_a_context_longer_than_the_window(fit, context):
     code, text = fit()
     assert code == 2
     assert "takes 512 tokens" in text and "data.max_context_tokens" in text
+
+
+def test_a_recorded_response_longer_than_the_window(fit, rows):
+    rows.write_text(json.dumps({"query": "Say it.", "response": "word" + " word" * 599}) + "\n")
+    code, text = fit("--model.rollout", "RecordedRollout")
+    assert code == 2, text
+    assert "takes 512 tokens" in text and "up to 601 are added" in text
 
 
 def test_vocabularies_that_do_not_match(fit, tiny, tmp_path):

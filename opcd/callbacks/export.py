@@ -3,14 +3,14 @@
 import shlex
 import shutil
 import sys
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoConfig
 
+from opcd.callbacks.folder import run_folder
 from opcd.data import ContextQueryDataModule
 from opcd.models import resolve
 from opcd.modules import Distiller, FrozenTeacher
@@ -43,18 +43,36 @@ class ExportStudent(Callback):
 
     Args:
         dtype: type of the written weights; auto takes that of the model it was made from.
+        every_n_steps: write `student-step=N/` too, every so many optimizer steps; null writes at the end only.
     """
 
-    def __init__(self, dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto") -> None:
-        self.dtype = dtype
+    def __init__(
+        self, dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", every_n_steps: int | None = None
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"ExportStudent wants every_n_steps >= 1 or null, got {every_n_steps}")
+        self.dtype, self.every_n_steps = dtype, every_n_steps
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn where to write."""
+        self._folder = run_folder(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Write a folder of this step where one is due."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._write(trainer, pl_module, f"student-step={trainer.global_step}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the trained student."""
+        self._write(trainer, pl_module, "student")
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         """Write beside the target first, then rename: the folder is whole or not there."""
         assert isinstance(pl_module, Distiller)
         if not trainer.is_global_zero:
             return
-        target = Path(trainer.default_root_dir) / "student"
-        scratch = target.with_name(".student-being-written")
+        target = self._folder / name
+        scratch = target.with_name(f".{name}-being-written")
         shutil.rmtree(scratch, ignore_errors=True)
         pl_module.student.save(scratch, self._dtype(pl_module))
         (scratch / "README.md").write_text(model_card(trainer, pl_module), encoding="utf-8")

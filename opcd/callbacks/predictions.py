@@ -1,12 +1,13 @@
 """Answers of `opcd predict` as JSONL."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+
+from opcd.callbacks.folder import run_folder
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -15,17 +16,18 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__("batch")
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn where to write."""
+        rank = f"-{trainer.global_rank}" if trainer.global_rank else ""
+        self._file = run_folder(trainer) / f"predictions{rank}.jsonl"
+
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Write the rows of one batch."""
-        with self._file(trainer).open("a", encoding="utf-8") as stream:
+        with self._file.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the answers are."""
-        rank_zero_info(f"answers written to {self._file(trainer)}")
-
-    def _file(self, trainer: Trainer) -> Path:
-        rank = f"-{trainer.global_rank}" if trainer.global_rank else ""
-        return Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
+        rank_zero_info(f"answers written to {self._file}")

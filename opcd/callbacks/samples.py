@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 
+from opcd.callbacks.folder import run_folder
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.modules import Distiller
@@ -36,6 +36,10 @@ class AnswerSamples(Callback):
         self.queries, self.every_n_steps = queries, every_n_steps
         self.rows: list[dict[str, Any]] = []
         self._batch: Batch | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn where to write."""
+        self._file = run_folder(trainer) / "samples.jsonl"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask without and with the context."""
@@ -73,9 +77,8 @@ class AnswerSamples(Callback):
             row = {"step": trainer.global_step, "query": query_text(example.query), "reference": example.reference}
             self.rows.append({**row, "context": context, "answer": answer})
         if trainer.is_global_zero:
-            file = Path(trainer.default_root_dir) / "samples.jsonl"
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows[-len(answers) :]]
-            with file.open("a", encoding="utf-8") as stream:
+            with self._file.open("a", encoding="utf-8") as stream:
                 stream.writelines(lines)
 
 

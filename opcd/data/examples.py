@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant", "tool")
 ACCEPTED = "accepted are {query, context, response, reference}, {prompt, completion, privileged_context}, DAPO-Math-17k"
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's true-precision plugins copy batches field by field
 class Example:
     """A query, and what is known about it.
 

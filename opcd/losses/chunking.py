@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from opcd.losses.checks import check_device, check_floating, check_positive
 from opcd.losses.divergences import Divergence
 from opcd.losses.head import Head, Projection, as_head
+from opcd.losses.log_probs import log_probs
 
-LogitsFunction = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""(student_logits, teacher_logits), each [n, V] -> tensors [n]; only the first one's gradient is used."""
+LogProbsFunction = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""(student_log_probs, teacher_log_probs), each [n, V] -> tensors [n]; only the first one's gradient is used."""
 
 CHUNK_BYTES = 64 * 2**20
 """The default size of one model's logits of one chunk, in bytes."""
@@ -39,23 +40,15 @@ def chunked_divergence(
     ``chunked`` for what gets a gradient, for vocabularies of two sizes, for ``chunk_bytes`` and for the errors.
     """
 
-    def values(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, ...]:
-        return (divergence(student_logits, teacher_logits),)
+    def values(student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, ...]:
+        return (divergence.from_log_probs(student_log_probs, teacher_log_probs),)
 
-    (nats,) = chunked(
-        values,
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        temperature=temperature,
-        chunk_bytes=chunk_bytes,
-    )
-    return nats
+    heads = (student_hidden, student_head, teacher_hidden, teacher_head)
+    return chunked(values, *heads, temperature=temperature, chunk_bytes=chunk_bytes)[0]
 
 
 def chunked(
-    function: LogitsFunction,
+    function: LogProbsFunction,
     student_hidden: Tensor,
     student_head: Head | Projection,
     teacher_hidden: Tensor,
@@ -64,15 +57,15 @@ def chunked(
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, ...]:
-    """``function`` of the logits of every token, [N, H_s] and [N, H_t] -> a tuple of [N], no [N, V] ever stored.
+    """``function`` of both log-probabilities of every token, [N, H_s], [N, H_t] -> a tuple of [N], no [N, V] stored.
 
     The first result carries a gradient, to ``student_hidden`` and to whatever the student's head holds (matrix, bias,
     adapter). The others are statistics from the same projection, detached; compute them after the first and without
-    gradient (as ``entropy`` does), and the backward pass does not compute them again. The teacher's side runs without
-    gradient.
+    gradient (as ``log_probs.entropy`` does), and the backward pass does not compute them again. The teacher's side runs
+    without gradient.
 
     Args:
-        function: of both logits [n, V] in float32 (float64 stays float64), already divided by the temperature.
+        function: of both log-probabilities [n, V] at the temperature, in float32 (float64 stays float64).
         student_hidden: [N, H_s]; N = 0 is fine.
         student_head: a ``Head``, a matrix [V, H_s], a module or a function.
         teacher_hidden: [N, H_t], on the same device.
@@ -102,7 +95,7 @@ def chunked(
 
 
 def _one_chunk(
-    function: LogitsFunction,
+    function: LogProbsFunction,
     student_head: Head,
     teacher_head: Head,
     temperature: float,
@@ -112,14 +105,13 @@ def _one_chunk(
     """The results for the rows of one chunk, [n, H_s] and [n, H_t] -> a tuple of [n], all but the first detached."""
     # The student first: autocast keeps its low-precision copy of a weight, and one made without gradient would
     # (in torch 2.8) serve the student too where both models share the head.
-    student_logits = student_head(student_hidden)
+    student = student_head(student_hidden)
     with torch.no_grad():
-        teacher_logits = teacher_head(teacher_hidden)
-    vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student_logits, teacher_logits = student_logits[:, :vocabulary], teacher_logits[:, :vocabulary]
-    if temperature != 1.0:
-        student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
-    first, *statistics = function(student_logits, teacher_logits)
+        teacher = teacher_head(teacher_hidden)
+    vocabulary = min(student.shape[-1], teacher.shape[-1])
+    student = log_probs(student[:, :vocabulary], temperature)  # one name each: the logits are gone by now
+    teacher = log_probs(teacher[:, :vocabulary], temperature)
+    first, *statistics = function(student, teacher)
     for result in (first, *statistics):
         if result.shape != student_hidden.shape[:1]:
             raise ValueError(f"function gave {list(result.shape)} for {len(student_hidden)} tokens; it must give [n]")

@@ -74,8 +74,7 @@ def entropy(logits: Tensor) -> Tensor:
     """−Σ_v p log p with p = softmax(logits), [..., V] -> [...] in nats, without gradient."""
     check_floating(logits, "logits")
     with torch.no_grad():
-        log_p = log_probs(logits)
-        return -(log_p.exp() * log_p.masked_fill(torch.isneginf(log_p), 0.0)).sum(-1)
+        return measure.entropy(log_probs(logits))
 
 
 def top1_agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

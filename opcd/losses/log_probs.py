@@ -5,6 +5,7 @@ same sums serve a whole vocabulary, k tokens of it, and k tokens with a bucket f
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +26,65 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v), [..., V] x2 -> [...] in nats, differentiable in both.
+    """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v), [..., V] x2 -> [...] in nats, differentiable (once) in both.
 
     A token with p = 0 adds 0, whatever q is. A token with p > 0 and q = 0 makes the value +inf; it then adds nothing to
     the gradient, so that a row which is clipped or masked away afterwards leaves no NaN behind.
     """
+    return _KL.apply(log_p, log_q)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _KL(torch.autograd.Function):
+    """The sum and its two gradients in as few passes over [..., V] as there can be, in place where nobody looks.
+
+    d/dlog_p = p (log p − log q + 1), d/dlog_q = −p. Autograd alone keeps and walks over twice as many tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
+        difference = log_p - log_q
+        value = (difference * log_p.exp()).sum(-1)
+        # Only a probability of zero makes the quick sum NaN or infinite; few rows have one, so the masks can wait.
+        ctx.masked = not bool(value.isfinite().all())
+        if ctx.masked:
+            absent, unreachable = _zeros(log_p, log_q)
+            terms = difference.masked_fill_(absent | unreachable, 0.0).mul_(log_p.exp())
+            value = terms.masked_fill_(unreachable, math.inf).sum(-1)
+        ctx.save_for_backward(log_p, log_q)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        log_p, log_q = ctx.saved_tensors
+        weighted = log_p.exp().mul_(upstream[..., None])
+        if ctx.masked:
+            absent, unreachable = _zeros(log_p, log_q)
+            weighted.masked_fill_(unreachable, 0.0)
+        first = second = None
+        if ctx.needs_input_grad[0]:
+            difference = log_p - log_q
+            if ctx.masked:
+                difference.masked_fill_(absent | unreachable, 0.0)
+            first = difference.add_(1.0).mul_(weighted)
+        if ctx.needs_input_grad[1]:
+            second = weighted.neg_()
+        return first, second
+
+
+def _zeros(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """(p = 0, p > 0 = q), each [..., V]."""
     absent = torch.isneginf(log_p)
-    unreachable = torch.isneginf(log_q) & ~absent
-    # Filled in place, before and after the product: autograd needs neither the difference before nor the terms after.
-    difference = (log_p - log_q).masked_fill_(absent | unreachable, 0.0)
-    return (log_p.exp() * difference).masked_fill_(unreachable, math.inf).sum(-1)
+    return absent, torch.isneginf(log_q) & ~absent
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """−Σ_v p_v log p_v, [..., V] -> [...] in nats, without gradient."""
+    with torch.no_grad():
+        value = -(log_p.exp().mul_(log_p)).sum(-1)
+        if bool(value.isfinite().all()):
+            return value
+        return -(log_p.exp().mul_(log_p.masked_fill(torch.isneginf(log_p), 0.0))).sum(-1)
 
 
 def log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:

@@ -11,9 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from opcd.losses.checks import check_logits, check_positive
 from opcd.losses.divergences import Divergence
-from opcd.losses.log_probs import NEVER, log_probs, log_total
+from opcd.losses.log_probs import NEVER, log_total
 
 Support = Literal["student", "teacher", "union", "intersection"]
 Tail = Literal["bucket", "renormalize", "drop"]
@@ -61,19 +60,15 @@ class TopK(Divergence):
         student, teacher = self._reduce(student_log_probs, tokens), self._reduce(teacher_log_probs, tokens)
         return self.inner.from_log_probs(student, teacher)
 
-    def retained_mass(
-        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    def retained_mass(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """The probability mass of the student and of the teacher on the support, [..., V] x2 -> [...] x2 in 0..1.
 
-        Without gradient. ``ValueError`` as for the divergence itself.
+        Without gradient.
         """
-        check_positive(temperature, "temperature")
-        check_logits(student_logits, teacher_logits)
         with torch.no_grad():
-            student, teacher = log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
-            tokens = self._tokens(student, teacher)
-            return _gather(student, tokens).exp().sum(-1), _gather(teacher, tokens).exp().sum(-1)
+            tokens = self._tokens(student_log_probs, teacher_log_probs)
+            student, teacher = (_gather(log_p, tokens) for log_p in (student_log_probs, teacher_log_probs))
+            return student.exp().sum(-1), teacher.exp().sum(-1)
 
     def _tokens(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """The ids of the support, [..., n], each once; V, which is no token, fills the places that are left over."""

@@ -25,8 +25,9 @@ from torchmetrics import MeanMetric
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.data.module import STAGES
 from opcd.errors import UserError
-from opcd.losses import Divergence, ReverseKL, TopK, chunked, clip_nats, entropy, top1_agreement
-from opcd.memory import give_back
+from opcd.losses import Divergence, ReverseKL, TopK, chunked, clip_nats, top1_agreement
+from opcd.losses import log_probs as measure
+from opcd.memory import KEPT, give_back
 from opcd.models import ModelConfig, context_window
 from opcd.modules.generation import Sampling
 from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib
@@ -103,10 +104,9 @@ class Distiller(LightningModule):
             )
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ContextQueryDataModule):
-            splits = [split for split in STAGES[stage] if datamodule.sources[split]]
-            student = max(datamodule.longest_student_prompt(split) for split in splits)
-            teacher = max(datamodule.longest_teacher_prompt(split) for split in splits)
-            self._check_window(student, teacher, stage)
+            for split in STAGES[stage]:
+                if datamodule.sources[split]:
+                    self._check_window(datamodule, split)
 
     def configure_model(self) -> None:
         """Load the student and the teacher, once."""
@@ -182,11 +182,12 @@ class Distiller(LightningModule):
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
 
-    def _terms(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, ...]:
-        values = [self.loss(student_logits, teacher_logits)]
+    def _terms(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+        """The divergence and its statistics from the log-probabilities of one chunk."""
+        values = [self.loss.from_log_probs(student, teacher)]
         if isinstance(self.loss, TopK):
-            values += self.loss.retained_mass(student_logits, teacher_logits)
-        values += [entropy(student_logits), entropy(teacher_logits), top1_agreement(student_logits, teacher_logits)]
+            values += self.loss.retained_mass(student, teacher)
+        values += [measure.entropy(student), measure.entropy(teacher), top1_agreement(student, teacher)]
         return tuple(values)
 
     def _names(self) -> list[str]:
@@ -213,6 +214,7 @@ class Distiller(LightningModule):
         if self.lr_scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr]
         self.teacher.after_step(self.student)
+        give_back(beyond=KEPT)
         return norm
 
     @torch.no_grad()
@@ -246,22 +248,24 @@ class Distiller(LightningModule):
     def _all_sum(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
 
-    def _check_window(self, student_prompt: int, teacher_prompt: int, stage: str) -> None:
-        new = self.answer.max_new_tokens if stage == "predict" else self.rollout.max_new_tokens
-        teacher = getattr(self.teacher, "config", None)
-        for config, key, prompt in (
-            (self.student_config, "model.student", student_prompt),
-            (
-                teacher or self.student_config,
-                "model.teacher.init_args.model" if teacher else "model.student",
-                teacher_prompt,
-            ),
+    def _check_window(self, data: ContextQueryDataModule, split: str) -> None:
+        """Refuse prompts that leave no room for a response in a model's window."""
+        predict = split == "predict"
+        new = self.answer.max_new_tokens if predict else self.rollout.longest_response(data, split)
+        own = getattr(self.teacher, "config", None)
+        teacher = (self.student_config, "model.student")
+        if own is not None and not predict:
+            teacher = (own, "model.teacher.init_args.model")
+        for (config, key), prompt in (
+            ((self.student_config, "model.student"), data.longest_student_prompt(split)),
+            (teacher, data.longest_teacher_prompt(split)),
         ):
             window = context_window(config, key)
             if window is not None and prompt + new > window:
                 raise UserError(
-                    f"{key}.name: {config.name} takes {window} tokens, but the longest prompt has {prompt} and up to "
-                    f"{new} are added; shorten the context (data.max_context_tokens, data.overlong_context)"
+                    f"{key}.name: {config.name} takes {window} tokens, but the longest prompt of data.{split} has "
+                    f"{prompt} and up to {new} are added; shorten the context (data.max_context_tokens, "
+                    "data.overlong_context)"
                 )
 
 

@@ -2,26 +2,27 @@
 
 import copy
 from abc import ABC, abstractmethod
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from opcd.data import Batch
+from opcd.data import Batch, ContextQueryDataModule, Example
 from opcd.errors import UserError
 from opcd.modules.generation import Sampling, generate
 from opcd.modules.student import Student
 from opcd.modules.teachers import Teacher
 from opcd.modules.trajectories import Trajectories
 
+Value = TypeVar("Value")
+
 
 class Rollout(ABC):
     """Writes one response to each example of a batch."""
 
-    @property
     @abstractmethod
-    def max_new_tokens(self) -> int:
-        """Most tokens that this rollout adds to a prompt; 0 where the responses come from the data."""
+    def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
+        """Most tokens that a prompt of the split gets added. UserError where a row lacks what the rollout needs."""
 
     @abstractmethod
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
@@ -44,11 +45,12 @@ class StudentRollout(Rollout):
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._copy: PreTrainedModel | None = None
 
-    @property
-    def max_new_tokens(self) -> int:
+    def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
+        """As many as are sampled at most."""
         return self.sampling.max_new_tokens
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        """Generate with the student of this step."""
         model = self._synchronised(student.model)
         responses = generate(model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
         return Trajectories.of(batch, responses, student.eos_ids)
@@ -76,11 +78,12 @@ class TeacherRollout(Rollout):
     def __init__(self, sampling: Sampling = Sampling()) -> None:  # noqa: B008
         self.sampling = sampling
 
-    @property
-    def max_new_tokens(self) -> int:
+    def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
+        """As many as are sampled at most."""
         return self.sampling.max_new_tokens
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        """Generate with the teacher, from the prompts with the context."""
         responses = teacher.respond(batch.teacher_prompts, self.sampling, student.eos_ids, student.pad_id)
         return Trajectories.of(batch, responses, student.eos_ids)
 
@@ -88,19 +91,13 @@ class TeacherRollout(Rollout):
 class RecordedRollout(Rollout):
     """Responses from the data: the `response` (or `completion`) of every example."""
 
-    @property
-    def max_new_tokens(self) -> int:
-        return 0
+    def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
+        """The longest of the data; every row must have one."""
+        return max(len(data.views.response_ids(_recorded(e, e.response))) for e in data.examples(split))
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
-        responses: list[Tensor] = []
-        for example, response in zip(batch.examples, batch.responses, strict=True):
-            if response is None:
-                raise UserError(
-                    f"{example.source}: no `response`, but model.rollout is RecordedRollout; "
-                    "add one to every row, or let StudentRollout or TeacherRollout write it"
-                )
-            responses.append(response)
+        """The responses of the batch."""
+        responses = [_recorded(e, response) for e, response in zip(batch.examples, batch.responses, strict=True)]
         return Trajectories.of(batch, responses, student.eos_ids)
 
 
@@ -119,11 +116,12 @@ class MixedRollout(Rollout):
             raise ValueError(f"shares must be positive and sum to 1, got {shares}")
         self.rollouts, self.shares = rollouts, shares
 
-    @property
-    def max_new_tokens(self) -> int:
-        return max(rollout.max_new_tokens for rollout in self.rollouts)
+    def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
+        """The longest of all: any row may go to any rollout."""
+        return max(rollout.longest_response(data, split) for rollout in self.rollouts)
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        """Draw a rollout for each row; the rows keep their order."""
         drawn = torch.multinomial(torch.tensor(self.shares), len(batch), replacement=True).tolist()
         parts: list[Trajectories] = []
         order: list[int] = []
@@ -133,3 +131,13 @@ class MixedRollout(Rollout):
                 parts.append(rollout.sample(student, teacher, batch.select(rows)))
                 order += rows
         return Trajectories.joined(parts).select([order.index(row) for row in range(len(batch))])
+
+
+def _recorded(example: Example, response: Value | None) -> Value:
+    """The response of a row, which must have one."""
+    if response is None:
+        raise UserError(
+            f"{example.source}: no `response`, but model.rollout is RecordedRollout; "
+            "add one to every row, or let StudentRollout or TeacherRollout write it"
+        )
+    return response

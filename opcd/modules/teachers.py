@@ -72,6 +72,7 @@ class FrozenTeacher(Teacher):
         self._model: PreTrainedModel | None = None
 
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+        """Load the model. UserError where that fails."""
         key = "model.teacher.init_args.model" if self.config else "model.student"
         self._model = load_model(self.config or student_config, torch.bfloat16, key)
         self._model.to(device)  # type: ignore[arg-type]
@@ -79,17 +80,19 @@ class FrozenTeacher(Teacher):
 
     @property
     def model(self) -> PreTrainedModel:
+        """The model that scores; there after `prepare`."""
         assert self._model is not None, "prepare() comes first"
         return self._model
 
     def after_step(self, student: Student) -> None:
-        pass
+        """Nothing to follow."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Nothing: the weights are elsewhere."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Nothing to take back."""
 
 
 class MovingAverageTeacher(Teacher):
@@ -108,23 +111,28 @@ class MovingAverageTeacher(Teacher):
         self._model: PreTrainedModel | None = None
 
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+        """Start from the student's weights."""
         # bfloat16 has 8 bits: an update of (1 - decay) times a small change would round away.
         self._model = copy.deepcopy(student.model).float().to(device)
 
     @property
     def model(self) -> PreTrainedModel:
+        """The model that scores; there after `prepare`."""
         assert self._model is not None, "prepare() comes first"
         return self._model
 
     @torch.no_grad()
     def after_step(self, student: Student) -> None:
+        """Move the average."""
         averages: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averages, [weight.float() for weight in student.model.parameters()], 1 - self.decay)
 
     def state_dict(self) -> dict[str, Any]:
+        """The average."""
         return {"model": self.model.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
         self.model.load_state_dict(state["model"])
 
 
@@ -135,18 +143,21 @@ class SelfTeacher(Teacher):
         self._student: Student | None = None
 
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+        """Keep the student itself."""
         self._student = student
 
     @property
     def model(self) -> PreTrainedModel:
+        """The model that scores; there after `prepare`."""
         assert self._student is not None, "prepare() comes first"
         return self._student.model
 
     def after_step(self, student: Student) -> None:
-        pass
+        """Nothing to follow."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Nothing: the weights are elsewhere."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Nothing to take back."""

@@ -22,6 +22,7 @@ from opcd.losses import (
     entropy,
     top1_agreement,
 )
+from opcd.losses import log_probs as measure
 
 N, V, H_S, H_T = 23, 40, 6, 10
 ROW = 4 * V  # bytes of one row of logits
@@ -232,9 +233,9 @@ def test_statistics_come_from_the_same_projection_and_are_not_computed_again() -
 
     def function(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
         calls["value"] += 1
-        value = ReverseKL()(student, teacher)
+        value = ReverseKL().from_log_probs(student, teacher)
         calls["statistics"] += 1
-        return value, entropy(student), top1_agreement(student, teacher), value * 2
+        return value, measure.entropy(student), top1_agreement(student, teacher), value * 2
 
     value, student_entropy, agreement, doubled = chunked(
         function, hidden, project, teacher_hidden, teacher_matrix, temperature=0.5, chunk_bytes=6 * ROW
@@ -303,4 +304,4 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> Non
 def test_a_function_that_reduces_is_refused() -> None:
     hidden, matrix = torch.zeros(5, 3), torch.zeros(8, 3)
     with pytest.raises(ValueError, match=r"function gave \[\] for 5 tokens; it must give \[n\]"):
-        chunked(lambda s, t: (ReverseKL()(s, t).mean(),), hidden, matrix, hidden, matrix)
+        chunked(lambda s, t: (ReverseKL().from_log_probs(s, t).mean(),), hidden, matrix, hidden, matrix)
