@@ -16,10 +16,14 @@ torch.Size([10])
 """
 
 from opcd.losses import functional
-from opcd.losses.chunking import chunked, chunked_divergence
+from opcd.losses.chunking import chunked
 from opcd.losses.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
+from opcd.losses.from_hidden import chunked_divergence
 from opcd.losses.functional import clip_nats, entropy, retained_mass, top1_agreement
 from opcd.losses.head import Head, as_head
+from opcd.losses.mixture import Mixture
+from opcd.losses.recorded import RecordedTokens, RecordedTopK
+from opcd.losses.sampled import SampledReverseKL, sampled_reverse_kl
 from opcd.losses.topk import TopK
 
 __all__ = [
@@ -27,7 +31,11 @@ __all__ = [
     "Divergence",
     "ForwardKL",
     "Head",
+    "Mixture",
+    "RecordedTokens",
+    "RecordedTopK",
     "ReverseKL",
+    "SampledReverseKL",
     "SkewKL",
     "SkewReverseKL",
     "TopK",
@@ -38,5 +46,6 @@ __all__ = [
     "entropy",
     "functional",
     "retained_mass",
+    "sampled_reverse_kl",
     "top1_agreement",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opcd.losses.divergences import Divergence
-from opcd.losses.log_probs import NEVER, log_total
+from opcd.losses.log_probs import NEVER, at_least_float32, log_total
 
 Support = Literal["student", "teacher", "union", "intersection"]
 Tail = Literal["bucket", "renormalize", "drop"]
@@ -59,6 +59,32 @@ class TopK(Divergence):
         tokens = self._tokens(student_log_probs, teacher_log_probs)
         student, teacher = self._reduce(student_log_probs, tokens), self._reduce(teacher_log_probs, tokens)
         return self.inner.from_log_probs(student, teacher)
+
+    def from_record(self, student_log_probs: Tensor, tokens: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        """The same from the teacher's recorded likeliest tokens, [..., V], [..., n] ids and log p_T x2 -> [...].
+
+        The teacher's mass off the record is one minus the recorded one, exact to float32's rounding of 1.
+        """
+        if tokens.shape[-1] > self.k:
+            best = teacher_log_probs.topk(self.k).indices
+            tokens, teacher_log_probs = tokens.gather(-1, best), teacher_log_probs.gather(-1, best)
+        teacher = at_least_float32(teacher_log_probs)
+        if self.tail == "bucket":
+            rest = torch.log1p(-teacher.exp().sum(-1).clamp(max=1.0))
+            teacher = torch.cat([teacher, rest[..., None]], dim=-1)
+        elif self.tail == "renormalize":
+            teacher = teacher - log_total(teacher)[..., None]
+        return self.inner.from_log_probs(self._reduce(student_log_probs, tokens), teacher)
+
+    def check_record(self, recorded: int) -> None:
+        """``ValueError`` unless ``from_record`` can work with that many recorded tokens a position."""
+        if self.support != "teacher":
+            raise ValueError(
+                f"support={self.support!r} needs the teacher's probability of tokens that the record does not hold; "
+                "use TopK(..., support='teacher')"
+            )
+        if recorded < self.k:
+            raise ValueError(f"k is {self.k}, but the record holds {recorded} tokens a position; use k={recorded}")
 
     def retained_mass(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """The probability mass of the student and of the teacher on the support, [..., V] x2 -> [...] x2 in 0..1.

@@ -279,13 +279,14 @@ def test_dropout_on_the_head_is_replayed_in_the_backward_pass() -> None:
     ("changes", "message"),
     [
         (
-            {"teacher_hidden": torch.zeros(4, 3)},
+            {"teacher": torch.zeros(4, 3)},
             r"student_hidden are \[5, 3\] and teacher_hidden \[4, 3\].*hidden\[mask\]",
         ),
         ({"student_hidden": torch.zeros(1, 5, 3)}, r"\[1, 5, 3\].*\[N, H_s\]"),
         ({"student_hidden": torch.zeros(5, 3, dtype=torch.long)}, "student_hidden are torch.int64, not floating point"),
-        ({"teacher_hidden": torch.zeros(5, 3, device="meta")}, "on cpu and teacher_hidden on meta"),
+        ({"teacher": torch.zeros(5, 3, device="meta")}, "on cpu and teacher_hidden on meta"),
         ({"teacher_head": torch.zeros(8, 4)}, r"hidden states are \[5, 3\] and the head's matrix \[8, 4\]"),
+        ({"teacher_head": None}, "give teacher_head"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"chunk_bytes": 0}, "chunk_bytes is 0"),
     ],
@@ -294,7 +295,7 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> Non
     arguments = {
         "student_hidden": torch.zeros(5, 3),
         "student_head": torch.zeros(8, 3),
-        "teacher_hidden": torch.zeros(5, 3),
+        "teacher": torch.zeros(5, 3),
         "teacher_head": torch.zeros(8, 3),
     }
     with pytest.raises(ValueError, match=message):

@@ -47,7 +47,11 @@ def test_the_public_names() -> None:
         "Divergence",
         "ForwardKL",
         "Head",
+        "Mixture",
+        "RecordedTokens",
+        "RecordedTopK",
         "ReverseKL",
+        "SampledReverseKL",
         "SkewKL",
         "SkewReverseKL",
         "TopK",
@@ -58,6 +62,7 @@ def test_the_public_names() -> None:
         "entropy",
         "functional",
         "retained_mass",
+        "sampled_reverse_kl",
         "top1_agreement",
     ]
     assert all(hasattr(opcd.losses, name) for name in opcd.losses.__all__)

@@ -1,0 +1,78 @@
+"""A divergence from the student's hidden states and head, and from what there is of the teacher."""
+
+from functools import partial
+
+from torch import Tensor
+
+from opcd.losses.chunking import CHUNK_BYTES, LogProbsFunction, chunked
+from opcd.losses.divergences import Divergence
+from opcd.losses.head import Head, Projection
+from opcd.losses.recorded import RecordedTokens, RecordedTopK
+from opcd.losses.sampled import SampledReverseKL
+from opcd.losses.topk import TopK
+
+
+def chunked_divergence(
+    divergence: Divergence | SampledReverseKL,
+    student_hidden: Tensor,
+    student_head: Head | Projection,
+    teacher: Tensor | RecordedTopK | RecordedTokens,
+    teacher_head: Head | Projection | None = None,
+    *,
+    temperature: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """D(p_S, p_T) of every token, [N, H_s] and the teacher's side -> [N] in nats, no [N, V] ever stored.
+
+    With the teacher's hidden states [N, H_t] and head it is ``divergence(student_head(student_hidden),
+    teacher_head(teacher), temperature=temperature)`` in chunks. A teacher that is not there is given by its record: the
+    k likeliest tokens of each position (``RecordedTopK``) serve a ``TopK`` with the teacher's support, the sampled
+    token's log-probability (``RecordedTokens``) serves ``SampledReverseKL``. See ``chunked`` for what gets a gradient,
+    for vocabularies of two sizes, for ``chunk_bytes`` and for more errors.
+
+    Raises:
+        ValueError: for a divergence that cannot be had from what the teacher gives; the message says what can.
+    """
+    if isinstance(teacher, Tensor):
+        function = _of_distributions(divergence, teacher_head)
+        run = partial(chunked, function, student_hidden, student_head, teacher, teacher_head)
+    else:
+        function = _of_record(divergence, teacher, teacher_head, temperature)
+        run = partial(chunked, function, student_hidden, student_head, per_token=teacher.rows)
+    return run(temperature=temperature, chunk_bytes=chunk_bytes)[0]
+
+
+def _of_distributions(divergence: Divergence | SampledReverseKL, teacher_head: object) -> LogProbsFunction:
+    """Values from both distributions."""
+    if isinstance(divergence, SampledReverseKL):
+        raise ValueError(
+            "SampledReverseKL looks at the sampled tokens only: give the teacher as RecordedTokens(tokens, log_probs); "
+            "with the teacher's hidden states and head, ReverseKL has the same expected gradient and no variance"
+        )
+    if teacher_head is None:
+        raise ValueError("the teacher's hidden states need its head: give teacher_head, as for the student")
+    return lambda student, teacher: (divergence.from_log_probs(student, teacher),)
+
+
+def _of_record(
+    loss: Divergence | SampledReverseKL,
+    record: RecordedTopK | RecordedTokens,
+    teacher_head: object,
+    temperature: float,
+) -> LogProbsFunction:
+    """Values from the student's distribution and what was recorded of the teacher's."""
+    if teacher_head is not None or temperature != 1.0:
+        raise ValueError(
+            f"teacher_head and a temperature other than 1 ({temperature:g} was given) have no effect on recorded "
+            "log-probabilities; record them at the temperature that you want, and leave both out"
+        )
+    if isinstance(record, RecordedTopK) and isinstance(loss, TopK):
+        loss.check_record(record.tokens.shape[-1])
+        return lambda student, tokens, teacher: (loss.from_record(student, tokens, teacher),)
+    if isinstance(record, RecordedTokens) and isinstance(loss, SampledReverseKL):
+        return lambda student, tokens, *others: (loss(student.gather(-1, tokens[:, None])[:, 0], *others),)
+    raise ValueError(
+        f"{loss!r} cannot be had from {type(record).__name__}: RecordedTopK gives the teacher's k likeliest tokens, "
+        "for TopK(..., support='teacher'); RecordedTokens gives the sampled tokens, for SampledReverseKL(); all others "
+        "need the teacher's hidden states and head"
+    )

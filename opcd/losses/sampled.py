@@ -1,0 +1,96 @@
+"""The reverse KL from the sampled tokens alone: for teachers that give one log-probability a token."""
+
+import torch
+from torch import Tensor
+
+from opcd.losses.checks import check_device, check_floating, check_positive
+
+
+def sampled_reverse_kl(
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    rollout_log_probs: Tensor | None = None,
+    max_importance: float | None = None,
+) -> Tensor:
+    """ρ (log p_S(y) − log p_T(y)) of sampled tokens y ~ p_S, [...] x2 -> [...] in nats: KL(p_S ‖ p_T) in expectation.
+
+    The gradient is that of a policy-gradient step with the advantage A = log p_T(y) − log p_S(y) of each token:
+    −ρ A ∇ log p_S(y), whose expectation is the gradient of KL(p_S ‖ p_T) at the position. (The derivative of the value
+    itself, ∇ log p_S(y), has expectation zero: it teaches nothing.) The teacher's side gets no gradient.
+
+    Args:
+        student_log_probs: log p_S(y), [...] in nats, with gradient.
+        teacher_log_probs: log p_T(y), [...] in nats.
+        rollout_log_probs: log p_B(y), [...] in nats, of the policy that sampled y, where it is not the student of this
+            step (stale or low-precision weights, another temperature): ρ = p_S(y) / p_B(y), without gradient. None:
+            ρ = 1.
+        max_importance: clips ρ from above (truncated importance sampling), which trades variance for bias.
+
+    Raises:
+        ValueError: for shapes or devices that differ, values that are not floating point, a max_importance that is not
+            positive, or one without rollout_log_probs, where it has no effect.
+    """
+    _check(student_log_probs, teacher_log_probs, "teacher_log_probs")
+    student, ratio = student_log_probs, torch.ones_like(student_log_probs)
+    if rollout_log_probs is not None:
+        _check(student_log_probs, rollout_log_probs, "rollout_log_probs")
+        ratio = (student.detach() - rollout_log_probs.detach()).exp()
+    if max_importance is not None:
+        _check_importance(max_importance, rollout_log_probs is not None)
+        ratio = ratio.clamp(max=max_importance)
+    value = ratio * (student - teacher_log_probs).detach()
+    return value + value * (student - student.detach())
+
+
+class SampledReverseKL:
+    """KL(p_S ‖ p_T) estimated on the sampled tokens of a response: a policy-gradient term with a per-token advantage.
+
+    Where the teacher's whole distribution is there, ``ReverseKL`` has the same expected gradient and no variance.
+    """
+
+    def __init__(self, max_importance: float | None = None) -> None:
+        """Hold the clip.
+
+        Args:
+            max_importance: clips the importance weights p_S / p_rollout from above; None clips nothing.
+
+        Raises:
+            ValueError: unless it is positive.
+        """
+        if max_importance is not None:
+            check_positive(max_importance, "max_importance")
+        self.max_importance = max_importance
+
+    def __call__(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor, rollout_log_probs: Tensor | None = None
+    ) -> Tensor:
+        """``sampled_reverse_kl`` of log p(y) of the sampled tokens, [...] x2 or x3 -> [...] in nats.
+
+        ``ValueError`` as there; a ``max_importance`` needs ``rollout_log_probs``.
+        """
+        return sampled_reverse_kl(student_log_probs, teacher_log_probs, rollout_log_probs, self.max_importance)
+
+    def __repr__(self) -> str:
+        return f"SampledReverseKL(max_importance={self.max_importance!r})"
+
+
+def _check(student: Tensor, other: Tensor, name: str) -> None:
+    """Refuse log-probabilities of two shapes or devices, or that are not floating point."""
+    check_floating(student, "student_log_probs")
+    check_floating(other, name)
+    if student.shape != other.shape:
+        raise ValueError(
+            f"student_log_probs are {list(student.shape)} and {name} {list(other.shape)}; both must hold one value a "
+            "sampled token: log_probs.gather(-1, tokens[..., None])[..., 0]"
+        )
+    check_device(student, "student_log_probs", other, name)
+
+
+def _check_importance(max_importance: float, known: bool) -> None:
+    """Refuse a clip that is not positive, or that has nothing to clip."""
+    check_positive(max_importance, "max_importance")
+    if not known:
+        raise ValueError(
+            "max_importance has no effect without rollout_log_probs: the importance weights are 1; give the "
+            "log-probabilities of the policy that sampled the tokens, or leave it None"
+        )
