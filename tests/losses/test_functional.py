@@ -7,6 +7,7 @@ import torch
 from loss_reference import random_pair, softmax, value_and_gradient
 
 from opcd.losses import ForwardKL, clip_nats, entropy, retained_mass, top1_agreement
+from opcd.losses.log_probs import kl
 
 INF = math.inf
 
@@ -70,3 +71,15 @@ def test_statistics_refuse_token_ids() -> None:
     for statistic in (entropy, lambda x: top1_agreement(x, x), lambda x: retained_mass(x, x)):
         with pytest.raises(ValueError, match="int64, not floating point"):
             statistic(ids)
+
+
+def test_an_unreachable_token_adds_infinity_to_the_value_and_nothing_to_the_gradient() -> None:
+    """KL(p ‖ q) with q = 0 at the third token and p = 0 at the fourth: the gradient is that of the first two terms."""
+    log_p = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64).log().requires_grad_()
+    log_q = torch.tensor([0.6, 0.4, 0.0, 0.0], dtype=torch.float64).log().requires_grad_()
+    value = kl(log_p, log_q)
+    assert value.item() == float("inf")
+    found = torch.autograd.grad(value, [log_p, log_q])
+    reachable = (log_p[:2].exp() * (log_p[:2] - log_q[:2])).sum()
+    expected = torch.autograd.grad(reachable, [log_p, log_q])
+    torch.testing.assert_close(found, expected)
