@@ -85,6 +85,27 @@ def test_the_student_is_exported_on_the_way_where_asked(fit, tmp_path):
     assert "| steps | 1 |" in (run / "student-step=1" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("loss", ["SampledReverseKL", "SkewKL", "mixture", "top_k"])
+def test_losses_of_the_command_line(fit, tmp_path, loss):
+    terms = {"divergences": [{"class_path": f"opcd.losses.{name}"} for name in ("ReverseKL", "JSD")], "weights": [1, 2]}
+    by_config = {
+        "mixture": {"class_path": "opcd.losses.Mixture", "init_args": terms},
+        "top_k": {
+            "class_path": "opcd.losses.TopK",
+            "init_args": {"inner": {"class_path": "opcd.losses.JSD", "init_args": {"beta": 0.3}}, "k": 8},
+        },
+    }
+    words = ["--model.temperature", 0.7, "--trainer.max_steps", 1]
+    if loss in by_config:
+        overlay = tmp_path / "loss.yaml"
+        overlay.write_text(yaml.safe_dump({"model": {"loss": by_config[loss]}}))
+        words += ["--config", overlay]
+    else:
+        words += ["--model.loss", loss]
+    code, text = fit(*words)
+    assert code == 0, text
+
+
 def test_a_run_is_the_same_with_the_same_seed_and_another_with_another(fit, tmp_path):
     for seed in (1, 1, 2):
         assert fit("--seed_everything", seed)[0] == 0

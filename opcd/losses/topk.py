@@ -6,7 +6,7 @@ gradient; the log-probabilities do, normalisation over the whole vocabulary incl
 """
 
 import warnings
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -113,13 +113,38 @@ class TopK(Divergence):
 
     def _reduce(self, log_p: Tensor, tokens: Tensor) -> Tensor:
         """One model's log-probabilities of the outcomes that ``inner`` compares, [..., V] -> [..., n or n + 1]."""
-        kept = _gather(log_p, tokens)
         if self.tail == "bucket":
-            return torch.cat([kept, _log_rest(log_p, tokens)[..., None]], dim=-1)
+            kept, rest = _Split.apply(log_p, tokens)  # type: ignore[no-untyped-call]
+            return torch.cat([kept, rest[..., None]], dim=-1)
+        kept = _gather(log_p, tokens)
         if self.tail == "renormalize":
             total = log_total(kept)[..., None]
             return kept - total.masked_fill(total == NEVER, 0.0)  # nothing kept stays nothing, and not NaN
         return kept
+
+
+class _Split(torch.autograd.Function):
+    """Log-probabilities of the tokens, and the log of the mass on all others: [..., V], [..., n] -> [..., n], [...].
+
+    The mass is summed over the others: one minus that of the tokens would cancel where it is near one, as it mostly is.
+    One tensor [..., V] in each direction, where autograd would make one for each of the two results and add them up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        rest = _without(log_p, tokens, NEVER).logsumexp(-1)
+        ctx.save_for_backward(log_p, tokens, rest)
+        return _gather(log_p, tokens), rest
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, kept_upstream: Tensor, rest_upstream: Tensor) -> tuple[Tensor, None]:
+        log_p, tokens, rest = ctx.saved_tensors
+        empty = rest == NEVER
+        share = (log_p - rest.masked_fill(empty, 0.0)[..., None]).exp_()
+        gradient = _without(share.mul_(rest_upstream.masked_fill(empty, 0.0)[..., None]), tokens, 0.0)
+        upstream = kept_upstream.masked_fill(tokens == log_p.shape[-1], 0.0)
+        return gradient.scatter_add_(-1, tokens.clamp(max=log_p.shape[-1] - 1), upstream), None
 
 
 def _gather(log_p: Tensor, tokens: Tensor) -> Tensor:
@@ -128,12 +153,12 @@ def _gather(log_p: Tensor, tokens: Tensor) -> Tensor:
     return log_p.gather(-1, tokens.clamp(max=vocabulary - 1)).masked_fill(tokens == vocabulary, NEVER)
 
 
-def _log_rest(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """The log of the mass on all other tokens, [...].
-
-    Summed over those tokens: one minus the retained mass would cancel where that mass is near one, which it mostly is.
-    """
-    return log_total(log_p.masked_fill(_members(tokens, log_p.shape[-1]), NEVER))
+def _without(values: Tensor, tokens: Tensor, fill: float) -> Tensor:
+    """The values with ``fill`` at the tokens, [..., V] and [..., n] -> [..., V]; the id V is ignored."""
+    if bool((tokens < values.shape[-1]).all()):
+        return values.scatter(-1, tokens, fill)
+    one_more = torch.cat([values, values.new_zeros(*values.shape[:-1], 1)], dim=-1)
+    return one_more.scatter_(-1, tokens, fill)[..., :-1]
 
 
 def _members(tokens: Tensor, vocabulary: int) -> Tensor:

@@ -23,12 +23,12 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from opcd.data import Batch, ContextQueryDataModule
-from opcd.data.module import STAGES
 from opcd.errors import UserError
-from opcd.losses import Divergence, ReverseKL, TopK, chunked, clip_nats, top1_agreement
+from opcd.losses import Divergence, ReverseKL, SampledReverseKL, TopK, chunked, clip_nats, top1_agreement
 from opcd.losses import log_probs as measure
 from opcd.memory import KEPT, give_back
-from opcd.models import ModelConfig, context_window
+from opcd.models import ModelConfig
+from opcd.modules.checks import check_positive, check_sampled, check_windows
 from opcd.modules.generation import Sampling
 from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib
 from opcd.modules.rollouts import Rollout, StudentRollout
@@ -67,7 +67,7 @@ class Distiller(LightningModule):
         self,
         student: ModelConfig = ModelConfig(),  # noqa: B008
         teacher: Teacher | None = None,
-        loss: Divergence = ReverseKL(),  # noqa: B008
+        loss: Divergence | SampledReverseKL = ReverseKL(),  # noqa: B008
         rollout: Rollout | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -82,7 +82,7 @@ class Distiller(LightningModule):
         super().__init__()
         # One optimizer step takes several backward passes, one a micro-batch: Lightning calls that manual.
         self.automatic_optimization = False
-        _positive(
+        check_positive(
             temperature=temperature,
             micro_batch_tokens=micro_batch_tokens,
             max_nats=max_nats,
@@ -90,6 +90,8 @@ class Distiller(LightningModule):
         )
         self.student_config, self.loss = student, loss
         self.teacher, self.rollout = teacher or FrozenTeacher(), rollout or StudentRollout()
+        if isinstance(loss, SampledReverseKL):
+            check_sampled(loss, self.rollout, temperature)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.temperature, self.reduction, self.max_nats = temperature, reduction, max_nats
         self.micro_batch_tokens, self.gradient_checkpointing = micro_batch_tokens, gradient_checkpointing
@@ -104,9 +106,8 @@ class Distiller(LightningModule):
             )
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ContextQueryDataModule):
-            for split in STAGES[stage]:
-                if datamodule.sources[split]:
-                    self._check_window(datamodule, split)
+            teacher = getattr(self.teacher, "config", None)
+            check_windows(datamodule, stage, self.rollout, self.answer, self.student_config, teacher)
 
     def configure_model(self) -> None:
         """Load the student and the teacher, once."""
@@ -135,18 +136,18 @@ class Distiller(LightningModule):
             with clock("teacher"):
                 target = self.teacher.score(part, self.micro_batch_tokens)
             with clock("student"):
-                values = self.divergence(self.student.score(part), target)
+                values = self.divergence(self.student.score(part), target, part)
                 means.add(values)
                 self._backward(values["divergence"], weights[rows], part.lengths, last=number == len(micro_batches))
         with clock("optimizer"):
             gradient_norm = self._optimizer_step()
         self._log_step(trajectories, means, clock, time.perf_counter() - start, gradient_norm)
 
-    def divergence(self, student: States, teacher: States) -> dict[str, Tensor]:
+    def divergence(self, student: States, teacher: States, trajectories: Trajectories) -> dict[str, Tensor]:
         """Nats of every response token, with gradient, and statistics without: each [N]."""
-        measured = chunked(
-            self._terms, student.hidden, student.head, teacher.hidden, teacher.head, temperature=self.temperature
-        )
+        states = (student.hidden, student.head, teacher.hidden, teacher.head)
+        tokens = torch.cat(trajectories.responses).to(student.hidden.device)
+        measured = chunked(self._terms, *states, per_token=(tokens,), temperature=self.temperature)
         named = dict(zip(self._names(), measured, strict=True))
         if self.max_nats is not None:
             named["clipped"] = (named["divergence"] > self.max_nats).float()
@@ -182,9 +183,12 @@ class Distiller(LightningModule):
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
 
-    def _terms(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
-        """The divergence and its statistics from the log-probabilities of one chunk."""
-        values = [self.loss.from_log_probs(student, teacher)]
+    def _terms(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The divergence and its statistics from the log-probabilities [n, V] and the tokens [n] of one chunk."""
+        if isinstance(self.loss, SampledReverseKL):
+            values = [self.loss(*(log_p.gather(-1, tokens[:, None])[:, 0] for log_p in (student, teacher)))]
+        else:
+            values = [self.loss.from_log_probs(student, teacher)]
         if isinstance(self.loss, TopK):
             values += self.loss.retained_mass(student, teacher)
         values += [measure.entropy(student), measure.entropy(teacher), top1_agreement(student, teacher)]
@@ -226,7 +230,7 @@ class Distiller(LightningModule):
         for rows in trajectories.micro_batches(self.micro_batch_tokens):
             part = trajectories.select(rows)
             target = self.teacher.score(part, self.micro_batch_tokens)
-            self.held_out_divergence.update(self.divergence(self.student.score(part), target)["divergence"])
+            self.held_out_divergence.update(self.divergence(self.student.score(part), target, part)["divergence"])
         self.log(f"{split}/divergence", self.held_out_divergence, prog_bar=True, batch_size=len(batch))
 
     def _log_step(
@@ -247,29 +251,3 @@ class Distiller(LightningModule):
 
     def _all_sum(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
-
-    def _check_window(self, data: ContextQueryDataModule, split: str) -> None:
-        """Refuse prompts that leave no room for a response in a model's window."""
-        predict = split == "predict"
-        new = self.answer.max_new_tokens if predict else self.rollout.longest_response(data, split)
-        own = getattr(self.teacher, "config", None)
-        teacher = (self.student_config, "model.student")
-        if own is not None and not predict:
-            teacher = (own, "model.teacher.init_args.model")
-        for (config, key), prompt in (
-            ((self.student_config, "model.student"), data.longest_student_prompt(split)),
-            (teacher, data.longest_teacher_prompt(split)),
-        ):
-            window = context_window(config, key)
-            if window is not None and prompt + new > window:
-                raise UserError(
-                    f"{key}.name: {config.name} takes {window} tokens, but the longest prompt of data.{split} has "
-                    f"{prompt} and up to {new} are added; shorten the context (data.max_context_tokens, "
-                    "data.overlong_context)"
-                )
-
-
-def _positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"model.{name} must be greater than 0, got {value}")

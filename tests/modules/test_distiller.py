@@ -8,7 +8,7 @@ from lightning import Trainer
 from torch.testing import assert_close
 
 from opcd.data import ContextQueryDataModule
-from opcd.losses import ForwardKL, ReverseKL, TopK
+from opcd.losses import ForwardKL, ReverseKL, SampledReverseKL, TopK
 from opcd.models import ModelConfig, load_model
 from opcd.modules import (
     Distiller,
@@ -247,3 +247,36 @@ def greedily(model, prompt, steps):
     for _ in range(steps):
         ids = torch.cat([ids, model(ids[None]).logits[0, -1:].argmax(-1)])
     return ids[len(prompt) :].tolist()
+
+
+def test_the_sampled_reverse_kl_looks_at_the_tokens_of_the_response(tmp_path, recorded, tiny, tiny_teacher):
+    """Per-token values, and a gradient of them, from the tokens' own log-probabilities."""
+    teacher = FrozenTeacher(ModelConfig(name=tiny_teacher, dtype="float32"))
+    distiller = Distiller(ModelConfig(name=tiny), teacher, SampledReverseKL())
+    recorded.setup("fit")
+    distiller.trainer = trainer(tmp_path)
+    distiller.configure_model()
+    batch = recorded.encode(recorded.examples("train"))
+    trajectories = RecordedRollout().sample(distiller.student, teacher, batch)
+    states = distiller.student.score(trajectories), teacher.score(trajectories, 4096)
+    found = distiller.divergence(*states, trajectories)["divergence"]
+    tokens = torch.cat(trajectories.responses)[:, None]
+    ours, theirs = (s.head(s.hidden).log_softmax(-1).gather(-1, tokens)[:, 0] for s in states)
+    assert_close(found, ours - theirs)
+    weight = distiller.student.model.get_output_embeddings().weight
+    expected = torch.autograd.grad(((ours - theirs).detach() * ours).sum(), weight, retain_graph=True)
+    assert_close(torch.autograd.grad(found.sum(), weight), expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "rollout", "message"),
+    [
+        (SampledReverseKL(), RecordedRollout(), "RecordedRollout takes others"),
+        (SampledReverseKL(), StudentRollout(Sampling(temperature=0.7)), "sampling.temperature to model.temperature"),
+        (SampledReverseKL(), StudentRollout(Sampling(top_p=0.9)), "neither top_p nor top_k"),
+        (SampledReverseKL(max_importance=2.0), StudentRollout(), "max_importance has no effect"),
+    ],
+)
+def test_a_biased_sampled_reverse_kl_is_refused(loss, rollout, message):
+    with pytest.raises(ValueError, match=message):
+        Distiller(loss=loss, rollout=rollout)

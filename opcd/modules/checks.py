@@ -1,0 +1,66 @@
+"""What a Distiller refuses before a model is loaded."""
+
+from opcd.data import ContextQueryDataModule
+from opcd.data.module import STAGES
+from opcd.errors import UserError
+from opcd.losses import SampledReverseKL
+from opcd.models import ModelConfig, context_window
+from opcd.modules.generation import Sampling
+from opcd.modules.rollouts import Rollout, StudentRollout
+
+
+def check_positive(**values: float | None) -> None:
+    """Refuse settings that are given and not greater than 0 (``ValueError``)."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"model.{name} must be greater than 0, got {value}")
+
+
+def check_windows(
+    data: ContextQueryDataModule,
+    stage: str,
+    rollout: Rollout,
+    answer: Sampling,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+) -> None:
+    """Refuse prompts that leave no room for a response in a model's window (UserError).
+
+    `teacher` is None where the student's own weights see the context too.
+    """
+    own = ("model.student", student)
+    other = own if teacher is None or stage == "predict" else ("model.teacher.init_args.model", teacher)
+    for split in (split for split in STAGES[stage] if data.sources[split]):
+        new = answer.max_new_tokens if stage == "predict" else rollout.longest_response(data, split)
+        _check_window(*own, split, data.longest_student_prompt(split), new)
+        _check_window(*other, split, data.longest_teacher_prompt(split), new)
+
+
+def _check_window(key: str, config: ModelConfig, split: str, prompt: int, new: int) -> None:
+    window = context_window(config, key)
+    if window is not None and prompt + new > window:
+        raise UserError(
+            f"{key}.name: {config.name} takes {window} tokens, but the longest prompt of data.{split} has {prompt} and "
+            f"up to {new} are added; shorten the context (data.max_context_tokens, data.overlong_context)"
+        )
+
+
+def check_sampled(loss: SampledReverseKL, rollout: Rollout, temperature: float) -> None:
+    """Refuse what would bias the sampled reverse KL: tokens that are no draws from the student's own distribution."""
+    if not isinstance(rollout, StudentRollout):
+        raise ValueError(
+            f"model.loss: SampledReverseKL needs tokens that the student has sampled, and {type(rollout).__name__} "
+            "takes others; use StudentRollout, or ReverseKL, which looks at the whole distribution"
+        )
+    sampling = rollout.sampling
+    if sampling.temperature != temperature or sampling.top_p < 1 or sampling.top_k > 0:
+        raise ValueError(
+            "model.loss: SampledReverseKL needs tokens drawn from the distribution that it compares: set "
+            f"model.rollout's sampling.temperature to model.temperature ({temperature}, not {sampling.temperature}), "
+            "and neither top_p nor top_k"
+        )
+    if loss.max_importance is not None:
+        raise ValueError(
+            "model.loss: max_importance has no effect here, for every rollout is by the student of its own step; "
+            "remove it"
+        )
