@@ -17,6 +17,7 @@ class Batch:
         contexts: the context that the teacher sees.
         student_prompts: [P] int64 each: the query.
         teacher_prompts: [Q] int64 each: the same with the context.
+        teacher_prefixes: [P] int64 each: what the teacher prompts of its context have in common at their beginning.
         responses: [R] int64 each: the recorded response with its end-of-sequence token; None where there is none.
     """
 
@@ -24,6 +25,7 @@ class Batch:
     contexts: list[str]
     student_prompts: list[Tensor]
     teacher_prompts: list[Tensor]
+    teacher_prefixes: list[Tensor]
     responses: list[Tensor | None]
 
     def __len__(self) -> int:
@@ -35,6 +37,7 @@ class Batch:
             self,
             student_prompts=[prompt.to(device) for prompt in self.student_prompts],
             teacher_prompts=[prompt.to(device) for prompt in self.teacher_prompts],
+            teacher_prefixes=[prefix.to(device) for prefix in self.teacher_prefixes],
             responses=[None if response is None else response.to(device) for response in self.responses],
         )
 
@@ -45,5 +48,6 @@ class Batch:
             contexts=[self.contexts[i] for i in indices],
             student_prompts=[self.student_prompts[i] for i in indices],
             teacher_prompts=[self.teacher_prompts[i] for i in indices],
+            teacher_prefixes=[self.teacher_prefixes[i] for i in indices],
             responses=[self.responses[i] for i in indices],
         )

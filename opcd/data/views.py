@@ -12,6 +12,9 @@ from opcd.errors import UserError
 Placement = Literal["system", "user", "raw"]
 
 DEFAULT_TEMPLATE = "{context}\n\n{query}"
+PROBES = ("A word.", "\n7")
+"""Two queries that no token can begin alike."""
+KEPT_PREFIXES = 256
 STUDENT, TEACHER = "model.student", "model.teacher.init_args.model"
 
 
@@ -45,6 +48,7 @@ class Views:
         self._student_text = TextEncoder(student)
         self._teacher_text = self._student_text if teacher is student else TextEncoder(teacher)
         self._eos = student.eos_token_id
+        self._prefixes: dict[str, list[int]] = {}
         if placement == "raw":
             _refuse_kwargs(student_kwargs, teacher_kwargs)
             return
@@ -72,6 +76,20 @@ class Views:
         if self.placement == "raw":
             return self._teacher_text.data(self._fill(context, _raw_query(example)), add_special_tokens=True)
         return self._teacher.encode(self._with_context(_messages(example), context), example.source)
+
+    def teacher_prefix(self, context: str) -> list[int]:
+        """Ids at the beginning of every teacher prompt with this context, whatever the query.
+
+        What prompts for two different queries share: the context and what the chat template puts before it. A prompt
+        that begins otherwise (its own system message joins the context) shares less, never something else.
+        """
+        if context not in self._prefixes:
+            if len(self._prefixes) >= KEPT_PREFIXES:  # contexts may be as many as rows
+                self._prefixes.clear()
+            one, other = (self.teacher_prompt(Example(q, None, None, None, 0, "probe"), context) for q in PROBES)
+            same = (number for number, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+            self._prefixes[context] = one[: next(same, min(len(one), len(other)))]
+        return self._prefixes[context]
 
     def response_ids(self, text: str) -> list[int]:
         """Ids of a response, then the end-of-sequence token. No special token in the text is taken as one."""

@@ -31,6 +31,7 @@ from opcd.models import ModelConfig
 from opcd.modules.checks import check_positive, check_sampled, check_windows
 from opcd.modules.generation import Sampling
 from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib
+from opcd.modules.prefix import Mode, SharedPrefix
 from opcd.modules.rollouts import Rollout, StudentRollout
 from opcd.modules.scoring import States
 from opcd.modules.student import Student
@@ -59,6 +60,9 @@ class Distiller(LightningModule):
         max_nats: clip a token's divergence from above, in nats; its gradient is then zero. null clips nothing.
         micro_batch_tokens: most tokens (rows x longest row) in one forward and backward pass of a model.
         gradient_checkpointing: recompute the student's activations in the backward pass: less memory, more time.
+        shared_prefix: keys and values of a context are computed once for all rows: auto compares with the full pass
+            first and falls back with one message; always does neither; never runs the whole context for every row.
+        prefix_memory_mib: most MiB of keys and values that are kept; the least recently used context goes first.
         gradient_clip_val: most norm of the gradient of a step; null clips nothing.
         answer: how answers are drawn that are shown or written (predict, samples); greedy by default.
     """
@@ -76,6 +80,8 @@ class Distiller(LightningModule):
         max_nats: float | None = None,
         micro_batch_tokens: int = 4096,
         gradient_checkpointing: bool = False,
+        shared_prefix: Mode = "auto",
+        prefix_memory_mib: int = 2048,
         gradient_clip_val: float | None = 1.0,
         answer: Sampling = Sampling(temperature=0.0),  # noqa: B008
     ) -> None:
@@ -85,11 +91,13 @@ class Distiller(LightningModule):
         check_positive(
             temperature=temperature,
             micro_batch_tokens=micro_batch_tokens,
+            prefix_memory_mib=prefix_memory_mib,
             max_nats=max_nats,
             gradient_clip_val=gradient_clip_val,
         )
         self.student_config, self.loss = student, loss
         self.teacher, self.rollout = teacher or FrozenTeacher(), rollout or StudentRollout()
+        self.teacher.prefix = SharedPrefix(shared_prefix, prefix_memory_mib)
         if isinstance(loss, SampledReverseKL):
             check_sampled(loss, self.rollout, temperature)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler

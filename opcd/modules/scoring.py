@@ -24,7 +24,12 @@ class States:
 
 
 def response_states(model: PreTrainedModel, prompts: list[Tensor], responses: list[Tensor]) -> States:
-    """Run prompt + response of every row and keep the states that predict the responses, in row order.
+    """What the model says about the responses, in row order."""
+    return States(last_hidden(model, prompts, responses), head_of(model))
+
+
+def last_hidden(model: PreTrainedModel, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
+    """Run prompt + response of every row and keep the states that predict the responses, in row order: [N, H].
 
     Rows are padded on the right. No mask is needed: attention is causal, so nothing that counts sees the padding, and
     positions start at 0 in every row.
@@ -37,7 +42,7 @@ def response_states(model: PreTrainedModel, prompts: list[Tensor], responses: li
         hidden[row, len(prompt) - 1 : len(prompt) + len(response) - 1]
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
-    return States(torch.cat(kept), head_of(model))
+    return torch.cat(kept)
 
 
 def head_of(model: PreTrainedModel) -> Head:

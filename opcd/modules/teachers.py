@@ -10,13 +10,20 @@ from transformers import PreTrainedModel
 
 from opcd.models import ModelConfig, load_model
 from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
-from opcd.modules.scoring import States, check_head, response_states
+from opcd.modules.prefix import SharedPrefix
+from opcd.modules.scoring import States, check_head, head_of, last_hidden
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories, length_groups
 
 
 class Teacher(ABC):
-    """Scores responses under the context. Never trained: no gradient, and no parameter of the LightningModule."""
+    """Scores responses under the context. Never trained: no gradient, and no parameter of the LightningModule.
+
+    Attributes:
+        prefix: keys and values of contexts; one whose weights change clears it. The Distiller sets it.
+    """
+
+    prefix = SharedPrefix("never")
 
     @abstractmethod
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
@@ -43,17 +50,19 @@ class Teacher(ABC):
     def score(self, trajectories: Trajectories, max_tokens: int) -> States:
         """States of p_T(. | c, x, y<t) for all response tokens, in row order, without gradient.
 
-        The pass is cut into groups of rows of at most `max_tokens` with their padding.
+        Rows whose context has its keys and values computed once (`prefix`) come packed; the others, whole, in groups
+        of at most `max_tokens` with their padding.
         """
         rows = list(zip(trajectories.teacher_prompts, trajectories.responses, strict=True))
-        groups = length_groups([len(p) + len(r) for p, r in rows], max_tokens)
-        hidden: dict[int, Tensor] = {}
         with eval_mode(self.model), own_precision(self.model):
-            for group in groups:
-                prompts, responses = [rows[i][0] for i in group], [rows[i][1] for i in group]
-                states = response_states(self.model, prompts, responses)
-                hidden.update(zip(group, states.hidden.split([len(r) for r in responses]), strict=True))
-        return States(torch.cat([hidden[i] for i in range(len(rows))]), states.head)
+            hidden = self.prefix.score(self.model, trajectories.teacher_prefixes, rows, max_tokens)
+            rest = [number for number in range(len(rows)) if number not in hidden]
+            for group in length_groups([sum(map(len, rows[number])) for number in rest], max_tokens):
+                numbers = [rest[i] for i in group]
+                prompts, responses = [rows[n][0] for n in numbers], [rows[n][1] for n in numbers]
+                states = last_hidden(self.model, prompts, responses).split([len(r) for r in responses])
+                hidden.update(zip(numbers, states, strict=True))
+        return States(torch.cat([hidden[number] for number in range(len(rows))]), head_of(self.model))
 
     def respond(self, prompts: list[Tensor], sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
         """Responses to prompts that hold the context: B tensors [Q] of token ids -> B tensors [R]."""
@@ -126,6 +135,7 @@ class MovingAverageTeacher(Teacher):
         """Move the average."""
         averages: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averages, [weight.float() for weight in student.model.parameters()], 1 - self.decay)
+        self.prefix.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The average."""
@@ -134,6 +144,7 @@ class MovingAverageTeacher(Teacher):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.model.load_state_dict(state["model"])
+        self.prefix.clear()
 
 
 class SelfTeacher(Teacher):
@@ -153,7 +164,8 @@ class SelfTeacher(Teacher):
         return self._student.model
 
     def after_step(self, student: Student) -> None:
-        """Nothing to follow."""
+        """Nothing to follow; what was computed with the old weights is dropped."""
+        self.prefix.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the weights are elsewhere."""

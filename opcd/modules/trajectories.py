@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -21,6 +21,8 @@ class Trajectories:
     Attributes:
         student_prompts: B tensors [P] of token ids: the query without the context.
         teacher_prompts: B tensors [Q] of token ids: the query with the context.
+        teacher_prefixes: B tensors [P] of token ids that the teacher prompts of one context have in common at their
+            beginning (`Views.teacher_prefix`).
         responses: B tensors [R], R >= 1, of token ids. Each ends with its first end-of-sequence token or at the
             length limit, so every token of it counts.
         ended: whether each response ended by itself, [B].
@@ -28,6 +30,7 @@ class Trajectories:
 
     student_prompts: list[Tensor]
     teacher_prompts: list[Tensor]
+    teacher_prefixes: list[Tensor]
     responses: list[Tensor]
     ended: list[bool]
 
@@ -36,12 +39,12 @@ class Trajectories:
         """Join a batch with a response an example; what follows a response's first end-of-sequence token is cut."""
         cut = [first_sequence(response, eos_ids) for response in responses]
         ended = [int(response[-1]) in eos_ids for response in cut]
-        return cls(batch.student_prompts, batch.teacher_prompts, cut, ended)
+        return cls(batch.student_prompts, batch.teacher_prompts, batch.teacher_prefixes, cut, ended)
 
     @classmethod
     def joined(cls, parts: list[Trajectories]) -> Trajectories:
         """The rows of all parts, one part after the other."""
-        names = ("student_prompts", "teacher_prompts", "responses", "ended")
+        names = [field.name for field in fields(cls)]
         return cls(*([row for part in parts for row in getattr(part, name)] for name in names))
 
     def __len__(self) -> int:
@@ -54,8 +57,8 @@ class Trajectories:
 
     def select(self, rows: list[int]) -> Trajectories:
         """The trajectories at `rows`, in that order."""
-        fields = (self.student_prompts, self.teacher_prompts, self.responses, self.ended)
-        return Trajectories(*([field[row] for row in rows] for field in fields))  # type: ignore[arg-type]
+        columns = [getattr(self, field.name) for field in fields(self)]
+        return Trajectories(*([column[row] for row in rows] for column in columns))
 
     def micro_batches(self, max_tokens: int) -> list[list[int]]:
         """Rows of each micro-batch: sorted by length, so that little is padding, and cut by tokens.

@@ -11,6 +11,7 @@ def make(example):
         contexts=["c", "d"],
         student_prompts=[torch.tensor([1]), torch.tensor([2, 3])],
         teacher_prompts=[torch.tensor([4, 1]), torch.tensor([5, 2, 3])],
+        teacher_prefixes=[torch.tensor([4]), torch.tensor([5])],
         responses=[None, torch.tensor([6])],
     )
 
@@ -23,6 +24,7 @@ def test_select(example):
     assert part.contexts == ["d", "d", "c"]
     assert [p.tolist() for p in part.student_prompts] == [[2, 3], [2, 3], [1]]
     assert [p.tolist() for p in part.teacher_prompts] == [[5, 2, 3], [5, 2, 3], [4, 1]]
+    assert [p.tolist() for p in part.teacher_prefixes] == [[5], [5], [4]]
     assert [None if r is None else r.tolist() for r in part.responses] == [[6], [6], None]
 
 

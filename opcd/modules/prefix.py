@@ -1,0 +1,170 @@
+"""One prefix for everyone: the keys and values of a context, computed once and shared by all that follows it."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from opcd.modules.packing import pack_groups, packed_masks
+from opcd.modules.scoring import last_hidden
+
+Mode = Literal["auto", "always", "never"]
+
+SHORTEST = 16
+"""Tokens of a prefix that are worth a pass of their own."""
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""Largest relative difference (norm over norm) of hidden states from the full pass; low precision: `LOW_PRECISION`."""
+LOW_PRECISION = 0.05
+
+
+@dataclass
+class _Entry:
+    """Keys and values of a prefix, a pair [1, heads, P, D] a layer."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    bytes: int
+
+
+class SharedPrefix:
+    """Scores rows over shared prefixes, packed into one row without padding.
+
+    The first rows are scored both ways and compared; where that fails, the full pass is taken from then on.
+
+    Args:
+        mode: auto compares and falls back with one message; always does neither; never takes the full pass.
+        memory_mib: most MiB of keys and values that are kept; the least recently used prefix goes first.
+    """
+
+    def __init__(self, mode: Mode = "auto", memory_mib: int = 2048) -> None:
+        self.mode, self.memory_mib = mode, memory_mib
+        self._entries: OrderedDict[tuple[int, ...], _Entry] = OrderedDict()
+        self._seen: set[int] = set()  # hashes: contexts may be as many as rows
+        self._agrees: bool | None = {"auto": None, "always": True, "never": False}[mode]
+
+    def clear(self) -> None:
+        """Forget all keys and values: the weights have changed."""
+        self._entries.clear()
+
+    def score(
+        self, model: PreTrainedModel, prefixes: list[Tensor], rows: list[tuple[Tensor, Tensor]], max_tokens: int
+    ) -> dict[int, Tensor]:
+        """Last hidden states [R, H] that predict the responses, by row number; rows that share no prefix are left out.
+
+        Args:
+            model: in eval mode, without gradient.
+            prefixes: B tensors of the token ids that may come first in a row; the same object or equal ids are shared.
+            rows: B pairs of prompt [Q] and response [R].
+            max_tokens: most tokens of one pass beyond the prefix.
+        """
+        if self._agrees is False:
+            return {}
+        shared: dict[tuple[int, ...], list[int]] = {}
+        for number, (prefix, (prompt, _)) in enumerate(zip(prefixes, rows, strict=True)):
+            length = min(_common(prefix, prompt), len(prompt) - 1)  # the last token's state predicts the response
+            if length >= SHORTEST:
+                shared.setdefault(tuple(prefix[:length].tolist()), []).append(number)
+        found: dict[int, Tensor] = {}
+        for ids, numbers in shared.items():
+            if self._alone(ids, numbers):
+                continue
+            suffixes = [(rows[n][0][len(ids) :], rows[n][1]) for n in numbers]
+            for group in pack_groups([len(q) + len(r) - 1 for q, r in suffixes], max_tokens):
+                part = [numbers[i] for i in group]
+                hidden = self._checked(model, ids, [suffixes[i] for i in group], [rows[n] for n in part])
+                if hidden is None:
+                    return {}
+                found.update(zip(part, hidden, strict=True))
+        return found
+
+    def _alone(self, ids: tuple[int, ...], numbers: list[int]) -> bool:
+        """Whether nothing is known to share the prefix: its first row, alone in the batch, gains nothing."""
+        known = len(numbers) > 1 or ids in self._entries or hash(ids) in self._seen
+        self._seen.add(hash(ids))
+        return not known
+
+    def _checked(
+        self,
+        model: PreTrainedModel,
+        ids: tuple[int, ...],
+        suffixes: list[tuple[Tensor, Tensor]],
+        rows: list[tuple[Tensor, Tensor]],
+    ) -> list[Tensor] | None:
+        """The states of one packed pass, compared with the full pass the first time; None where they differ."""
+        if self._agrees:
+            return self._packed(model, ids, suffixes)
+        prompt, response = rows[0]
+        full = last_hidden(model, [prompt], [response])
+        try:
+            fast = self._packed(model, ids, suffixes)
+            difference = float((fast[0] - full).norm() / full.norm())
+            why = f"their hidden states differ by {difference:.2g}"
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+            fast, difference, why = None, float("inf"), f"{type(error).__name__}: {error}"
+        self._agrees = difference <= TOLERANCE.get(full.dtype if not _autocast(full) else torch.bfloat16, LOW_PRECISION)
+        if not self._agrees:
+            self.clear()
+            rank_zero_warn(
+                f"the shared prefix does not work for {type(model).__name__} ({why.splitlines()[0]}); every row is "
+                "passed through the teacher with its whole context from here on (model.shared_prefix: never is silent)"
+            )
+        return fast if self._agrees else None
+
+    def _packed(
+        self, model: PreTrainedModel, ids: tuple[int, ...], suffixes: list[tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:
+        """The states of rows without their common prefix, packed one after the other: positions restart in each."""
+        rows = [torch.cat([prompt, response[:-1]]) for prompt, response in suffixes]
+        lengths = [len(row) for row in rows]
+        positions = torch.cat([torch.arange(len(ids), len(ids) + length) for length in lengths])
+        hidden = model.base_model(
+            input_ids=torch.cat(rows)[None].to(model.device),
+            position_ids=positions[None].to(model.device),
+            attention_mask=packed_masks(model, len(ids), lengths),
+            cache=_cache(self._entry(model, ids)),
+            use_cache=True,
+        ).last_hidden_state[0]
+        return [states[len(prompt) - 1 :] for states, (prompt, _) in zip(hidden.split(lengths), suffixes, strict=True)]
+
+    def _entry(self, model: PreTrainedModel, ids: tuple[int, ...]) -> _Entry:
+        """The keys and values of a prefix, computed where they are not there."""
+        if ids in self._entries:
+            self._entries.move_to_end(ids)
+            return self._entries[ids]
+        cache = DynamicCache()
+        tokens = torch.tensor([ids], device=model.device)
+        model.base_model(
+            input_ids=tokens,
+            attention_mask=packed_masks(model, 0, [len(ids)]),
+            position_ids=torch.arange(len(ids), device=model.device)[None],
+            cache=cache,
+            use_cache=True,
+        )
+        layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
+        entry = _Entry(layers, sum(x.numel() * x.element_size() for pair in layers for x in pair))
+        self._entries[ids] = entry
+        while sum(e.bytes for e in self._entries.values()) > self.memory_mib * 2**20 and len(self._entries) > 1:
+            self._entries.popitem(last=False)
+        return entry
+
+
+def _cache(entry: _Entry) -> Any:
+    """A cache that starts with the prefix and can grow: the kept tensors are never written."""
+    cache = DynamicCache()
+    for number, (keys, values) in enumerate(entry.layers):
+        cache.update(keys, values, number)
+    return cache
+
+
+def _common(one: Tensor, other: Tensor) -> int:
+    """How many ids two rows have in common at their beginnings."""
+    length = min(len(one), len(other))
+    differ = (one[:length] != other[:length].to(one.device)).nonzero()
+    return int(differ[0]) if len(differ) else length
+
+
+def _autocast(values: Tensor) -> bool:
+    return torch.is_autocast_enabled(values.device.type)

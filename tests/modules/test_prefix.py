@@ -1,0 +1,175 @@
+"""The shared prefix against the full pass, on a small random model of each family; families that cannot fall back."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from opcd.models import ModelConfig
+from opcd.modules import FrozenTeacher, MovingAverageTeacher, SelfTeacher
+from opcd.modules.prefix import SharedPrefix
+from opcd.modules.student import Student
+from opcd.modules.trajectories import Trajectories
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
+    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=12)),
+    "gemma3, both kinds of layer": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SMALL, sliding_window=12, sliding_window_pattern=2)
+    ),
+}
+WITHOUT = {
+    "mamba, recurrent": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
+    ),
+    "falcon-h1, hybrid": lambda: FalconH1ForCausalLM(
+        FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
+    ),
+}
+
+
+class Teaches(FrozenTeacher):
+    """A frozen teacher over a model that is there already."""
+
+    def __init__(self, model, mode="auto"):
+        super().__init__()
+        self._model = model.eval()
+        self.prefix = SharedPrefix(mode)
+
+
+def ids(*lengths: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 97, (length,), generator=generator) for length in lengths]
+
+
+@pytest.fixture
+def mixed():
+    """Nine rows: four of one context, three of another, one whose prompt leaves the prefix early, one of none."""
+    one, two = ids(30, 21, seed=1)
+    queries, responses = ids(5, 9, 3, 7, 4, 6, 8, 5, 5, seed=2), ids(6, 1, 12, 4, 5, 9, 3, 7, 2, seed=3)
+    prefixes = [one, two, one, two, one, one, two, one, ids(40, seed=4)[0]]
+    heads = [*prefixes[:7], one[:20], ids(40, seed=5)[0]]
+    prompts = [torch.cat([head, query]) for head, query in zip(heads, queries, strict=True)]
+    return Trajectories(queries, prompts, prefixes, responses, [False] * 9)
+
+
+@pytest.mark.parametrize("max_tokens", [10, 40, 4096])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shared_prefix_changes_nothing(family, mixed, max_tokens) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    full = Teaches(model, "never").score(mixed, 4096)
+    teacher = Teaches(model)
+    for _ in range(2):  # the second time from the kept keys and values
+        fast = teacher.score(mixed, max_tokens)
+        assert_close(fast.hidden, full.hidden, rtol=1e-5, atol=1e-5)
+    assert teacher.prefix._agrees is True
+    assert len(teacher.prefix._entries) == 3  # the row that leaves early has a prefix of its own by the second time
+
+
+def test_the_fast_path_is_taken(mixed, monkeypatch) -> None:
+    """Rows that share a context never run it again."""
+    teacher = Teaches(FAMILIES["llama"](), "always")
+    teacher.score(mixed, 4096)
+    tokens = []
+    monkeypatch.setattr(
+        teacher.model.model, "forward", lambda *, input_ids, f=teacher.model.model.forward, **k: tokens.append(
+            input_ids.numel()
+        ) or f(input_ids=input_ids, **k)
+    )  # fmt: skip
+    teacher.score(mixed, 4096)
+    whole = sum(len(p) + len(r) for p, r in zip(mixed.teacher_prompts, mixed.responses, strict=True))
+    assert sum(tokens) < whole / 2
+
+
+@pytest.mark.parametrize("family", WITHOUT)
+def test_families_without_keys_and_values_fall_back_with_one_message(family, mixed) -> None:
+    torch.manual_seed(0)
+    model = WITHOUT[family]()
+    full = Teaches(model, "never").score(mixed, 4096)
+    teacher = Teaches(model)
+    with pytest.warns(UserWarning, match="the shared prefix does not work for") as caught:
+        for _ in range(2):
+            assert_close(teacher.score(mixed, 4096).hidden, full.hidden, rtol=1e-5, atol=1e-5)
+    assert len([w for w in caught if "shared prefix" in str(w.message)]) == 1
+
+
+def test_a_wrong_mask_is_noticed(mixed, monkeypatch) -> None:
+    from opcd.modules import packing, prefix
+
+    def forgets_a_token(model, length, lengths):
+        mask = packing.packed_masks(model, length, lengths)
+        mask[..., -1, 2] = False
+        return mask
+
+    monkeypatch.setattr(prefix, "packed_masks", forgets_a_token)
+    teacher = Teaches(FAMILIES["llama"]())
+    full = Teaches(teacher.model, "never").score(mixed, 4096)
+    with pytest.warns(UserWarning, match="hidden states differ by"):
+        assert_close(teacher.score(mixed, 4096).hidden, full.hidden)
+
+
+def test_the_least_used_prefix_goes_first(mixed) -> None:
+    teacher = Teaches(FAMILIES["llama"](), "always")
+    teacher.score(mixed, 4096)
+    (one, entry), (two, _) = teacher.prefix._entries.items()
+    teacher.prefix.memory_mib = entry.bytes / 2**20
+    teacher.score(mixed.select([0, 2]), 4096)
+    assert list(teacher.prefix._entries) == [two, one]  # nothing new: nothing goes
+    shorter = mixed.select([7, 7])
+    teacher.score(shorter, 4096)
+    assert one not in teacher.prefix._entries or two not in teacher.prefix._entries
+    assert sum(e.bytes for e in teacher.prefix._entries.values()) <= entry.bytes
+
+
+@pytest.mark.parametrize("make", [MovingAverageTeacher, SelfTeacher])
+def test_changed_weights_compute_the_context_anew(make, tiny, batch) -> None:
+    config = ModelConfig(name=tiny)
+    student, teacher = Student.load(config), make()
+    teacher.prefix = SharedPrefix("always")
+    teacher.prepare(student, config, torch.device("cpu"))
+    trajectories = Trajectories.of(batch, ids(*[4] * len(batch)), {2})
+    teacher.score(trajectories, 4096)
+    assert teacher.prefix._entries
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.mul_(1.1)
+    teacher.after_step(student)
+    fast = teacher.score(trajectories, 4096).hidden
+    teacher.prefix = SharedPrefix("never")
+    assert_close(fast, teacher.score(trajectories, 4096).hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_prefixes_of_real_prompts_begin_them(batch) -> None:
+    """The packaged tokenizer, the chat template and a context: every prompt begins with the prefix, which holds it."""
+    for prompt, prefix in zip(batch.teacher_prompts, batch.teacher_prefixes, strict=True):
+        assert torch.equal(prompt[: len(prefix)], prefix)
+        assert len(prefix) >= 16
