@@ -141,6 +141,17 @@ def test_validate_test_and_predict(opcd, fit, tmp_path, rows, context):
     )
 
 
+def test_predict_without_a_context(opcd, tiny, rows, tmp_path):
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(rows.read_text() + json.dumps({"query": "Who?", "context": "Odalys."}) + "\n")
+    words = ("--model.student.name", tiny, "--model.answer.max_new_tokens", 4, "--trainer.default_root_dir", tmp_path)
+    code, text = opcd("predict", *words, "--data.predict", mixed)
+    assert code == 0, text
+    answers = [json.loads(line) for line in (tmp_path / "version_0/predictions.jsonl").read_text().splitlines()]
+    assert [a["query"] for a in answers if a["context"]] == ["Who?"]
+    assert len([a for a in answers if not a["context"]]) == 9
+
+
 def test_resume_from_a_checkpoint(fit, tmp_path):
     assert fit()[0] == 0
     code, text = fit("--ckpt_path", tmp_path / "runs/version_0/checkpoints/last.ckpt", "--trainer.max_steps", 3)

@@ -14,15 +14,15 @@ class Batch:
 
     Attributes:
         examples: the rows as they were read.
-        contexts: the context that the teacher sees.
+        contexts: the context that the teacher sees; None for a row to predict that has none.
         student_prompts: [P] int64 each: the query.
-        teacher_prompts: [Q] int64 each: the same with the context.
+        teacher_prompts: [Q] int64 each: the same with the context, where there is one.
         teacher_prefixes: [P] int64 each: what the teacher prompts of its context have in common at their beginning.
         responses: [R] int64 each: the recorded response with its end-of-sequence token; None where there is none.
     """
 
     examples: list[Example]
-    contexts: list[str]
+    contexts: list[str | None]
     student_prompts: list[Tensor]
     teacher_prompts: list[Tensor]
     teacher_prefixes: list[Tensor]

@@ -61,21 +61,18 @@ class ContextSource:
         """Every context that the example can get."""
         return self.contexts if example.context is None else [example.context]
 
-    def context_for(self, example: Example, epoch: int) -> str:
-        """The context of an example in an epoch.
+    def context_for(self, example: Example, epoch: int) -> str | None:
+        """The context of an example in an epoch; None where there is none.
 
         The draw depends on (seed, epoch, example.index) only: workers, ranks and the order of calls do not change it.
-
-        Raises:
-            UserError: there is none.
         """
         candidates = self.candidates(example)
         if not candidates:
-            raise UserError(f"{example.source}: no context: give the row one, or set data.context")
+            return None
         return random.Random(f"{self.seed}/{epoch}/{example.index}").choice(candidates)
 
     def check(self, splits: Mapping[str, Sequence[Example]], complete: bool = True) -> None:
-        """Refuse an example without a context, and contexts that no example uses.
+        """Refuse an example without a context (rows to predict need none), and contexts that no example uses.
 
         Args:
             splits: the examples of each split.
@@ -85,8 +82,9 @@ class ContextSource:
             UserError: names the first such row, or data.context.
         """
         examples = [example for split in splits.values() for example in split]
-        for example in examples:
-            self.context_for(example, epoch=0)
+        for example in (example for split, rows in splits.items() if split != "predict" for example in rows):
+            if not self.candidates(example):
+                raise UserError(f"{example.source}: no context: give the row one, or set data.context")
         if complete and self.contexts and all(example.context is not None for example in examples):
             raise UserError("data.context has no effect: every row has a context of its own; remove one of the two")
 

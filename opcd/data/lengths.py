@@ -14,7 +14,7 @@ def longest_prompts(examples: list[Example], contexts: ContextSource, views: Vie
     students = [(len(views.student_prompt(example)), example) for example in examples]
     teacher = max((len(views.teacher_prompt(e, e.context)) for e in examples if e.context is not None), default=0)
     shared = [pair for pair in students if pair[1].context is None]
-    if shared:
+    if shared and contexts.contexts:
         teacher = max(teacher, _longest_shared(shared, contexts, views))
     return max(length for length, _ in students), teacher
 

@@ -186,8 +186,11 @@ class ContextQueryDataModule(LightningDataModule):
             examples=list(examples),
             contexts=contexts,
             student_prompts=[torch.tensor(views.student_prompt(example)) for example in examples],
-            teacher_prompts=[torch.tensor(views.teacher_prompt(e, c)) for e, c in zip(examples, contexts, strict=True)],
-            teacher_prefixes=[torch.tensor(views.teacher_prefix(context)) for context in contexts],
+            teacher_prompts=[
+                torch.tensor(views.student_prompt(e) if c is None else views.teacher_prompt(e, c))
+                for e, c in zip(examples, contexts, strict=True)
+            ],
+            teacher_prefixes=[torch.tensor([] if c is None else views.teacher_prefix(c)).long() for c in contexts],
             responses=[None if e.response is None else torch.tensor(views.response_ids(e.response)) for e in examples],
         )
 

@@ -171,11 +171,13 @@ class Distiller(LightningModule):
         self._held_out_step(batch, batch_idx, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """The student's answers without and with the context, a row each."""
+        """The student's answers without the context, and with it where there is one, a row each."""
         rows = []
-        for context, prompts in ((False, batch.student_prompts), (True, batch.teacher_prompts)):
-            answers = self.student.answer(prompts, self.answer)
-            for example, answer in zip(batch.examples, answers, strict=True):
+        with_context = batch.select([row for row, context in enumerate(batch.contexts) if context is not None])
+        for context, part in ((False, batch), (True, with_context)):
+            prompts = part.teacher_prompts if context else part.student_prompts
+            answers = self.student.answer(prompts, self.answer) if prompts else []
+            for example, answer in zip(part.examples, answers, strict=True):
                 row = {"source": example.source, "query": example.query, "reference": example.reference}
                 rows.append({**row, "context": context, "answer": answer})
         return rows
