@@ -97,6 +97,7 @@ class ContextQueryDataModule(LightningDataModule):
         self._longest: dict[str, tuple[int, int]] = {}
         self._contexts: ContextSource | None = None
         self._views: Views | None = None
+        self._taught = True
 
     def setup(self, stage: str) -> None:
         """Read the rows of a stage (fit, validate, test, predict), and check all that needs no model.
@@ -115,7 +116,8 @@ class ContextQueryDataModule(LightningDataModule):
         contexts = self._context_source()
         known = {**self._examples, **rows}
         contexts.check(known, complete=all(source is None or split in known for split, source in self.sources.items()))
-        if self._views is None:
+        if self._views is None or self._taught is (stage == "predict"):
+            self._taught = stage != "predict"  # the student answers with the context itself: no teacher is needed
             views = self._make_views()
             contexts.contexts = self.budgets.limit_contexts(contexts.contexts, views)
             self._views = views
@@ -202,16 +204,11 @@ class ContextQueryDataModule(LightningDataModule):
 
     def _make_views(self) -> Views:
         student = load_tokenizer(self.student, STUDENT)
-        teacher = student if self.teacher == self.student else load_tokenizer(self.teacher, TEACHER)
+        config = self.teacher if self._taught else self.student
+        teacher = student if config == self.student else load_tokenizer(config, TEACHER)
         check_same_vocabulary(student, teacher)
-        return Views(
-            student,
-            teacher,
-            self.placement,
-            self.template,
-            self.student.chat_template_kwargs,
-            self.teacher.chat_template_kwargs,
-        )
+        kwargs = (self.student.chat_template_kwargs, config.chat_template_kwargs)
+        return Views(student, teacher, self.placement, self.template, *kwargs)
 
     def _loader(
         self, split: str, batch_size: int, sampler: DistributedSampler[Example] | None = None
