@@ -53,11 +53,11 @@ def check_sampled(loss: SampledReverseKL, rollout: Rollout, temperature: float) 
             "takes others; use StudentRollout, or ReverseKL, which looks at the whole distribution"
         )
     sampling = rollout.sampling
-    if sampling.temperature != temperature or sampling.top_p < 1 or sampling.top_k > 0:
+    if sampling.temperature != temperature or sampling.top_p < 1 or sampling.top_k > 0 or sampling.options:
         raise ValueError(
             "model.loss: SampledReverseKL needs tokens drawn from the distribution that it compares: set "
             f"model.rollout's sampling.temperature to model.temperature ({temperature}, not {sampling.temperature}), "
-            "and neither top_p nor top_k"
+            "and no top_p, top_k or options"
         )
     if loss.max_importance is not None:
         raise ValueError(

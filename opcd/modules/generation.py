@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from opcd.modules.trajectories import first_sequence
+
+OURS = (
+    *("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "top_k"),
+    *("eos_token_id", "pad_token_id", "num_return_sequences", "return_dict_in_generate"),
+)
+"""Settings that Sampling has of its own, or that would change what comes back."""
 
 
 @dataclass
@@ -24,6 +30,8 @@ class Sampling:
     """Nucleus sampling: the smallest set of tokens that holds this share of the mass; 1 keeps all."""
     top_k: int = 0
     """Sample among this many likeliest tokens; 0 keeps all."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """More settings of transformers' GenerationConfig, such as {min_p: 0.05, repetition_penalty: 1.1}."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -35,12 +43,16 @@ class Sampling:
             )
         if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
             raise ValueError("top_k and top_p have no effect at temperature 0 (greedy); remove them")
+        for name in self.options:
+            if name in OURS or not hasattr(GenerationConfig(), name):
+                why = "is set elsewhere" if name in OURS else "is no setting of transformers' GenerationConfig"
+                raise ValueError(f"sampling.options: {name} {why}; remove it")
 
     def generation_config(self, eos_ids: set[int], pad_id: int) -> GenerationConfig:
         """The same in transformers' words; what a model's own generation config says does not come in."""
-        drawn: dict[str, Any] = {"do_sample": False}
+        drawn: dict[str, Any] = {"do_sample": False} | self.options
         if self.temperature > 0:
-            drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            drawn |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **drawn
         )

@@ -20,6 +20,8 @@ from opcd.modules import (
     StudentRollout,
     TeacherRollout,
 )
+from opcd.modules.generation import generate
+from opcd.modules.student import Student
 from tests.conftest import write_rows
 
 RESPONSES = [
@@ -273,10 +275,22 @@ def test_the_sampled_reverse_kl_looks_at_the_tokens_of_the_response(tmp_path, re
     [
         (SampledReverseKL(), RecordedRollout(), "RecordedRollout takes others"),
         (SampledReverseKL(), StudentRollout(Sampling(temperature=0.7)), "sampling.temperature to model.temperature"),
-        (SampledReverseKL(), StudentRollout(Sampling(top_p=0.9)), "neither top_p nor top_k"),
+        (SampledReverseKL(), StudentRollout(Sampling(top_p=0.9)), "no top_p, top_k or options"),
         (SampledReverseKL(max_importance=2.0), StudentRollout(), "max_importance has no effect"),
     ],
 )
 def test_a_biased_sampled_reverse_kl_is_refused(loss, rollout, message):
     with pytest.raises(ValueError, match=message):
         Distiller(loss=loss, rollout=rollout)
+
+
+def test_options_of_generate_are_honoured_and_checked(tiny, batch):
+    student = Student.load(ModelConfig(name=tiny))
+    even = list(range(0, 49152, 2))
+    for options, allowed in (({}, {0, 1}), ({"suppress_tokens": even}, {1})):
+        sampling = Sampling(32, options=options)
+        (response,) = generate(student.model, batch.student_prompts[:1], sampling, student.eos_ids, student.pad_id)
+        assert {int(token) % 2 for token in response} == allowed
+    for name, why in (("top_p", "is set elsewhere"), ("beam_count", "is no setting of transformers")):
+        with pytest.raises(ValueError, match=why):
+            Sampling(options={name: 1})

@@ -1,0 +1,212 @@
+"""Seconds and memory of a training step as the context grows, side by side with TRL's SDFTTrainer.
+
+    pip install trl==1.16.0 accelerate        # the peer; not a dependency of opcd
+    python benchmarks/step.py --peer trl --context-tokens 74 2000 8000
+    python benchmarks/step.py --peer none --model SMALL --teacher LARGE --context-tokens 300 --new-tokens 160
+
+Both sides train the same model on the same queries with the same context: bfloat16 autocast over float32 master
+weights, AdamW, a frozen copy of the starting weights as the teacher, the reverse KL over the whole vocabulary, and
+exactly --new-tokens sampled tokens a query. Every cell is a process of its own; the two sides take turns in one run.
+Seconds are the median of the steps after --warm-up; memory is the peak of the process, model and libraries included.
+"""
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WORDS = ("river", "stone", "lamp", "garden", "winter", "copper", "cloud", "market", "bridge", "forest", "paper")
+PARTS = ("rollout", "teacher", "student", "optimizer")
+
+
+def text(words: int, seed: int) -> str:
+    """Words that no model knows by heart."""
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) for _ in range(words)) + "."
+
+
+def context_of(tokens: int, tokenizer: Any) -> str:
+    """A text of about that many tokens."""
+    ids = tokenizer(text(2 * tokens, seed=0), add_special_tokens=False)["input_ids"][:tokens]
+    return str(tokenizer.decode(ids))
+
+
+def opcd_side(options: argparse.Namespace) -> dict[str, Any]:
+    """Steps of opcd's Distiller."""
+    from opcd.memory import keep_freed_blocks
+
+    keep_freed_blocks()
+    from lightning import Trainer
+    from lightning.pytorch.loggers import CSVLogger
+
+    from opcd.data import ContextQueryDataModule
+    from opcd.losses import ReverseKL
+    from opcd.models import ModelConfig, load_tokenizer
+    from opcd.modules import Distiller, FrozenTeacher, Sampling, StudentRollout
+
+    config = ModelConfig(options.model)
+    folder = Path(tempfile.mkdtemp(prefix="opcd-step-"))
+    rows = [{"query": text(12, seed=number)} for number in range(1, options.queries * (options.steps + 1))]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "context.txt").write_text(context_of(options.context, load_tokenizer(config)))
+    sampling = Sampling(options.new_tokens, options={"min_new_tokens": options.new_tokens})
+    teacher = FrozenTeacher(ModelConfig(options.teacher)) if options.teacher else FrozenTeacher()
+    distiller = Distiller(
+        config,
+        teacher,
+        ReverseKL(),
+        StudentRollout(sampling),
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    data = ContextQueryDataModule(
+        train=str(folder / "rows.jsonl"), context=str(folder / "context.txt"), batch_size=options.queries
+    )
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_steps=options.steps,
+        accelerator="auto",
+        precision="bf16-mixed",
+        log_every_n_steps=1,
+        logger=CSVLogger(folder, name="", version=""),
+        default_root_dir=folder,
+        **quiet,
+    )
+    trainer.fit(distiller, datamodule=data)
+    import csv
+
+    logged = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))[options.warm_up :]
+    medians = {part: statistics.median(float(r[f"seconds/{part}"]) for r in logged) for part in ("step", *PARTS)}
+    return {"seconds": medians.pop("step"), "parts": medians}
+
+
+def trl_side(options: argparse.Namespace) -> dict[str, Any]:
+    """Steps of TRL's SDFTTrainer."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    from opcd.models import ModelConfig, resolve
+
+    folder = resolve(ModelConfig(options.model))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    context = context_of(options.context, tokenizer)
+    rows = [
+        {"prompt": [{"role": "user", "content": text(12, seed=number)}], "privileged_context": context}
+        for number in range(1, options.queries * (options.steps + 1))
+    ]
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - self.start)
+
+    config = SDFTConfig(
+        output_dir=tempfile.mkdtemp(prefix="trl-step-"),
+        per_device_train_batch_size=options.queries,
+        gradient_accumulation_steps=1,
+        num_generations=1,
+        max_steps=options.steps,
+        max_prompt_length=None,
+        max_completion_length=options.new_tokens,
+        generation_kwargs={"min_new_tokens": options.new_tokens},
+        temperature=1.0,
+        teacher_model_kind="base",
+        distillation_mode="full_logits",
+        distillation_alpha=1.0,
+        distillation_is_clip=None,
+        learning_rate=5e-6,
+        bf16=True,
+        gradient_checkpointing=options.gradient_checkpointing,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    SDFTTrainer(
+        model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()]
+    ).train()
+    return {"seconds": statistics.median(seconds[options.warm_up :])}
+
+
+def child(options: argparse.Namespace) -> None:
+    """Measure one cell and print it as JSON."""
+    found = {"opcd": opcd_side, "trl": trl_side}[options.side](options)
+    found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print("\n" + json.dumps(found))
+
+
+def measure(options: argparse.Namespace, side: str, context: int) -> dict[str, Any]:
+    """Run one cell in a process of its own."""
+    words = [sys.executable, "-W", "ignore", *sys.argv, "--side", side, "--context", str(context)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{side} with {context} context tokens failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Run every cell and print the table, or a JSON object a line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=("trl", "none"), default="trl")
+    parser.add_argument("--context-tokens", type=int, nargs="+", default=[74, 2000, 8000])
+    parser.add_argument("--model", default="smollm2-135m", help="the packaged model, a folder or a hub id")
+    parser.add_argument("--teacher", help="another model as the teacher, for --peer none")
+    parser.add_argument("--queries", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warm-up", type=int, default=2, help="first steps that are not counted")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--context", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        return child(options)
+    if options.teacher and options.peer != "none":
+        parser.error("--teacher has no counterpart in the peer; add --peer none")
+    if not options.json:
+        import torch
+        import transformers
+
+        print(f"{options.model}, {options.queries} x {options.new_tokens} tokens, {torch.get_num_threads()} threads,")
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}\n")
+        print(
+            "| context tokens | opcd s | rollout, teacher, student, optimizer | peer s | ratio | opcd MiB | peer MiB |"
+        )
+        print("|---|---|---|---|---|---|---|")
+    for context in options.context_tokens:
+        ours = measure(options, "opcd", context)
+        peer = measure(options, options.peer, context) if options.peer != "none" else {}
+        show(options, context, ours, peer)
+    return None
+
+
+def show(options: argparse.Namespace, context: int, ours: dict[str, Any], peer: dict[str, Any]) -> None:
+    """Print one context length."""
+    ratio = ours["seconds"] / peer["seconds"] if peer else None
+    if options.json:
+        line = {"context_tokens": context, "opcd_step_s": ours["seconds"], "parts": ours["parts"]}
+        line |= {"peer_step_s": peer.get("seconds"), "ratio": ratio}
+        print(json.dumps(line | {"opcd_peak_mib": ours["peak_mib"], "peer_peak_mib": peer.get("peak_mib")}), flush=True)
+        return
+    parts = ", ".join(f"{ours['parts'][part]:.2f}" for part in PARTS)
+    other = f"{peer['seconds']:.2f} | {ratio:.3f}" if peer else "| "
+    memory = f"{ours['peak_mib']:,.0f} | {peer['peak_mib']:,.0f}" if peer else f"{ours['peak_mib']:,.0f} | "
+    print(f"| {context} | {ours['seconds']:.2f} | {parts} | {other} | {memory} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
