@@ -97,7 +97,7 @@ class Distiller(LightningModule):
         )
         self.student_config, self.loss = student, loss
         self.teacher, self.rollout = teacher or FrozenTeacher(), rollout or StudentRollout()
-        self.teacher.prefix = SharedPrefix(shared_prefix, prefix_memory_mib)
+        self.teacher.prefix, self.answering = (SharedPrefix(shared_prefix, prefix_memory_mib) for _ in range(2))
         if isinstance(loss, SampledReverseKL):
             check_sampled(loss, self.rollout, temperature)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -175,8 +175,12 @@ class Distiller(LightningModule):
         rows = []
         with_context = batch.select([row for row, context in enumerate(batch.contexts) if context is not None])
         for context, part in ((False, batch), (True, with_context)):
+            if not len(part):
+                continue
             prompts = part.teacher_prompts if context else part.student_prompts
-            answers = self.student.answer(prompts, self.answer) if prompts else []
+            # Weights do not change while predicting: a context is encoded once for all batches.
+            prefix = self.answering.encoded(self.student.model, part.teacher_prefixes, prompts) if context else None
+            answers = self.student.answer(prompts, self.answer, prefix)
             for example, answer in zip(part.examples, answers, strict=True):
                 row = {"source": example.source, "query": example.query, "reference": example.reference}
                 rows.append({**row, "context": context, "answer": answer})

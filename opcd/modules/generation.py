@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from opcd.modules.trajectories import first_sequence
 
@@ -58,26 +58,58 @@ class Sampling:
         )
 
 
+@dataclass
+class EncodedPrefix:
+    """Token ids that come first, with their keys and values."""
+
+    ids: tuple[int, ...]
+    layers: list[tuple[Tensor, Tensor]]
+    """A pair [1, heads, P, D] a layer."""
+
+    @property
+    def bytes(self) -> int:
+        """The size of the keys and values."""
+        return sum(x.numel() * x.element_size() for pair in self.layers for x in pair)
+
+    def cache(self, rows: int = 1) -> DynamicCache:
+        """A cache of that many rows that starts with the prefix and can grow; what is kept here is never written."""
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self.layers):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), number)
+        return cache
+
+
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, prompts: list[Tensor], sampling: Sampling, eos_ids: set[int], pad_id: int
+    model: PreTrainedModel,
+    prompts: list[Tensor],
+    sampling: Sampling,
+    eos_ids: set[int],
+    pad_id: int,
+    prefix: EncodedPrefix | None = None,
 ) -> list[Tensor]:
     """One response a prompt: B tensors [P] of token ids -> B tensors [R], 1 <= R <= max_new_tokens.
+
+    `prefix` holds the keys and values of the ids that all prompts begin with; they are not computed again.
 
     Each response ends with its first end-of-sequence token or at the limit. Draws come from torch's default generator.
     Leave `requires_grad` of the model's weights on: without it, torch copies the head once a row to project the last
     position of the prompts (1 of 2.7 s for 8 x 32 tokens of SmolLM2-135M on 2 cores).
     """
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
-    mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts])
+    shared = len(prefix.ids) if prefix else 0
+    longest = max(len(prompt) for prompt in prompts) - shared
+    rest = [prompt[shared:].to(model.device) for prompt in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True, padding_value=pad_id, padding_side="left")
+    mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rest])
+    begin = torch.stack([prompt[:shared] for prompt in prompts]).to(model.device)  # padding stands behind the prefix
     with eval_mode(model), own_precision(model):
         output = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device),
-            attention_mask=mask.long().to(model.device),
+            input_ids=torch.cat([begin, ids], dim=1),
+            attention_mask=torch.cat([torch.ones_like(begin), mask.long().to(model.device)], dim=1),
             generation_config=sampling.generation_config(eos_ids, pad_id),
+            **({"cache": prefix.cache(len(prompts))} if prefix else {}),
         )
-    return [first_sequence(row, eos_ids) for row in output[:, longest:]]
+    return [first_sequence(row, eos_ids) for row in output[:, shared + longest :]]
 
 
 @contextmanager

@@ -19,6 +19,13 @@ def pack_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def sliding_window(model: PreTrainedModel) -> int | None:
+    """How many tokens a layer with a sliding window sees, its own included; None where no layer has one."""
+    config = model.config.get_text_config()
+    window: int | None = getattr(config, "sliding_window", None)
+    return None if set(getattr(config, "layer_types", None) or []) == {"full_attention"} else window
+
+
 def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Tensor | dict[str, Tensor]:
     """Who sees whom, [1, 1, Q, prefix + Q] bool: every token sees the whole prefix and its own row's past.
 
@@ -33,8 +40,8 @@ def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Ten
     position = torch.cat([torch.arange(length) for length in lengths]) + prefix
     own = (row[:, None] == row[None, :]) & (position[:, None] >= position[None, :])
     full = torch.cat([torch.ones(len(row), prefix, dtype=torch.bool), own], dim=1)[None, None].to(model.device)
-    window: int | None = getattr(config, "sliding_window", None)
-    if window is None or kinds == {"full_attention"}:
+    window = sliding_window(model)
+    if window is None:
         return full
     keys = torch.cat([torch.arange(prefix), position])
     near = full & (position[:, None] - keys[None, :] < window).to(model.device)

@@ -1,15 +1,15 @@
 """One prefix for everyone: the keys and values of a context, computed once and shared by all that follows it."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opcd.modules.packing import pack_groups, packed_masks
+from opcd.modules.generation import EncodedPrefix
+from opcd.modules.packing import pack_groups, packed_masks, sliding_window
 from opcd.modules.scoring import last_hidden
 
 Mode = Literal["auto", "always", "never"]
@@ -19,14 +19,6 @@ SHORTEST = 16
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest relative difference (norm over norm) of hidden states from the full pass; low precision: `LOW_PRECISION`."""
 LOW_PRECISION = 0.05
-
-
-@dataclass
-class _Entry:
-    """Keys and values of a prefix, a pair [1, heads, P, D] a layer."""
-
-    layers: list[tuple[Tensor, Tensor]]
-    bytes: int
 
 
 class SharedPrefix:
@@ -41,7 +33,7 @@ class SharedPrefix:
 
     def __init__(self, mode: Mode = "auto", memory_mib: int = 2048) -> None:
         self.mode, self.memory_mib = mode, memory_mib
-        self._entries: OrderedDict[tuple[int, ...], _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, ...], EncodedPrefix] = OrderedDict()
         self._seen: set[int] = set()  # hashes: contexts may be as many as rows
         self._agrees: bool | None = {"auto": None, "always": True, "never": False}[mode]
 
@@ -79,6 +71,25 @@ class SharedPrefix:
                     return {}
                 found.update(zip(part, hidden, strict=True))
         return found
+
+    def encoded(self, model: PreTrainedModel, prefixes: list[Tensor], prompts: list[Tensor]) -> EncodedPrefix | None:
+        """The prefix that all prompts share, for a model that generates; None where there is none that may be used.
+
+        Args:
+            model: in eval mode, without gradient.
+            prefixes: B tensors of the token ids that may come first in a prompt.
+            prompts: B tensors [Q] of token ids.
+        """
+        if sliding_window(model) is not None and len({len(prompt) for prompt in prompts}) > 1:
+            return None  # padding behind the prefix would count as distance
+        rows = zip(prefixes, prompts, strict=True)
+        length = min(min(_common(prefix, prompt), len(prompt) - 1) for prefix, prompt in rows)
+        ids = tuple(prefixes[0][:length].tolist())
+        if len(ids) < SHORTEST or any(tuple(prompt[: len(ids)].tolist()) != ids for prompt in prompts):
+            return None
+        if self._agrees is None:  # compare first: two rows that end one token early
+            self.score(model, [prefixes[0]] * 2, [(prompts[0][:-1], prompts[0][-1:])] * 2, len(prompts[0]))
+        return self._entry(model, ids) if self._agrees else None
 
     def _alone(self, ids: tuple[int, ...], numbers: list[int]) -> bool:
         """Whether nothing is known to share the prefix: its first row, alone in the batch, gains nothing."""
@@ -124,12 +135,12 @@ class SharedPrefix:
             input_ids=torch.cat(rows)[None].to(model.device),
             position_ids=positions[None].to(model.device),
             attention_mask=packed_masks(model, len(ids), lengths),
-            cache=_cache(self._entry(model, ids)),
+            cache=self._entry(model, ids).cache(),
             use_cache=True,
         ).last_hidden_state[0]
         return [states[len(prompt) - 1 :] for states, (prompt, _) in zip(hidden.split(lengths), suffixes, strict=True)]
 
-    def _entry(self, model: PreTrainedModel, ids: tuple[int, ...]) -> _Entry:
+    def _entry(self, model: PreTrainedModel, ids: tuple[int, ...]) -> EncodedPrefix:
         """The keys and values of a prefix, computed where they are not there."""
         if ids in self._entries:
             self._entries.move_to_end(ids)
@@ -144,19 +155,10 @@ class SharedPrefix:
             use_cache=True,
         )
         layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
-        entry = _Entry(layers, sum(x.numel() * x.element_size() for pair in layers for x in pair))
-        self._entries[ids] = entry
+        entry = self._entries[ids] = EncodedPrefix(ids, layers)
         while sum(e.bytes for e in self._entries.values()) > self.memory_mib * 2**20 and len(self._entries) > 1:
             self._entries.popitem(last=False)
         return entry
-
-
-def _cache(entry: _Entry) -> Any:
-    """A cache that starts with the prefix and can grow: the kept tensors are never written."""
-    cache = DynamicCache()
-    for number, (keys, values) in enumerate(entry.layers):
-        cache.update(keys, values, number)
-    return cache
 
 
 def _common(one: Tensor, other: Tensor) -> int:

@@ -84,7 +84,7 @@ class TeacherRollout(Rollout):
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Generate with the teacher, from the prompts with the context."""
-        responses = teacher.respond(batch.teacher_prompts, self.sampling, student.eos_ids, student.pad_id)
+        responses = teacher.respond(batch, self.sampling, student.eos_ids, student.pad_id)
         return Trajectories.of(batch, responses, student.eos_ids)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd.models import ModelConfig, load_model, load_tokenizer
-from opcd.modules.generation import Sampling, generate
+from opcd.modules.generation import EncodedPrefix, Sampling, generate
 from opcd.modules.scoring import States, check_head, response_states
 from opcd.modules.trajectories import Trajectories
 
@@ -51,9 +51,9 @@ class Student(nn.Module):
         """States of p_S(. | x, y<t) for all response tokens, with gradient."""
         return response_states(self.model, trajectories.student_prompts, trajectories.responses)
 
-    def answer(self, prompts: list[Tensor], sampling: Sampling) -> list[str]:
-        """Generated text, without special tokens, for each prompt of token ids."""
-        responses = generate(self.model, prompts, sampling, self.eos_ids, self.pad_id)
+    def answer(self, prompts: list[Tensor], sampling: Sampling, prefix: EncodedPrefix | None = None) -> list[str]:
+        """Generated text, without special tokens, for each prompt of token ids; `prefix` as for `generate`."""
+        responses = generate(self.model, prompts, sampling, self.eos_ids, self.pad_id, prefix)
         return [str(self.tokenizer.decode(response, skip_special_tokens=True)).strip() for response in responses]
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:

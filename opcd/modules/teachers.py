@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opcd.data import Batch
 from opcd.models import ModelConfig, load_model
 from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
 from opcd.modules.prefix import SharedPrefix
@@ -64,9 +65,12 @@ class Teacher(ABC):
                 hidden.update(zip(numbers, states, strict=True))
         return States(torch.cat([hidden[number] for number in range(len(rows))]), head_of(self.model))
 
-    def respond(self, prompts: list[Tensor], sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
-        """Responses to prompts that hold the context: B tensors [Q] of token ids -> B tensors [R]."""
-        return generate(self.model, prompts, sampling, eos_ids, pad_id)
+    @torch.no_grad()
+    def respond(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
+        """Responses to the prompts that hold the context: B tensors [R]."""
+        with eval_mode(self.model), own_precision(self.model):
+            prefix = self.prefix.encoded(self.model, batch.teacher_prefixes, batch.teacher_prompts)
+        return generate(self.model, batch.teacher_prompts, sampling, eos_ids, pad_id, prefix)
 
 
 class FrozenTeacher(Teacher):

@@ -22,6 +22,7 @@ from transformers import (
 
 from opcd.models import ModelConfig
 from opcd.modules import FrozenTeacher, MovingAverageTeacher, SelfTeacher
+from opcd.modules.generation import Sampling, generate
 from opcd.modules.prefix import SharedPrefix
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories
@@ -173,3 +174,35 @@ def test_prefixes_of_real_prompts_begin_them(batch) -> None:
     for prompt, prefix in zip(batch.teacher_prompts, batch.teacher_prefixes, strict=True):
         assert torch.equal(prompt[: len(prefix)], prefix)
         assert len(prefix) >= 16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_behind_a_shared_prefix(family) -> None:
+    """Greedy tokens of prompts of different lengths: with the kept keys and values as without."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    (context,) = ids(30, seed=1)
+    prompts = [torch.cat([context, query]) for query in ids(3, 9, 1, 14, seed=2)]
+    greedy = Sampling(12, temperature=0.0)
+    expected = generate(model, prompts, greedy, {96}, 0)
+    prefix = SharedPrefix()
+    for _ in range(2):
+        with torch.no_grad():
+            encoded = prefix.encoded(model, [context] * len(prompts), prompts)
+        if len(prompts) > 1 and ("sliding" in family or "both kinds" in family):
+            assert encoded is None  # padding behind the prefix would count as distance
+            prompts, expected = prompts[:1], expected[:1]
+            with torch.no_grad():
+                encoded = prefix.encoded(model, [context], prompts)
+        assert encoded is not None and len(encoded.ids) == 30
+        found = generate(model, prompts, greedy, {96}, 0, encoded)
+        assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+
+
+def test_prompts_of_two_contexts_are_generated_whole() -> None:
+    model = FAMILIES["llama"]().eval()
+    contexts = ids(30, 30, seed=1)
+    prompts = [torch.cat([context, query]) for context, query in zip(contexts, ids(3, 9), strict=True)]
+    with torch.no_grad():
+        assert SharedPrefix("always").encoded(model, contexts, prompts) is None
+        assert SharedPrefix("never").encoded(model, contexts[:1], prompts[:1]) is None
