@@ -88,10 +88,11 @@ def query_text(query: str | list[dict[str, str]]) -> str:
 
 
 def right(row: dict[str, Any]) -> bool:
-    """Whether the answer contains the reference as a whole word or words, in any case: 14 is not in 140."""
+    """Whether the answer contains the reference as a whole word or words, in any case: 5 is not in 50, 5:30 or 1,005."""
     if row["reference"] is None:
         return False
-    return re.search(rf"(?<!\w){re.escape(row['reference'])}(?!\w)", row["answer"], re.IGNORECASE) is not None
+    alone = rf"(?<!\w)(?<!\d[.,:]){re.escape(row['reference'])}(?!\w)(?![.,:]\d)"
+    return re.search(alone, row["answer"], re.IGNORECASE) is not None
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:

@@ -14,6 +14,9 @@ def test_right_is_the_reference_inside_the_answer_in_any_case():
     assert not right(row(0, False, "It is Marta."))
     assert not right(row(0, False, "It costs 140 crowns.", reference="14"))
     assert right(row(0, False, "It costs 14 crowns.", reference="14"))
+    assert right(row(0, False, "Crowns: 14.", reference="14"))
+    for other in ("At 5:30.", "It costs 5.20.", "1,005 of them", "1,5"):
+        assert not right(row(0, False, other, reference="5"))
     assert not right(row(0, False, "Odalys", reference=None))
 
 
