@@ -146,14 +146,7 @@ class SharedPrefix:
             self._entries.move_to_end(ids)
             return self._entries[ids]
         cache = DynamicCache()
-        tokens = torch.tensor([ids], device=model.device)
-        model.base_model(
-            input_ids=tokens,
-            attention_mask=packed_masks(model, 0, [len(ids)]),
-            position_ids=torch.arange(len(ids), device=model.device)[None],
-            cache=cache,
-            use_cache=True,
-        )
+        model.base_model(input_ids=torch.tensor([ids], device=model.device), cache=cache, use_cache=True)
         layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
         entry = self._entries[ids] = EncodedPrefix(ids, layers)
         while sum(e.bytes for e in self._entries.values()) > self.memory_mib * 2**20 and len(self._entries) > 1:
