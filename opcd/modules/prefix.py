@@ -24,7 +24,7 @@ LOW_PRECISION = 0.05
 class SharedPrefix:
     """Scores rows over shared prefixes, packed into one row without padding.
 
-    The first rows are scored both ways and compared; where that fails, the full pass is taken from then on.
+    Two rows of the first pack are scored both ways and compared; where they differ, the full pass is taken from then on.
 
     Args:
         mode: auto compares and falls back with one message; always does neither; never takes the full pass.
@@ -107,11 +107,11 @@ class SharedPrefix:
         """The states of one packed pass, compared with the full pass the first time; None where they differ."""
         if self._agrees:
             return self._packed(model, ids, suffixes)
-        prompt, response = rows[0]
-        full = last_hidden(model, [prompt], [response])
+        # The first and the last row: packing goes wrong between rows. One at a time: whole contexts take memory.
+        full = torch.cat([last_hidden(model, [prompt], [response]) for prompt, response in (rows[0], rows[-1])])
         try:
             fast = self._packed(model, ids, suffixes)
-            difference = float((fast[0] - full).norm() / full.norm())
+            difference = float((torch.cat([fast[0], fast[-1]]) - full).norm() / full.norm())
             why = f"their hidden states differ by {difference:.2g}"
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
             fast, difference, why = None, float("inf"), f"{type(error).__name__}: {error}"
