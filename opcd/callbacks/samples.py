@@ -88,7 +88,7 @@ def query_text(query: str | list[dict[str, str]]) -> str:
 
 
 def right(row: dict[str, Any]) -> bool:
-    """Whether the answer contains the reference as a whole word or words, in any case: 5 is not in 50, 5:30 or 1,005."""
+    """Whether the answer contains the reference as whole words, in any case: 5 is not in 50, 5:30 or 1,005."""
     if row["reference"] is None:
         return False
     alone = rf"(?<!\w)(?<!\d[.,:]){re.escape(row['reference'])}(?!\w)(?![.,:]\d)"

@@ -24,7 +24,7 @@ LOW_PRECISION = 0.05
 class SharedPrefix:
     """Scores rows over shared prefixes, packed into one row without padding.
 
-    Two rows of the first pack are scored both ways and compared; where they differ, the full pass is taken from then on.
+    Two rows of the first pack are scored both ways; where they differ, the full pass is taken from then on.
 
     Args:
         mode: auto compares and falls back with one message; always does neither; never takes the full pass.
