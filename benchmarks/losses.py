@@ -3,8 +3,9 @@
     python benchmarks/losses.py
     python benchmarks/losses.py --vocabulary 49152 --widths 576 576 --dtype bfloat16 --rounds 5
 
-Every cell runs in a process of its own. Memory is the peak above inputs and gradients (which are there before the first
-round), over all rounds; time is the median of the rounds after a first one. `dense` is plain PyTorch: both logits
+Every cell runs in a process of its own. Memory is the peak of a round above inputs and gradients (the finished ones, of
+hidden states and matrix; `.grad` is None before a round, as after an optimizer's `zero_grad`), over all rounds; time is
+the median of the rounds after a first one. `dense` is plain PyTorch: both logits
 [N, V], log_softmax, the definition. `trl` is the generalized JSD of TRL's GKD trainer on dense logits, where trl is
 installed. The last column divides by the dense path's numbers of the same divergence.
 """
@@ -84,13 +85,14 @@ def child(options: argparse.Namespace) -> None:
 
     hidden, teacher_hidden = normal(options.tokens, width, 1.0), normal(options.tokens, teacher_width, 1.0)
     matrix, teacher_matrix = (normal(options.vocabulary, w, 2 * w**-0.5) for w in options.widths)
-    for tensor in (hidden.requires_grad_(), matrix.requires_grad_()):
-        tensor.grad = torch.ones_like(tensor)
+    trained = (hidden.requires_grad_(), matrix.requires_grad_())
     run, seconds = step(options.path, options.loss), []
     few = [x[:8].detach() for x in (hidden, matrix, teacher_hidden, teacher_matrix)]
     run(few[0].requires_grad_(), few[1].requires_grad_(), *few[2:])  # libraries load what they need
-    before = reset_peak(options.device)
+    before = reset_peak(options.device) + sum(tensor.nbytes for tensor in trained)
     for _ in range(options.rounds + 1):
+        for tensor in trained:
+            tensor.grad = None
         start = time.perf_counter()
         run(hidden, matrix, teacher_hidden, teacher_matrix)
         if options.device == "cuda":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 WORDS = ("river", "stone", "lamp", "garden", "winter", "copper", "cloud", "market", "bridge", "forest", "paper")
-PARTS = ("rollout", "teacher", "student", "optimizer")
+PARTS = ("sync", "rollout", "teacher", "student", "loss", "optimizer")
 
 
 def text(words: int, seed: int) -> str:
@@ -183,9 +183,7 @@ def main() -> None:
 
         print(f"{options.model}, {options.queries} x {options.new_tokens} tokens, {torch.get_num_threads()} threads,")
         print(f"torch {torch.__version__}, transformers {transformers.__version__}\n")
-        print(
-            "| context tokens | opcd s | rollout, teacher, student, optimizer | peer s | ratio | opcd MiB | peer MiB |"
-        )
+        print(f"| context tokens | opcd s | {', '.join(PARTS)} | peer s | ratio | opcd MiB | peer MiB |")
         print("|---|---|---|---|---|---|---|")
     for context in options.context_tokens:
         ours = measure(options, "opcd", context)

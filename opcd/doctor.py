@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import constants
 
 from opcd import gguf
-from opcd.models import PACKAGED, hub_reachable
+from opcd.hub import hub_reachable
+from opcd.models import PACKAGED
 
 REQUIRED = ("lightning", "torch", "transformers", "torchmetrics", "jsonargparse", "datasets", "safetensors")
 OPTIONAL = {

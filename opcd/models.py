@@ -2,8 +2,6 @@
 
 import difflib
 import json
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd import gguf
 from opcd.errors import UserError
+from opcd.hub import hub_reachable
 
 PACKAGED = "smollm2-135m"
 
@@ -108,20 +107,6 @@ def context_window(config: ModelConfig, key: str = "model.student") -> int | Non
     return int(window) if window is not None else None
 
 
-def hub_reachable() -> bool:
-    """Whether the host of the Hugging Face hub can be found by name, or a proxy is set that may reach it."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
-        return True
-    host = constants.ENDPOINT.split("//")[-1].split("/")[0].split(":")[0]
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
-
-
 def _model_folder(path: Path, key: str) -> str:
     if not (path / "config.json").is_file():
         raise UserError(f"{key}.name: {path.resolve()} is no model folder: it has no config.json")
@@ -143,7 +128,7 @@ def _hub_id(config: ModelConfig, key: str) -> str:
         )
     with _explained(f"{key}.name", name):
         known = isinstance(try_to_load_from_cache(name, "config.json", revision=config.revision), str)
-        if not known and not hub_reachable():  # the hub's own client would try for half a minute
+        if not known and not hub_reachable():
             raise LocalEntryNotFoundError(name)
         hf_hub_download(name, "config.json", revision=config.revision)
     return name

@@ -48,7 +48,7 @@ def test_what_a_run_leaves(fit, tmp_path, tiny, tiny_teacher):
     for name in (
         *("train/divergence", "train/tokens_per_s", "train/response_tokens", "train/ended", "train/student_entropy"),
         *("train/teacher_entropy", "train/top1_agreement", "train/gradient_norm", "memory/peak_mib", "seconds/step"),
-        *("seconds/rollout", "seconds/teacher", "seconds/student", "seconds/optimizer"),
+        *("seconds/sync", "seconds/rollout", "seconds/loss", "seconds/teacher", "seconds/student", "seconds/optimizer"),
     ):
         assert float(metrics[1][name]) >= 0, name
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]

@@ -7,6 +7,7 @@ from pathlib import Path
 from opcd.data.examples import Example, parse_rows
 from opcd.data.files import read_json, read_jsonl, require_file
 from opcd.errors import UserError
+from opcd.hub import hub_reachable
 
 Rows = Iterator[tuple[str, object]]
 
@@ -66,6 +67,8 @@ def _hub_rows(name: str, split: str, key: str) -> Rows:
     import datasets
 
     source = f"{name}:{split}"
+    if not hub_reachable():
+        datasets.config.HF_HUB_OFFLINE = True  # what is in the cache is still read, and nothing is tried for 20 s
     try:
         rows = datasets.load_dataset(name, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:

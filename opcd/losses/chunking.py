@@ -1,8 +1,9 @@
 """Any function of both log-probabilities from hidden states and heads, without ever holding the logits of all tokens.
 
-How it works: walk over the tokens in chunks; project a chunk with both heads, compute its values, and throw the logits
-away; the backward pass projects each chunk once more (``torch.utils.checkpoint``). Peak memory is that of one chunk,
-however many tokens there are.
+How it works: walk over the tokens in chunks; project a chunk with both heads, compute its values and at once their
+gradient, and throw the logits away. Peak memory is that of one chunk, however many tokens there are. The gradient in
+the heads is a sum over tokens, so the walk must know how much each of them will count (``weights``): where the backward
+pass finds that they count otherwise, it walks once more.
 """
 
 from collections.abc import Callable
@@ -10,18 +11,21 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from opcd.losses.checks import check_device, check_floating, check_positive
 from opcd.losses.head import Head, Projection, as_head
 from opcd.losses.log_probs import log_probs
+from opcd.losses.walk import Walk, with_gradient
 
 LogProbsFunction = Callable[..., tuple[Tensor, ...]]
 """(student_log_probs [n, V], teacher_log_probs [n, V] where there is a teacher, then the rows of per_token) -> tensors
 [n]; only the first one's gradient is used."""
 
-CHUNK_BYTES = 64 * 2**20
-"""The default size of one model's logits of one chunk, in bytes."""
+MEMORY_BYTES = 512 * 2**20
+"""The default of ``memory_bytes``."""
+
+LIVE = 8
+"""How many tensors [n, V] in float32 are live at once in the worst moment of a chunk: measured, about."""
 
 
 def chunked(
@@ -32,15 +36,14 @@ def chunked(
     teacher_head: Head | Projection | None = None,
     per_token: tuple[Tensor, ...] = (),
     *,
+    weights: Tensor | None = None,
     temperature: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> tuple[Tensor, ...]:
     """``function`` of both log-probabilities of every token, [N, H_s], [N, H_t] -> a tuple of [N], no [N, V] stored.
 
     The first result carries a gradient, to ``student_hidden`` and to whatever the student's head holds (matrix, bias,
-    adapter). The others are statistics from the same projection, detached; compute them after the first and without
-    gradient (as ``log_probs.entropy`` does), and the backward pass does not compute them again. The teacher's side runs
-    without gradient.
+    adapter). The others are statistics from the same projection, detached. The teacher's side runs without gradient.
 
     Args:
         function: of both log-probabilities [n, V] at the temperature, in float32 (float64 stays float64).
@@ -51,31 +54,35 @@ def chunked(
             vocabulary is longer, its extra rows are taken for padding: both logits are cut to the shorter length, and
             the softmax runs over the rows that both have.
         per_token: tensors [N, ...] of which ``function`` gets the chunk's rows.
+        weights: [N], how much each token counts in the loss, up to a factor: ``mask / mask.sum()`` for a masked mean.
+            None: all the same, as in ``values.mean()``. It changes no result: a gradient that asks for other weights
+            is as exact, and costs a second pass.
         temperature: divides both logits; positive.
-        chunk_bytes: the size of one model's float32 logits [n, V] of a chunk, which sets n (at least 1). The peak is 10
-            times that for a KL and 15 for the JSD, in the backward pass. On a CPU stay at 64 MiB or more: glibc's
-            allocator fragments on smaller tensors, and the process then grows with N after all.
+        memory_bytes: about the most that one chunk may take beside the gradients; it sets how many tokens a chunk has
+            (at least 1).
 
     Raises:
-        ValueError: for hidden states that are not two [N, H] floating-point tensors of one N and one device, a
-            temperature or chunk_bytes that is not positive, or a result of ``function`` that is not [n].
+        ValueError: for hidden states that are not two [N, H] floating-point tensors of one N and one device, weights
+            that are not [N], a temperature or memory_bytes that is not positive, or a result of ``function`` that is
+            not [n].
     """
     check_positive(temperature, "temperature")
-    check_positive(chunk_bytes, "chunk_bytes")
-    _check_rows(student_hidden, teacher_hidden, per_token)
+    check_positive(memory_bytes, "memory_bytes")
+    _check_rows(student_hidden, teacher_hidden, per_token, weights)
     if (teacher_hidden is None) != (teacher_head is None):
         raise ValueError("give the teacher's hidden states together with its head, or neither")
     student_head = as_head(student_head)
     teachers = None if teacher_head is None else as_head(teacher_head)
-    run = partial(_one_chunk, function, student_head, teachers, temperature)
-    if torch.is_grad_enabled():
-        run = partial(checkpoint, run, use_reentrant=False)
-    rows = max(1, chunk_bytes // (4 * student_head.vocabulary_size(student_hidden)))
-    # One split, not a slice a chunk: its backward joins the chunks' gradients once, where slices would add N x H each.
     teacher_side = () if teacher_hidden is None else (teacher_hidden.detach(),)
-    parts = zip(*(torch.split(x, rows) for x in (student_hidden, *teacher_side, *per_token)), strict=True)
-    results = [run(*part) for part in parts]
-    return tuple(torch.cat(result) for result in zip(*results, strict=True))
+    training = torch.is_grad_enabled()
+    walk = Walk(
+        lambda sums: partial(_one_chunk, function, student_head.accumulating(sums), teachers, temperature),
+        rows=max(1, memory_bytes // (4 * LIVE * student_head.vocabulary_size(student_hidden))),
+        inputs=(student_hidden, *teacher_side, *per_token),
+        leaves=student_head.trainable(student_hidden) if training else [],
+        retain_graph=student_head.is_function,
+    )
+    return with_gradient(walk, weights) if training else walk.values()
 
 
 def _one_chunk(
@@ -105,7 +112,9 @@ def _one_chunk(
     return first, *(statistic.detach() for statistic in statistics)
 
 
-def _check_rows(student_hidden: Tensor, teacher_hidden: Tensor | None, per_token: tuple[Tensor, ...]) -> None:
+def _check_rows(
+    student_hidden: Tensor, teacher_hidden: Tensor | None, per_token: tuple[Tensor, ...], weights: Tensor | None
+) -> None:
     """Refuse hidden states that are not [N, H], floating point, and rows that are not N or on another device."""
     check_floating(student_hidden, "student_hidden")
     if student_hidden.dim() != 2:
@@ -121,7 +130,9 @@ def _check_rows(student_hidden: Tensor, teacher_hidden: Tensor | None, per_token
                 "they must be [N, H_s] and [N, H_t]: select the N response tokens first, e.g. hidden[mask]"
             )
         check_device(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")
-    for values in per_token:
+    if weights is not None and weights.shape != student_hidden.shape[:1]:
+        raise ValueError(f"{len(student_hidden)} student states but weights {list(weights.shape)}; they must be [N]")
+    for values in (*per_token, *(() if weights is None else (weights,))):
         if len(values) != len(student_hidden):
             raise ValueError(f"{len(student_hidden)} student states but {len(values)} rows of recorded values")
         check_device(student_hidden, "student_hidden", values, "recorded values")

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor
 
-from opcd.losses.chunking import CHUNK_BYTES, LogProbsFunction, chunked
+from opcd.losses.chunking import MEMORY_BYTES, LogProbsFunction, chunked
 from opcd.losses.divergences import Divergence
 from opcd.losses.head import Head, Projection
 from opcd.losses.recorded import RecordedTokens, RecordedTopK
@@ -20,7 +20,8 @@ def chunked_divergence(
     teacher_head: Head | Projection | None = None,
     *,
     temperature: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    weights: Tensor | None = None,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> Tensor:
     """D(p_S, p_T) of every token, [N, H_s] and the teacher's side -> [N] in nats, no [N, V] ever stored.
 
@@ -28,7 +29,8 @@ def chunked_divergence(
     teacher_head(teacher), temperature=temperature)`` in chunks. A teacher that is not there is given by its record: the
     k likeliest tokens of each position (``RecordedTopK``) serve a ``TopK`` with the teacher's support, the sampled
     token's log-probability (``RecordedTokens``) serves ``SampledReverseKL``. See ``chunked`` for what gets a gradient,
-    for vocabularies of two sizes, for ``chunk_bytes`` and for more errors.
+    for vocabularies of two sizes, for ``weights`` (pass those of a mean that is not over all tokens alike, and the
+    backward pass has nothing left to compute), for ``memory_bytes`` and for more errors.
 
     Raises:
         ValueError: for a divergence that cannot be had from what the teacher gives; the message says what can.
@@ -39,7 +41,7 @@ def chunked_divergence(
     else:
         function = _of_record(divergence, teacher, teacher_head, temperature)
         run = partial(chunked, function, student_hidden, student_head, per_token=teacher.rows)
-    return run(temperature=temperature, chunk_bytes=chunk_bytes)[0]
+    return run(weights=weights, temperature=temperature, memory_bytes=memory_bytes)[0]
 
 
 def _of_distributions(divergence: Divergence | SampledReverseKL, teacher_head: object) -> LogProbsFunction:

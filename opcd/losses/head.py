@@ -1,13 +1,14 @@
 """What turns the last hidden states of a language model into logits: a head is not only a matrix."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from opcd.losses.checks import check_device, check_floating, check_positive
 from opcd.losses.log_probs import at_least_float32
+from opcd.losses.product import AccumulatingProduct
 
 Projection = Tensor | nn.Module | Callable[[Tensor], Tensor]
 
@@ -60,6 +61,36 @@ class Head:
             return self.projection.shape[0]
         return self(hidden.new_zeros(1, hidden.shape[-1])).shape[-1]
 
+    def trainable(self, hidden: Tensor) -> list[Tensor]:
+        """What a gradient goes to beside hidden states like ``hidden`` [N, H]: matrix, bias, adapter."""
+        if (plain := self._plain()) is not None:
+            return [weight for weight in plain if weight is not None and weight.requires_grad]
+        with torch.enable_grad():
+            return _leaves(self(hidden.new_zeros(1, hidden.shape[-1])))
+
+    def accumulating(self, sums: list[Tensor]) -> "Head":
+        """The same, whose backward pass adds a plain matrix's gradient to the first of ``sums``, as in `trainable`."""
+        plain = self._plain()
+        if plain is None or not sums or not plain[0].requires_grad:
+            return self
+        product, bias = AccumulatingProduct(plain[0], sums[0]), plain[1]
+        return replace(self, projection=product if bias is None else lambda x: product(x) + bias, bias=None)
+
+    @property
+    def is_function(self) -> bool:
+        """Whether the projection is neither a matrix nor a module: it may close over results of a graph."""
+        return not isinstance(self.projection, Tensor | nn.Module)
+
+    def _plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """Matrix and bias, where the projection is their product with the hidden states and nothing else."""
+        if isinstance(self.projection, Tensor):
+            return self.projection, self.bias
+        linear = self.projection
+        hooked = getattr(linear, "_forward_hooks", None) or getattr(linear, "_forward_pre_hooks", None)
+        if type(linear) is nn.Linear and not hooked and type(linear.weight.data) is Tensor:
+            return linear.weight, linear.bias
+        return None
+
     def _project(self, hidden: Tensor) -> Tensor:
         if isinstance(self.projection, Tensor):
             return _product(hidden, self.projection, self.bias)
@@ -82,6 +113,20 @@ def _product(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
             "be equal; was the other model's head given?"
         )
     return nn.functional.linear(hidden.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype))
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    """The leaves of the graph that made a tensor, each once."""
+    found, seen, todo = [], set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        todo += [following for following, _ in node.next_functions]
+    return found
 
 
 def _compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:

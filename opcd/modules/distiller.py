@@ -135,6 +135,8 @@ class Distiller(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step on one batch of queries."""
         start, clock, means = time.perf_counter(), Stopwatch(self.device), TokenMeans()
+        with clock("sync"):
+            self.rollout.synchronise(self.student)
         with clock("rollout"):
             trajectories = self.rollout.sample(self.student, self.teacher, batch)
         weights = token_weights(trajectories.lengths, self.reduction, self._all_sum)
@@ -144,23 +146,28 @@ class Distiller(LightningModule):
             with clock("teacher"):
                 target = self.teacher.score(part, self.micro_batch_tokens)
             with clock("student"):
-                values = self.divergence(self.student.score(part), target, part)
+                states = self.student.score(part)
+            with clock("loss"):
+                share = self._share(weights[rows], part)
+                values = self.divergence(states, target, part, share)
                 means.add(values)
-                self._backward(values["divergence"], weights[rows], part.lengths, last=number == len(micro_batches))
+            with clock("student"):
+                self._backward((values["divergence"] * share).sum(), last=number == len(micro_batches))
         with clock("optimizer"):
             gradient_norm = self._optimizer_step()
         self._log_step(trajectories, means, clock, time.perf_counter() - start, gradient_norm)
 
-    def divergence(self, student: States, teacher: States, trajectories: Trajectories) -> dict[str, Tensor]:
-        """Nats of every response token, with gradient, and statistics without: each [N]."""
+    def divergence(
+        self, student: States, teacher: States, trajectories: Trajectories, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Nats of every response token, with gradient, and statistics without: each [N].
+
+        `weights` [N] is what each token will count in the loss, where that is known: see `opcd.losses.chunked`.
+        """
         states = (student.hidden, student.head, teacher.hidden, teacher.head)
         tokens = torch.cat(trajectories.responses).to(student.hidden.device)
-        measured = chunked(self._terms, *states, per_token=(tokens,), temperature=self.temperature)
-        named = dict(zip(self._names(), measured, strict=True))
-        if self.max_nats is not None:
-            named["clipped"] = (named["divergence"] > self.max_nats).float()
-            named["divergence"] = clip_nats(named["divergence"], self.max_nats)
-        return named
+        measured = chunked(self._terms, *states, (tokens,), weights=weights, temperature=self.temperature)
+        return dict(zip(self._names(), measured, strict=True))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Divergence on rollouts of held-out queries."""
@@ -203,19 +210,25 @@ class Distiller(LightningModule):
             values = [self.loss(*(log_p.gather(-1, tokens[:, None])[:, 0] for log_p in (student, teacher)))]
         else:
             values = [self.loss.from_log_probs(student, teacher)]
+        if self.max_nats is not None:
+            values = [clip_nats(values[0], self.max_nats), (values[0] > self.max_nats).float()]
         if isinstance(self.loss, TopK):
             values += self.loss.retained_mass(student, teacher)
         values += [measure.entropy(student), measure.entropy(teacher), top1_agreement(student, teacher)]
         return tuple(values)
 
     def _names(self) -> list[str]:
+        clipped = [] if self.max_nats is None else ["clipped"]
         retained = ["student_retained_mass", "teacher_retained_mass"] if isinstance(self.loss, TopK) else []
-        return ["divergence", *retained, "student_entropy", "teacher_entropy", "top1_agreement"]
+        return ["divergence", *clipped, *retained, "student_entropy", "teacher_entropy", "top1_agreement"]
 
-    def _backward(self, values: Tensor, weights: Tensor, lengths: Tensor, last: bool) -> None:
+    def _share(self, weights: Tensor, trajectories: Trajectories) -> Tensor:
+        """What each response token counts in this rank's loss, from the weights of a token of each row: [B] -> [N]."""
         # DDP averages gradients over ranks, the weights are shares of the sum over all of them: undo the mean.
-        scale = weights.repeat_interleave(lengths).to(values) * self.trainer.world_size
-        loss = (values * scale).sum()
+        dtype = torch.promote_types(self.student.model.dtype, torch.float32)  # that of the divergence
+        return weights.repeat_interleave(trajectories.lengths).to(self.device, dtype) * self.trainer.world_size
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
         strategy = self.trainer.strategy
         if last or not isinstance(strategy, ParallelStrategy):
             self.manual_backward(loss)
@@ -240,6 +253,7 @@ class Distiller(LightningModule):
         # The same draws at every validation, and none taken from the generator that training draws from.
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(batch_idx)
+            self.rollout.synchronise(self.student)
             trajectories = self.rollout.sample(self.student, self.teacher, batch)
         for rows in trajectories.micro_batches(self.micro_batch_tokens):
             part = trajectories.select(rows)

@@ -25,6 +25,10 @@ class Rollout(ABC):
         """Most tokens that a prompt of the split gets added. UserError where a row lacks what the rollout needs."""
 
     @abstractmethod
+    def synchronise(self, student: Student) -> None:
+        """Take over the student's weights of this step; comes before `sample`."""
+
+    @abstractmethod
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Responses as data: token ids without gradient."""
 
@@ -35,7 +39,7 @@ class StudentRollout(Rollout):
     Args:
         sampling: how tokens are drawn.
         dtype: type of the weights that generate. Where it differs from the student's, a copy is kept and overwritten
-            in place from the master weights before every rollout.
+            in place from the master weights by `synchronise`.
     """
 
     def __init__(self, sampling: Sampling = Sampling(), dtype: str = "bfloat16") -> None:  # noqa: B008
@@ -43,29 +47,31 @@ class StudentRollout(Rollout):
             raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
         self.sampling = sampling
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self._copy: PreTrainedModel | None = None
+        self._model: PreTrainedModel | None = None
 
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """As many as are sampled at most."""
         return self.sampling.max_new_tokens
 
-    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
-        """Generate with the student of this step."""
-        model = self._synchronised(student.model)
-        responses = generate(model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
-        return Trajectories.of(batch, responses, student.eos_ids)
-
     @torch.inference_mode(mode=False)  # validation may come first, and its tensors could never be written again
     @torch.no_grad()
-    def _synchronised(self, master: PreTrainedModel) -> PreTrainedModel:
+    def synchronise(self, student: Student) -> None:
+        """Overwrite the copy, where one is needed."""
+        master = student.model
         if master.dtype == self.dtype:
-            return master
-        if self._copy is None or self._copy.device != master.device:
-            self._copy = copy.deepcopy(master)
-            for parameter in self._copy.parameters():  # not the buffers: rotary frequencies stay in float32
+            self._model = master
+            return
+        if self._model is None or self._model.device != master.device:
+            self._model = copy.deepcopy(master)
+            for parameter in self._model.parameters():  # not the buffers: rotary frequencies stay in float32
                 parameter.data = parameter.data.to(self.dtype)
-        torch._foreach_copy_(list(self._copy.parameters()), list(master.parameters()))
-        return self._copy
+        torch._foreach_copy_(list(self._model.parameters()), list(master.parameters()))
+
+    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        """Generate with the student of this step."""
+        assert self._model is not None, "synchronise() comes first"
+        responses = generate(self._model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
+        return Trajectories.of(batch, responses, student.eos_ids)
 
 
 class TeacherRollout(Rollout):
@@ -82,6 +88,9 @@ class TeacherRollout(Rollout):
         """As many as are sampled at most."""
         return self.sampling.max_new_tokens
 
+    def synchronise(self, student: Student) -> None:
+        """Nothing to take over: the teacher writes."""
+
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Generate with the teacher, from the prompts with the context."""
         responses = teacher.respond(batch, self.sampling, student.eos_ids, student.pad_id)
@@ -94,6 +103,9 @@ class RecordedRollout(Rollout):
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """The longest of the data; every row must have one."""
         return max(len(data.views.response_ids(_recorded(e, e.response))) for e in data.examples(split))
+
+    def synchronise(self, student: Student) -> None:
+        """Nothing to take over: nobody writes."""
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """The responses of the batch."""
@@ -119,6 +131,11 @@ class MixedRollout(Rollout):
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """The longest of all: any row may go to any rollout."""
         return max(rollout.longest_response(data, split) for rollout in self.rollouts)
+
+    def synchronise(self, student: Student) -> None:
+        """All of them, whichever is drawn."""
+        for rollout in self.rollouts:
+            rollout.synchronise(student)
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Draw a rollout for each row; the rows keep their order."""

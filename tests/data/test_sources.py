@@ -102,10 +102,9 @@ def test_a_file_without_permission(tmp_path):
 
 def test_the_hub_out_of_reach(monkeypatch):
     import datasets
-    import huggingface_hub
 
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("opcd.data.sources.hub_reachable", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # set in the test, and put back after it
     message = refusal("some-org/some-set:test[:10]", "data.test")
     assert re.match(r"data\.test: the hub could not be reached for some-org/some-set:test\[:10\]: ", message)
     assert "check the network" in message

@@ -1,5 +1,6 @@
 """The chunked form against the dense one: values and every gradient, and that no [N, V] is made or kept."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,11 @@ from opcd.losses import (
     top1_agreement,
 )
 from opcd.losses import log_probs as measure
+from opcd.losses.chunking import LIVE
 
 N, V, H_S, H_T = 23, 40, 6, 10
-ROW = 4 * V  # bytes of one row of logits
-chunk_sizes = pytest.mark.parametrize("chunk_bytes", [1, 5 * ROW, 10**9])
+ROW = 4 * V * LIVE  # bytes that one row of a chunk is allowed
+chunk_sizes = pytest.mark.parametrize("memory_bytes", [1, 5 * ROW, 10**9])
 
 
 class LowRankHead(nn.Module):
@@ -56,7 +58,7 @@ def agree(
     student_head: Head,
     parameters: list[Tensor],
     dense_logits: Callable[[Tensor], Tensor],
-    chunk_bytes: int,
+    memory_bytes: int,
     temperature: float = 1.0,
 ) -> None:
     """Chunked and dense give the same values, and the same gradients in the hidden states and all the parameters."""
@@ -68,7 +70,7 @@ def agree(
         teacher_hidden,
         teacher_matrix,
         temperature=temperature,
-        chunk_bytes=chunk_bytes,
+        memory_bytes=memory_bytes,
     )
     dense = divergence(dense_logits(hidden), teacher_hidden @ teacher_matrix.T, temperature=temperature)
     assert values.shape == (N,)
@@ -84,39 +86,39 @@ def agree(
     [ForwardKL(), ReverseKL(), JSD(0.3), SkewReverseKL(), TopK(ReverseKL(), k=5), TopK(JSD(), 3, "union")],
     ids=repr,
 )
-def test_a_matrix(divergence: Divergence, chunk_bytes: int) -> None:
+def test_a_matrix(divergence: Divergence, memory_bytes: int) -> None:
     matrix = leaf(V, H_S, seed=1)
-    agree(divergence, Head(matrix), [matrix], lambda hidden: hidden @ matrix.T, chunk_bytes)
+    agree(divergence, Head(matrix), [matrix], lambda hidden: hidden @ matrix.T, memory_bytes)
 
 
 @chunk_sizes
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_bias_scale_softcap_and_temperature(chunk_bytes: int, temperature: float) -> None:
+def test_bias_scale_softcap_and_temperature(memory_bytes: int, temperature: float) -> None:
     matrix, bias = leaf(V, H_S, seed=1), leaf(V, seed=2)
     head = Head(matrix, bias=bias, softcap=3.0, scale=0.5)
 
     def dense_logits(hidden: Tensor) -> Tensor:
         return 3.0 * torch.tanh(0.5 * (hidden @ matrix.T + bias) / 3.0)
 
-    agree(ReverseKL(), head, [matrix, bias], dense_logits, chunk_bytes, temperature)
+    agree(ReverseKL(), head, [matrix, bias], dense_logits, memory_bytes, temperature)
 
 
 @chunk_sizes
-def test_a_module_with_an_adapter(chunk_bytes: int) -> None:
+def test_a_module_with_an_adapter(memory_bytes: int) -> None:
     module = LowRankHead()
     parameters = [module.down.weight, module.up.weight]
-    agree(ReverseKL(), Head(module), parameters, module, chunk_bytes)
+    agree(ReverseKL(), Head(module), parameters, module, memory_bytes)
     assert module.base.weight.grad is None
 
 
 @chunk_sizes
-def test_a_function_that_closes_over_its_weights(chunk_bytes: int) -> None:
+def test_a_function_that_closes_over_its_weights(memory_bytes: int) -> None:
     factor, matrix = leaf(V, V, seed=1), leaf(V, H_S, seed=2)
 
     def project(hidden: Tensor) -> Tensor:
         return hidden @ (factor @ matrix).T
 
-    agree(ReverseKL(), Head(project), [factor, matrix], project, chunk_bytes)
+    agree(ReverseKL(), Head(project), [factor, matrix], project, memory_bytes)
 
 
 def test_the_teacher_gets_no_gradient() -> None:
@@ -132,14 +134,14 @@ def test_a_tied_weight_gathers_both_of_its_gradients() -> None:
     """The embedding is the head: hidden states depend on the matrix that then projects them."""
     tokens, teacher_hidden, teacher_matrix = torch.arange(N) % V, leaf(N, H_T, seed=4), leaf(V, H_T, seed=5)
     gradients = []
-    for chunk_bytes in (None, 4 * ROW):
+    for memory_bytes in (None, 4 * ROW):
         matrix = leaf(V, H_S, seed=1)
         hidden = torch.tanh(nn.functional.embedding(tokens, matrix))
-        if chunk_bytes is None:
+        if memory_bytes is None:
             values = ReverseKL()(hidden @ matrix.T, teacher_hidden @ teacher_matrix.T)
         else:
             values = chunked_divergence(
-                ReverseKL(), hidden, matrix, teacher_hidden, teacher_matrix, chunk_bytes=chunk_bytes
+                ReverseKL(), hidden, matrix, teacher_hidden, teacher_matrix, memory_bytes=memory_bytes
             )
         upstream(values).backward()
         gradients.append(matrix.grad)
@@ -150,7 +152,7 @@ def test_a_tied_weight_gathers_both_of_its_gradients() -> None:
 def test_padding_rows_of_the_longer_vocabulary_are_cut(student_rows: int, teacher_rows: int) -> None:
     hidden, teacher_hidden = leaf(N, H_S, seed=3), leaf(N, H_T, seed=4)
     matrix, teacher_matrix = leaf(student_rows, H_S, seed=1), leaf(teacher_rows, H_T, seed=5)
-    values = chunked_divergence(ReverseKL(), hidden, matrix, teacher_hidden, teacher_matrix, chunk_bytes=3 * ROW)
+    values = chunked_divergence(ReverseKL(), hidden, matrix, teacher_hidden, teacher_matrix, memory_bytes=3 * ROW)
     dense = ReverseKL()(hidden @ matrix[:V].T, teacher_hidden @ teacher_matrix[:V].T)
     torch.testing.assert_close(values, dense)
     found = torch.autograd.grad(upstream(values), [hidden, matrix])
@@ -167,7 +169,7 @@ def test_bfloat16_autocast(shared: bool) -> None:
     )
     teacher_matrix = matrix if shared else teacher_matrix
     with torch.autocast("cpu", torch.bfloat16):
-        values = chunked_divergence(ReverseKL(), hidden, matrix, teacher_hidden, teacher_matrix, chunk_bytes=4 * ROW)
+        values = chunked_divergence(ReverseKL(), hidden, matrix, teacher_hidden, teacher_matrix, memory_bytes=4 * ROW)
         dense = ReverseKL()(hidden @ matrix.T, teacher_hidden @ teacher_matrix.T)
     assert values.dtype == torch.float32
     torch.testing.assert_close(values, dense)
@@ -204,28 +206,28 @@ class LargestTensor(TorchDispatchMode):
 def test_the_logits_of_all_tokens_are_never_made_and_none_are_kept(divergence: Divergence) -> None:
     tokens, vocabulary, rows = 120, 200, 6
     hidden, matrix = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
-    kept: list[int] = []
+    saved: list[weakref.ref[Tensor]] = []
     with LargestTensor() as largest:
-        # Sees what autograd keeps between forward and backward: all but what a checkpoint drops.
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(weakref.ref(x)) or x, lambda x: x):
             values = chunked_divergence(
                 divergence,
                 hidden,
                 matrix,
                 torch.randn(tokens, 4),
                 torch.randn(vocabulary, 4),
-                chunk_bytes=rows * vocabulary * 4,
+                memory_bytes=rows * vocabulary * 4 * LIVE,
             )
         assert rows * vocabulary <= largest.elements <= rows * (vocabulary + 1)
+        assert len(saved) > 2 * tokens // rows  # within the chunks
+        assert sum(x.numel() for ref in saved if (x := ref()) is not None) < rows * vocabulary  # after them
         values.sum().backward()
     assert rows * vocabulary <= largest.elements <= rows * (vocabulary + 1)
-    assert sum(kept) < rows * vocabulary
 
 
-def test_statistics_come_from_the_same_projection_and_are_not_computed_again() -> None:
-    hidden, matrix = leaf(N, H_S, seed=3), leaf(V, H_S, seed=1)
-    teacher_hidden, teacher_matrix = leaf(N, H_T, seed=4), leaf(V, H_T, seed=5)
-    calls = {"value": 0, "statistics": 0, "projection": 0}
+@pytest.fixture
+def counted():
+    """A function with statistics, a head, and how often each was called."""
+    matrix, calls = leaf(V, H_S, seed=1), {"value": 0, "projection": 0}
 
     def project(rows: Tensor) -> Tensor:
         calls["projection"] += 1
@@ -234,11 +236,19 @@ def test_statistics_come_from_the_same_projection_and_are_not_computed_again() -
     def function(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
         calls["value"] += 1
         value = ReverseKL().from_log_probs(student, teacher)
-        calls["statistics"] += 1
         return value, measure.entropy(student), top1_agreement(student, teacher), value * 2
 
+    return function, project, matrix, calls
+
+
+CHUNKS = 4  # 23 rows by 6
+
+
+def test_statistics_come_from_the_same_projection(counted) -> None:
+    function, project, matrix, calls = counted
+    hidden, teacher_hidden, teacher_matrix = leaf(N, H_S, seed=3), leaf(N, H_T, seed=4), leaf(V, H_T, seed=5)
     value, student_entropy, agreement, doubled = chunked(
-        function, hidden, project, teacher_hidden, teacher_matrix, temperature=0.5, chunk_bytes=6 * ROW
+        function, hidden, project, teacher_hidden, teacher_matrix, temperature=0.5, memory_bytes=6 * ROW
     )
     student, teacher = hidden @ matrix.T / 0.5, teacher_hidden @ teacher_matrix.T / 0.5
     torch.testing.assert_close(value, ReverseKL()(student, teacher))
@@ -246,21 +256,47 @@ def test_statistics_come_from_the_same_projection_and_are_not_computed_again() -
     torch.testing.assert_close(agreement, top1_agreement(student, teacher))
     assert value.requires_grad
     assert not any(statistic.requires_grad for statistic in (student_entropy, agreement, doubled))
-    assert calls == {"value": 4, "statistics": 4, "projection": 5}  # 23 rows by 6, and one row to learn V
-    value.sum().backward()
-    assert calls == {"value": 8, "statistics": 4, "projection": 9}
+    assert calls == {"value": CHUNKS, "projection": CHUNKS + 2}  # one row to learn V, and one to find the weights
 
 
-def test_without_gradient_nothing_is_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opcd.losses.chunking.checkpoint", None)
+@pytest.mark.parametrize("head", ["matrix", "function"])
+@pytest.mark.parametrize("known", [False, True], ids=["all alike", "weights given"])
+def test_expected_weights_leave_nothing_to_the_backward_pass(counted, head, known) -> None:
+    function, project, matrix, calls = counted
+    weights = torch.linspace(-1, 2, N, dtype=torch.float64) if known else torch.full((N,), 0.25, dtype=torch.float64)
+    hidden, teacher_hidden, teacher_matrix = leaf(N, H_S, seed=3), leaf(N, H_T, seed=4), leaf(V, H_T, seed=5)
+    student_head = matrix if head == "matrix" else project
+    value, *_ = chunked(
+        function,
+        hidden,
+        student_head,
+        teacher_hidden,
+        teacher_matrix,
+        weights=3 * weights if known else None,
+        memory_bytes=6 * ROW,
+    )
+    found = torch.autograd.grad((value * weights).sum(), [hidden, matrix], retain_graph=True)
+    assert calls["value"] == CHUNKS
+    dense = ReverseKL()(hidden @ matrix.T, teacher_hidden @ teacher_matrix.T)
+    torch.testing.assert_close(found, torch.autograd.grad((dense * weights).sum(), [hidden, matrix], retain_graph=True))
+    # A second backward pass, and one with other weights, are as right, and compute again.
+    again = torch.autograd.grad((value * weights).sum(), [hidden, matrix], retain_graph=True)
+    torch.testing.assert_close(again, found)
+    others = torch.autograd.grad(value[:3].sum(), [hidden, matrix])
+    torch.testing.assert_close(others, torch.autograd.grad(dense[:3].sum(), [hidden, matrix]))
+    assert calls["value"] == 3 * CHUNKS
+
+
+def test_without_gradient_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opcd.losses.chunking.with_gradient", None)
     hidden, matrix = leaf(N, H_S, seed=3), leaf(V, H_S, seed=1)
     with torch.no_grad():
-        values = chunked_divergence(ForwardKL(), hidden, matrix, hidden + 1, matrix, chunk_bytes=5 * ROW)
+        values = chunked_divergence(ForwardKL(), hidden, matrix, hidden + 1, matrix, memory_bytes=5 * ROW)
         torch.testing.assert_close(values, ForwardKL()(hidden @ matrix.T, (hidden + 1) @ matrix.T))
     assert not values.requires_grad
 
 
-def test_dropout_on_the_head_is_replayed_in_the_backward_pass() -> None:
+def test_dropout_on_the_head_is_replayed_in_a_second_pass() -> None:
     """The gradient must belong to the mask that made the value, though other random numbers were drawn in between."""
     hidden, matrix, masks = leaf(N, H_S, seed=3), leaf(V, H_S, seed=1), []
 
@@ -270,9 +306,24 @@ def test_dropout_on_the_head_is_replayed_in_the_backward_pass() -> None:
 
     values = chunked_divergence(ReverseKL(), hidden, project, hidden, matrix)
     torch.rand(7)
-    values.sum().backward()
-    _, forward, backward = masks  # the first one was drawn to learn V
+    upstream(values).backward()
+    *_, forward, backward = masks
     assert torch.equal(forward, backward)
+    assert len(masks) == 4  # the first two were drawn to learn V and to find the weights
+
+
+def test_a_linear_module_with_a_bias() -> None:
+    module = nn.Linear(H_S, V, dtype=torch.float64)
+    agree(ReverseKL(), Head(module), [module.weight, module.bias], module, 5 * ROW)
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    hidden, frozen = leaf(N, H_S, seed=3), leaf(V, H_S, seed=1).detach()
+    values = chunked_divergence(ReverseKL(), hidden, frozen, hidden + 1, frozen, memory_bytes=5 * ROW)
+    dense = ReverseKL()(hidden @ frozen.T, (hidden + 1) @ frozen.T)
+    found = torch.autograd.grad(upstream(values), hidden)
+    torch.testing.assert_close(found, torch.autograd.grad(upstream(dense), hidden))
+    assert not chunked_divergence(ReverseKL(), hidden.detach(), frozen, hidden + 1, frozen).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -288,7 +339,7 @@ def test_dropout_on_the_head_is_replayed_in_the_backward_pass() -> None:
         ({"teacher_head": torch.zeros(8, 4)}, r"hidden states are \[5, 3\] and the head's matrix \[8, 4\]"),
         ({"teacher_head": None}, "give teacher_head"),
         ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"chunk_bytes": 0}, "chunk_bytes is 0"),
+        ({"memory_bytes": 0}, "memory_bytes is 0"),
     ],
 )
 def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ from opcd.losses import (
     TopK,
     chunked_divergence,
 )
+from opcd.losses.chunking import LIVE
 
 N, V, H = 11, 30, 5
 
@@ -35,7 +36,7 @@ def test_recorded_top_k_equals_the_live_teacher(sides, inner: Divergence, tail: 
         log_probs, tokens = teacher.topk(recorded)
         order = torch.randperm(recorded)  # and in any order
         record = RecordedTopK(tokens[:, order], log_probs[:, order])
-        values = chunked_divergence(loss, hidden, matrix, record, chunk_bytes=3 * 4 * V)
+        values = chunked_divergence(loss, hidden, matrix, record, memory_bytes=3 * 4 * LIVE * V)
         live = loss(hidden @ matrix.T, teacher)
         torch.testing.assert_close(values, live)
         weights = torch.linspace(-1, 2, N, dtype=torch.float64)
@@ -50,7 +51,7 @@ def test_recorded_tokens_serve_the_sampled_reverse_kl(sides) -> None:
     stale = chosen[0].detach() - 0.3
     for loss, rollout in ((SampledReverseKL(), None), (SampledReverseKL(1.2), stale)):
         record = RecordedTokens(tokens, chosen[1], rollout)
-        values = chunked_divergence(loss, hidden, matrix, record, chunk_bytes=3 * 4 * V)
+        values = chunked_divergence(loss, hidden, matrix, record, memory_bytes=3 * 4 * LIVE * V)
         torch.testing.assert_close(values, loss(*chosen, rollout))
         found = torch.autograd.grad(values.sum(), matrix, retain_graph=True)
         torch.testing.assert_close(found, torch.autograd.grad(loss(*chosen, rollout).sum(), matrix, retain_graph=True))

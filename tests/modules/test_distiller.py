@@ -182,8 +182,10 @@ def test_the_student_writes_without_the_context_and_the_teacher_with_it(tmp_path
     distiller.configure_model()
     student, teacher = distiller.student, distiller.teacher
     greedy = Sampling(max_new_tokens=6, temperature=0.0)
+    rollout = StudentRollout(greedy, dtype="float32")
+    rollout.synchronise(student)
     written = {
-        "student": StudentRollout(greedy, dtype="float32").sample(student, teacher, batch),
+        "student": rollout.sample(student, teacher, batch),
         "teacher": TeacherRollout(greedy).sample(student, teacher, batch),
     }
     for name, prompts in (("student", batch.student_prompts), ("teacher", batch.teacher_prompts)):
@@ -192,18 +194,18 @@ def test_the_student_writes_without_the_context_and_the_teacher_with_it(tmp_path
     assert [r.tolist() for r in written["student"].responses] != [r.tolist() for r in written["teacher"].responses]
 
 
-def test_the_low_precision_copy_follows_the_master_weights(batch, tiny):
+def test_the_low_precision_copy_follows_the_master_weights(tiny):
     distiller = Distiller(ModelConfig(name=tiny))
     distiller.trainer = trainer(None)
     distiller.configure_model()
     rollout = StudentRollout(Sampling(max_new_tokens=4, temperature=0.0))
-    rollout.sample(distiller.student, distiller.teacher, batch)
-    copied = rollout._copy
+    rollout.synchronise(distiller.student)
+    copied = rollout._model
     with torch.no_grad():
         for weight in distiller.student.parameters():
             weight.add_(0.25)
-    rollout.sample(distiller.student, distiller.teacher, batch)
-    assert rollout._copy is copied  # in place: nothing is allocated again
+    rollout.synchronise(distiller.student)
+    assert rollout._model is copied  # in place: nothing is allocated again
     for master, low in zip(distiller.student.model.parameters(), copied.parameters(), strict=True):
         assert torch.equal(master.to(torch.bfloat16), low)
     assert copied.model.rotary_emb.inv_freq.dtype == torch.float32

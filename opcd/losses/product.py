@@ -1,0 +1,42 @@
+"""hidden @ matrixᵀ, chunk after chunk, with the gradient of the matrix added up in one tensor."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AccumulatingProduct:
+    """``hidden @ matrixᵀ``, [n, H] -> [n, V], whose backward pass adds the matrix's gradient to ``total`` [V, H].
+
+    Autograd would make a tensor of that size for every chunk and then add it: at 150,000 x 900 half a gigabyte each.
+    The matrix is cast once to the type that autocast asks for.
+    """
+
+    def __init__(self, matrix: Tensor, total: Tensor) -> None:
+        kind = matrix.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else matrix.dtype
+        self.matrix, self.total = matrix.detach().to(dtype), total
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The product in the matrix's dtype."""
+        return _Product.apply(hidden.to(self.matrix.dtype), self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, product: AccumulatingProduct) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.product = product
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden @ product.matrix.T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+        (hidden,), product = ctx.saved_tensors, ctx.product
+        if product.total.dtype == hidden.dtype:
+            product.total.addmm_(upstream.T, hidden)
+        else:  # low precision is added up in float32
+            product.total.add_(upstream.T @ hidden)
+        return (upstream @ product.matrix if ctx.needs_input_grad[0] else None), None
