@@ -54,11 +54,22 @@ class TopK(Divergence):
 
     def from_log_probs(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``inner`` on the support and its tail, [..., V] x2 -> [...]; 0 at positions where the support is empty."""
+        return self.with_retained_mass(student_log_probs, teacher_log_probs)[0]
+
+    def with_retained_mass(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, with the mass of the student and of the teacher on the support, [..., V] x2 -> [...] x3.
+
+        The masses are probabilities, 0 to 1, without gradient.
+        """
         if self.k >= student_log_probs.shape[-1]:
-            return self.inner.from_log_probs(student_log_probs, teacher_log_probs)
+            value = self.inner.from_log_probs(student_log_probs, teacher_log_probs)
+            return value, torch.ones_like(value), torch.ones_like(value)
         tokens = self._tokens(student_log_probs, teacher_log_probs)
         student, teacher = self._reduce(student_log_probs, tokens), self._reduce(teacher_log_probs, tokens)
-        return self.inner.from_log_probs(student, teacher)
+        value = self.inner.from_log_probs(student, teacher)
+        return value, *(
+            _gather(log_p.detach(), tokens).exp().sum(-1) for log_p in (student_log_probs, teacher_log_probs)
+        )
 
     def from_record(self, student_log_probs: Tensor, tokens: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """The same from the teacher's recorded likeliest tokens, [..., V], [..., n] ids and log p_T x2 -> [...].
@@ -85,16 +96,6 @@ class TopK(Divergence):
             )
         if recorded < self.k:
             raise ValueError(f"k is {self.k}, but the record holds {recorded} tokens a position; use k={recorded}")
-
-    def retained_mass(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """The probability mass of the student and of the teacher on the support, [..., V] x2 -> [...] x2 in 0..1.
-
-        Without gradient.
-        """
-        with torch.no_grad():
-            tokens = self._tokens(student_log_probs, teacher_log_probs)
-            student, teacher = (_gather(log_p, tokens) for log_p in (student_log_probs, teacher_log_probs))
-            return student.exp().sum(-1), teacher.exp().sum(-1)
 
     def _tokens(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """The ids of the support, [..., n], each once; V, which is no token, fills the places that are left over."""

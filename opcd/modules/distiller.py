@@ -208,12 +208,12 @@ class Distiller(LightningModule):
         """The divergence and its statistics from the log-probabilities [n, V] and the tokens [n] of one chunk."""
         if isinstance(self.loss, SampledReverseKL):
             values = [self.loss(*(log_p.gather(-1, tokens[:, None])[:, 0] for log_p in (student, teacher)))]
+        elif isinstance(self.loss, TopK):
+            values = list(self.loss.with_retained_mass(student, teacher))
         else:
             values = [self.loss.from_log_probs(student, teacher)]
         if self.max_nats is not None:
-            values = [clip_nats(values[0], self.max_nats), (values[0] > self.max_nats).float()]
-        if isinstance(self.loss, TopK):
-            values += self.loss.retained_mass(student, teacher)
+            values[:1] = [clip_nats(values[0], self.max_nats), (values[0] > self.max_nats).float()]
         values += [measure.entropy(student), measure.entropy(teacher), top1_agreement(student, teacher)]
         return tuple(values)
 
