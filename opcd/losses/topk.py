@@ -67,9 +67,9 @@ class TopK(Divergence):
         tokens = self._tokens(student_log_probs, teacher_log_probs)
         student, teacher = self._reduce(student_log_probs, tokens), self._reduce(teacher_log_probs, tokens)
         value = self.inner.from_log_probs(student, teacher)
-        return value, *(
-            _gather(log_p.detach(), tokens).exp().sum(-1) for log_p in (student_log_probs, teacher_log_probs)
-        )
+        both = (student_log_probs.detach(), teacher_log_probs.detach())
+        student_mass, teacher_mass = (_gather(log_p, tokens).exp().sum(-1) for log_p in both)
+        return value, student_mass, teacher_mass
 
     def from_record(self, student_log_probs: Tensor, tokens: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """The same from the teacher's recorded likeliest tokens, [..., V], [..., n] ids and log p_T x2 -> [...].
