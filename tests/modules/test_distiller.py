@@ -140,6 +140,19 @@ def test_micro_batches_of_the_real_model(monkeypatch, tmp_path, recorded):
     assert relative_difference(runs[1], runs[2]) < 1e-5
 
 
+def test_the_shared_prefix_of_the_real_model(monkeypatch, tmp_path, recorded):
+    """Loss and gradients of a step of SmolLM2-135M in float32, with one pass of the context and with eight."""
+    losses, runs = [], []
+    for mode in ("always", "never"):
+        teacher = FrozenTeacher(ModelConfig(dtype="float32"))
+        distiller = Distiller(teacher=teacher, rollout=RecordedRollout(), shared_prefix=mode)
+        runs.append(gradients(monkeypatch, tmp_path, recorded, distiller))
+        losses.append(float(distiller.trainer.callback_metrics["train/divergence"]))
+        assert bool(teacher.prefix._entries) == (mode == "always")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert relative_difference(*runs) < 1e-5
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_live_student_as_teacher_gets_no_gradient_of_its_own(monkeypatch, tmp_path, recorded, tiny, precision):
     """Its gradient equals that against a frozen copy: it is the same model, and only the student's side counts."""

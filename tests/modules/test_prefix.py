@@ -74,7 +74,7 @@ def ids(*lengths: int, seed: int = 0):
 @pytest.fixture
 def mixed():
     """Nine rows: four of one context, three of another, one whose prompt leaves the prefix early, one of none."""
-    one, two = ids(30, 21, seed=1)
+    one, two = (torch.cat([torch.tensor([96]), context]) for context in ids(29, 20, seed=1))  # 96: a BOS token
     queries, responses = ids(5, 9, 3, 7, 4, 6, 8, 5, 5, seed=2), ids(6, 1, 12, 4, 5, 9, 3, 7, 2, seed=3)
     prefixes = [one, two, one, two, one, one, two, one, ids(40, seed=4)[0]]
     heads = [*prefixes[:7], one[:20], ids(40, seed=5)[0]]
