@@ -25,6 +25,7 @@ def answers(tmp_path: Path, *changes: str) -> tuple[int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", [None, "bakery", "ferry"])
 def test_the_quickstart_learns_six_facts(tmp_path: Path, name: str | None) -> None:
     changes = [

@@ -96,6 +96,19 @@ def test_the_shared_prefix_changes_nothing(family, mixed, max_tokens) -> None:
     assert len(teacher.prefix._entries) == 3  # the row that leaves early has a prefix of its own by the second time
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch and transformers, that FlexAttention should be compiled
+@pytest.mark.parametrize("family", ["llama", "gemma3, both kinds of layer"])
+def test_flex_attention_with_a_block_mask(family, mixed) -> None:
+    """What keeps the mask of many long rows out of memory on a GPU, here uncompiled on the CPU."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    full = Teaches(model, "never").score(mixed, 4096)
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        fast = Teaches(model, "always").score(mixed, 4096)
+    assert_close(fast.hidden, full.hidden, rtol=1e-5, atol=1e-5)
+
+
 def test_the_fast_path_is_taken(mixed, monkeypatch) -> None:
     """Rows that share a context never run it again."""
     teacher = Teaches(FAMILIES["llama"](), "always")
