@@ -70,9 +70,8 @@ class AnswerSamples(Callback):
     def _ask(self, trainer: Trainer, pl_module: LightningModule, context: bool) -> None:
         assert isinstance(pl_module, Distiller) and self._batch is not None
         batch = self._batch
-        prompts = batch.teacher_prompts if context else batch.student_prompts
         with torch.random.fork_rng(devices=[pl_module.device] if pl_module.device.type == "cuda" else []):
-            answers = pl_module.student.answer(prompts, pl_module.answer)
+            answers = pl_module.answers(batch, context)
         for example, answer in zip(batch.examples, answers, strict=True):
             row = {"step": trainer.global_step, "query": query_text(example.query), "reference": example.reference}
             self.rows.append({**row, "context": context, "answer": answer})

@@ -29,7 +29,7 @@ from opcd.losses import log_probs as measure
 from opcd.memory import KEPT, give_back
 from opcd.models import ModelConfig
 from opcd.modules.checks import check_positive, check_sampled, check_windows
-from opcd.modules.generation import Sampling
+from opcd.modules.generation import Sampling, eval_mode, own_precision
 from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib
 from opcd.modules.prefix import Mode, SharedPrefix
 from opcd.modules.rollouts import Rollout, StudentRollout
@@ -184,14 +184,20 @@ class Distiller(LightningModule):
         for context, part in ((False, batch), (True, with_context)):
             if not len(part):
                 continue
-            prompts = part.teacher_prompts if context else part.student_prompts
-            # Weights do not change while predicting: a context is encoded once for all batches.
-            prefix = self.answering.encoded(self.student.model, part.teacher_prefixes, prompts) if context else None
-            answers = self.student.answer(prompts, self.answer, prefix)
+            answers = self.answers(part, context)
             for example, answer in zip(part.examples, answers, strict=True):
                 row = {"source": example.source, "query": example.query, "reference": example.reference}
                 rows.append({**row, "context": context, "answer": answer})
         return rows
+
+    def answers(self, batch: Batch, context: bool) -> list[str]:
+        """The student's answers as `answer` draws them, with the context in the prompt or without."""
+        if not context:
+            return self.student.answer(batch.student_prompts, self.answer)
+        model = self.student.model
+        with torch.no_grad(), eval_mode(model), own_precision(model):
+            prefixes = self.answering.encoded(model, batch.teacher_prefixes, batch.teacher_prompts)
+        return self.student.answer(batch.teacher_prompts, self.answer, prefixes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the teacher's state where it cannot be loaded again; a frozen teacher stays out."""
@@ -245,6 +251,7 @@ class Distiller(LightningModule):
         if self.lr_scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr]
         self.teacher.after_step(self.student)
+        self.answering.clear()
         give_back(beyond=KEPT)
         return norm
 

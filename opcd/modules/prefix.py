@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opcd.modules.generation import EncodedPrefix
+from opcd.modules.generation import EncodedPrefix, joined_cache
 from opcd.modules.packing import pack_groups, packed_masks, sliding_window
 from opcd.modules.scoring import last_hidden
 
@@ -72,24 +72,27 @@ class SharedPrefix:
                 found.update(zip(part, hidden, strict=True))
         return found
 
-    def encoded(self, model: PreTrainedModel, prefixes: list[Tensor], prompts: list[Tensor]) -> EncodedPrefix | None:
-        """The prefix that all prompts share, for a model that generates; None where there is none that may be used.
+    def encoded(
+        self, model: PreTrainedModel, prefixes: list[Tensor], prompts: list[Tensor]
+    ) -> list[EncodedPrefix] | None:
+        """The prefix of each prompt, for a model that generates; None where nothing is shared, or may not be used.
 
         Args:
             model: in eval mode, without gradient.
             prefixes: B tensors of the token ids that may come first in a prompt.
             prompts: B tensors [Q] of token ids.
         """
-        if sliding_window(model) is not None and len({len(prompt) for prompt in prompts}) > 1:
-            return None  # padding behind the prefix would count as distance
-        rows = zip(prefixes, prompts, strict=True)
-        length = min(min(_common(prefix, prompt), len(prompt) - 1) for prefix, prompt in rows)
-        ids = tuple(prefixes[0][:length].tolist())
-        if len(ids) < SHORTEST or any(tuple(prompt[: len(ids)].tolist()) != ids for prompt in prompts):
+        pairs = list(zip(prefixes, prompts, strict=True))
+        ids = [tuple(a[: min(_common(a, b), len(b) - 1)].tolist()) for a, b in pairs]
+        shapes = {(len(prefix), len(prompt)) for prefix, prompt in zip(ids, prompts, strict=True)}
+        if sliding_window(model) is not None and len(shapes) > 1:
+            return None  # padding would count as distance
+        shared = len(set(ids)) < len(ids) or any(prefix in self._entries for prefix in ids)
+        if not shared or min(map(len, ids)) < SHORTEST:
             return None
         if self._agrees is None:  # compare first: two rows that end one token early
             self.score(model, [prefixes[0]] * 2, [(prompts[0][:-1], prompts[0][-1:])] * 2, len(prompts[0]))
-        return self._entry(model, ids) if self._agrees else None
+        return [self._entry(model, prefix) for prefix in ids] if self._agrees else None
 
     def _alone(self, ids: tuple[int, ...], numbers: list[int]) -> bool:
         """Whether nothing is known to share the prefix: its first row, alone in the batch, gains nothing."""
@@ -135,7 +138,7 @@ class SharedPrefix:
             input_ids=torch.cat(rows)[None].to(model.device),
             position_ids=positions[None].to(model.device),
             attention_mask=packed_masks(model, len(ids), lengths),
-            cache=self._entry(model, ids).cache(),
+            cache=joined_cache([self._entry(model, ids)]),
             use_cache=True,
         ).last_hidden_state[0]
         return [states[len(prompt) - 1 :] for states, (prompt, _) in zip(hidden.split(lengths), suffixes, strict=True)]

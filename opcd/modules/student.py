@@ -51,9 +51,11 @@ class Student(nn.Module):
         """States of p_S(. | x, y<t) for all response tokens, with gradient."""
         return response_states(self.model, trajectories.student_prompts, trajectories.responses)
 
-    def answer(self, prompts: list[Tensor], sampling: Sampling, prefix: EncodedPrefix | None = None) -> list[str]:
-        """Generated text, without special tokens, for each prompt of token ids; `prefix` as for `generate`."""
-        responses = generate(self.model, prompts, sampling, self.eos_ids, self.pad_id, prefix)
+    def answer(
+        self, prompts: list[Tensor], sampling: Sampling, prefixes: list[EncodedPrefix] | None = None
+    ) -> list[str]:
+        """Generated text, without special tokens, for each prompt of token ids; `prefixes` as for `generate`."""
+        responses = generate(self.model, prompts, sampling, self.eos_ids, self.pad_id, prefixes)
         return [str(self.tokenizer.decode(response, skip_special_tokens=True)).strip() for response in responses]
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:

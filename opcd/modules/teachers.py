@@ -69,8 +69,8 @@ class Teacher(ABC):
     def respond(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
         """Responses to the prompts that hold the context: B tensors [R]."""
         with eval_mode(self.model), own_precision(self.model):
-            prefix = self.prefix.encoded(self.model, batch.teacher_prefixes, batch.teacher_prompts)
-        return generate(self.model, batch.teacher_prompts, sampling, eos_ids, pad_id, prefix)
+            prefixes = self.prefix.encoded(self.model, batch.teacher_prefixes, batch.teacher_prompts)
+        return generate(self.model, batch.teacher_prompts, sampling, eos_ids, pad_id, prefixes)
 
 
 class FrozenTeacher(Teacher):

@@ -190,32 +190,31 @@ def test_prefixes_of_real_prompts_begin_them(batch) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_behind_a_shared_prefix(family) -> None:
-    """Greedy tokens of prompts of different lengths: with the kept keys and values as without."""
+def test_generation_behind_shared_prefixes(family) -> None:
+    """Greedy tokens of prompts of different lengths and two contexts: with the kept keys and values as without."""
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
-    (context,) = ids(30, seed=1)
-    prompts = [torch.cat([context, query]) for query in ids(3, 9, 1, 14, seed=2)]
+    one, two = ids(30, 21, seed=1)
+    contexts = [one, two, one, one]
+    prompts = [torch.cat(pair) for pair in zip(contexts, ids(3, 9, 1, 14, seed=2), strict=True)]
+    if "sliding" in family or "both kinds" in family:
+        with torch.no_grad():
+            assert SharedPrefix("always").encoded(model, contexts, prompts) is None  # padding counts as distance
+        contexts, prompts = [one] * 2, [torch.cat([one, query]) for query in ids(5, 5, seed=2)]
     greedy = Sampling(12, temperature=0.0)
-    expected = generate(model, prompts, greedy, {96}, 0)
+    expected = [row.tolist() for row in generate(model, prompts, greedy, {96}, 0)]
     prefix = SharedPrefix()
     for _ in range(2):
         with torch.no_grad():
-            encoded = prefix.encoded(model, [context] * len(prompts), prompts)
-        if len(prompts) > 1 and ("sliding" in family or "both kinds" in family):
-            assert encoded is None  # padding behind the prefix would count as distance
-            prompts, expected = prompts[:1], expected[:1]
-            with torch.no_grad():
-                encoded = prefix.encoded(model, [context], prompts)
-        assert encoded is not None and len(encoded.ids) == 30
-        found = generate(model, prompts, greedy, {96}, 0, encoded)
-        assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+            encoded = prefix.encoded(model, contexts, prompts)
+        assert [len(entry.ids) for entry in encoded] == [len(context) for context in contexts]
+        assert [row.tolist() for row in generate(model, prompts, greedy, {96}, 0, encoded)] == expected
 
 
-def test_prompts_of_two_contexts_are_generated_whole() -> None:
+def test_prompts_that_share_nothing_are_generated_whole() -> None:
     model = FAMILIES["llama"]().eval()
     contexts = ids(30, 30, seed=1)
     prompts = [torch.cat([context, query]) for context, query in zip(contexts, ids(3, 9), strict=True)]
     with torch.no_grad():
         assert SharedPrefix("always").encoded(model, contexts, prompts) is None
-        assert SharedPrefix("never").encoded(model, contexts[:1], prompts[:1]) is None
+        assert SharedPrefix("never").encoded(model, contexts[:1] * 2, prompts[:1] * 2) is None
