@@ -23,6 +23,8 @@ def fit(opcd, tiny, rows, context, tmp_path):
             "fit",
             *("--config", CONFIGS / "quickstart.yaml", "--model.student.name", tiny, "--data.train", rows),
             *("--data.val", rows, "--data.context", context, "--trainer.max_steps", 2, "--seed_everything", 1),
+            *("--model.rollout", "StudentRollout", "--model.rollout.init_args.sampling.max_new_tokens", 24),
+            *("--model.rollout.init_args.sampling.temperature", 0.7),
             *("--trainer.default_root_dir", tmp_path / "runs", *more),
         )
 
