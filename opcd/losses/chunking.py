@@ -25,7 +25,7 @@ MEMORY_BYTES = 512 * 2**20
 """The default of ``memory_bytes``."""
 
 LIVE = 8
-"""How many tensors [n, V] in float32 are live at once in the worst moment of a chunk: measured, about."""
+"""How many tensors [n, V] in float32 are counted live at once in a chunk: an estimate."""
 
 
 def chunked(
@@ -130,9 +130,11 @@ def _check_rows(
                 "they must be [N, H_s] and [N, H_t]: select the N response tokens first, e.g. hidden[mask]"
             )
         check_device(student_hidden, "student_hidden", teacher_hidden, "teacher_hidden")
-    if weights is not None and weights.shape != student_hidden.shape[:1]:
-        raise ValueError(f"{len(student_hidden)} student states but weights {list(weights.shape)}; they must be [N]")
-    for values in (*per_token, *(() if weights is None else (weights,))):
+    if weights is not None:
+        if weights.shape != student_hidden.shape[:1]:
+            raise ValueError(f"{len(student_hidden)} student states, but weights {list(weights.shape)}: give [N]")
+        check_device(student_hidden, "student_hidden", weights, "weights")
+    for values in per_token:
         if len(values) != len(student_hidden):
             raise ValueError(f"{len(student_hidden)} student states but {len(values)} rows of recorded values")
         check_device(student_hidden, "student_hidden", values, "recorded values")

@@ -42,6 +42,7 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """The values, and what the gradient needs."""
         difference = log_p - log_q
         value = (difference * log_p.exp()).sum(-1)
         # Only a probability of zero makes the quick sum NaN or infinite; few rows have one, so the masks can wait.
@@ -56,6 +57,7 @@ class _KL(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient of each input."""
         log_p, log_q = ctx.saved_tensors
         weighted = log_p.exp().mul_(upstream[..., None])
         if ctx.masked:

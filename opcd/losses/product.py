@@ -26,6 +26,7 @@ class AccumulatingProduct:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, product: AccumulatingProduct) -> Tensor:
+        """The values, and what the gradient needs."""
         ctx.save_for_backward(hidden)
         ctx.product = product
         with torch.autocast(hidden.device.type, enabled=False):
@@ -34,6 +35,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+        """The gradient of each input."""
         (hidden,), product = ctx.saved_tensors, ctx.product
         if product.total.dtype == hidden.dtype:
             product.total.addmm_(upstream.T, hidden)

@@ -133,6 +133,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The values, and what the gradient needs."""
         rest = _without(log_p, tokens, NEVER).logsumexp(-1)
         ctx.save_for_backward(log_p, tokens, rest)
         return _gather(log_p, tokens), rest
@@ -140,6 +141,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, kept_upstream: Tensor, rest_upstream: Tensor) -> tuple[Tensor, None]:
+        """The gradient of each input."""
         log_p, tokens, rest = ctx.saved_tensors
         empty = rest == NEVER
         share = (log_p - rest.masked_fill(empty, 0.0)[..., None]).exp_()

@@ -67,6 +67,7 @@ def with_gradient(walk: Walk, weights: Tensor | None) -> tuple[Tensor, ...]:
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: Walk, weights: Tensor, hidden: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """The values, and what the gradient needs."""
         ctx.walk, ctx.weights, ctx.same_conditions = walk, weights, _conditions(hidden.device)
         values, ctx.gradients = walk.gradients(weights)
         ctx.mark_non_differentiable(*values[1:])
@@ -75,6 +76,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of each input."""
         # Not kept: what nobody else holds becomes a parameter's .grad without a copy.
         gradients, ctx.gradients = ctx.gradients, None
         factor = _factor(upstream, ctx.weights.to(upstream))

@@ -1,7 +1,6 @@
 """Several rows packed into one, behind a prefix that all of them see."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +8,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 Mask = Tensor | BlockMask
+Rule = Callable[[Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
+"""(batch, head, query, key), indices -> whether the query sees the key: a mask_mod of FlexAttention."""
 
 
 def pack_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -46,24 +47,16 @@ def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Mas
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(model.device)
     position = torch.cat([torch.arange(prefix, prefix + length) for length in lengths]).to(model.device)
     make = _block_mask if config._attn_implementation == "flex_attention" else _dense_mask
-    full, window = make(_rule(prefix, row, position)), sliding_window(model)
+    sizes, window = (len(row), prefix + len(row), model.device), sliding_window(model)
     if window is None:
-        return full
-    near = make(_rule(prefix, row, position, window))
-    return {"full_attention": full, "sliding_attention": near} if len(kinds) > 1 else near
+        return make(_rule(prefix, row, position), *sizes)
+    near = make(_rule(prefix, row, position, window), *sizes)
+    if len(kinds) < 2:
+        return near
+    return {"full_attention": make(_rule(prefix, row, position), *sizes), "sliding_attention": near}
 
 
-@dataclass
-class _Rule:
-    """Whether a query sees a key, by their indices among `queries` and `keys`."""
-
-    seen: Callable[[Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
-    queries: int
-    keys: int
-    device: torch.device
-
-
-def _rule(prefix: int, row: Tensor, position: Tensor, window: int | None = None) -> _Rule:
+def _rule(prefix: int, row: Tensor, position: Tensor, window: int | None = None) -> Rule:
     key_row = torch.cat([row.new_full((prefix,), -1), row])
     key_position = torch.cat([torch.arange(prefix, device=row.device), position])
 
@@ -72,16 +65,16 @@ def _rule(prefix: int, row: Tensor, position: Tensor, window: int | None = None)
         past = ((key_row[key] < 0) | (key_row[key] == row[query])) & (distance >= 0)
         return past if window is None else past & (distance < window)
 
-    return _Rule(seen, len(row), prefix + len(row), row.device)
+    return seen
 
 
-def _dense_mask(rule: _Rule) -> Tensor:
-    queries, keys = (torch.arange(n, device=rule.device) for n in (rule.queries, rule.keys))
-    return rule.seen(None, None, queries[:, None], keys[None, :])[None, None]
+def _dense_mask(seen: Rule, queries: int, keys: int, device: torch.device) -> Tensor:
+    query, key = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    return seen(None, None, query[:, None], key[None, :])[None, None]
 
 
-def _block_mask(rule: _Rule) -> BlockMask:
+def _block_mask(seen: Rule, queries: int, keys: int, device: torch.device) -> BlockMask:
     # Compiled, it is made block by block; as it is, through the whole mask.
-    create = torch.compile(create_block_mask) if rule.device.type == "cuda" else create_block_mask
-    blocks: BlockMask = create(rule.seen, None, None, rule.queries, rule.keys, device=rule.device)
+    create = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    blocks: BlockMask = create(seen, None, None, queries, keys, device=device)
     return blocks

@@ -340,6 +340,8 @@ def test_frozen_weights_get_no_gradient() -> None:
         ({"teacher_head": None}, "give teacher_head"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"memory_bytes": 0}, "memory_bytes is 0"),
+        ({"weights": torch.ones(4)}, r"5 student states, but weights \[4\]: give \[N\]"),
+        ({"weights": torch.ones(5, device="meta")}, "on cpu and weights on meta"),
     ],
 )
 def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
