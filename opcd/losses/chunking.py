@@ -59,8 +59,8 @@ def chunked(
             is as exact, and costs a second pass.
         temperature: divides both logits; positive.
         memory_bytes: about the most that one chunk may take beside the gradients; it sets how many tokens a chunk has
-            (at least 1). On a CPU stay at the default or more: glibc's allocator keeps and fragments blocks under 32 MiB,
-            and the process may then take more than with a larger chunk.
+            (at least 1). On a CPU stay at the default or more: glibc's allocator keeps and fragments blocks under
+            32 MiB, and the process may then take more than with a larger chunk.
 
     Raises:
         ValueError: for hidden states that are not two [N, H] floating-point tensors of one N and one device, weights
