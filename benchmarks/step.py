@@ -1,6 +1,6 @@
 """Seconds and memory of a training step as the context grows, side by side with TRL's SDFTTrainer.
 
-    pip install trl==1.16.0 accelerate        # the peer; not a dependency of opcd
+    pip install -e '.[trl]'                   # the peer; not a dependency of opcd
     python benchmarks/step.py --peer trl --context-tokens 74 2000 8000
     python benchmarks/step.py --peer none --model SMALL --teacher LARGE --context-tokens 300 --new-tokens 160
 

@@ -24,16 +24,15 @@ from torchmetrics import MeanMetric
 
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
-from opcd.losses import Divergence, ReverseKL, SampledReverseKL, TopK, chunked, clip_nats, top1_agreement
-from opcd.losses import log_probs as measure
+from opcd.losses import Divergence, ReverseKL, SampledReverseKL
 from opcd.memory import KEPT, give_back
 from opcd.models import ModelConfig
 from opcd.modules.checks import check_positive, check_sampled, check_windows
 from opcd.modules.generation import Sampling, eval_mode, own_precision
 from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib
+from opcd.modules.objective import Objective
 from opcd.modules.prefix import Mode, SharedPrefix
 from opcd.modules.rollouts import Rollout, StudentRollout
-from opcd.modules.scoring import States
 from opcd.modules.student import Student
 from opcd.modules.teachers import FrozenTeacher, Teacher
 from opcd.modules.trajectories import Reduction, Trajectories, token_weights
@@ -95,15 +94,14 @@ class Distiller(LightningModule):
             max_nats=max_nats,
             gradient_clip_val=gradient_clip_val,
         )
-        self.student_config, self.loss = student, loss
+        self.student_config, self.objective = student, Objective(loss, temperature, max_nats)
         self.teacher, self.rollout = teacher or FrozenTeacher(), rollout or StudentRollout()
         self.teacher.prefix, self.answering = (SharedPrefix(shared_prefix, prefix_memory_mib) for _ in range(2))
         if isinstance(loss, SampledReverseKL):
             check_sampled(loss, self.rollout, temperature)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.temperature, self.reduction, self.max_nats = temperature, reduction, max_nats
-        self.micro_batch_tokens, self.gradient_checkpointing = micro_batch_tokens, gradient_checkpointing
-        self.gradient_clip_val, self.answer = gradient_clip_val, answer
+        self.reduction, self.micro_batch_tokens, self.answer = reduction, micro_batch_tokens, answer
+        self.gradient_checkpointing, self.gradient_clip_val = gradient_checkpointing, gradient_clip_val
         self.held_out_divergence = MeanMetric()
 
     def setup(self, stage: str) -> None:
@@ -149,25 +147,13 @@ class Distiller(LightningModule):
                 states = self.student.score(part)
             with clock("loss"):
                 share = self._share(weights[rows], part)
-                values = self.divergence(states, target, part, share)
+                values = self.objective(states, target, part, share)
                 means.add(values)
             with clock("student"):
                 self._backward((values["divergence"] * share).sum(), last=number == len(micro_batches))
         with clock("optimizer"):
             gradient_norm = self._optimizer_step()
         self._log_step(trajectories, means, clock, time.perf_counter() - start, gradient_norm)
-
-    def divergence(
-        self, student: States, teacher: States, trajectories: Trajectories, weights: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Nats of every response token, with gradient, and statistics without: each [N].
-
-        `weights` [N] is what each token will count in the loss, where that is known: see `opcd.losses.chunked`.
-        """
-        states = (student.hidden, student.head, teacher.hidden, teacher.head)
-        tokens = torch.cat(trajectories.responses).to(student.hidden.device)
-        measured = chunked(self._terms, *states, (tokens,), weights=weights, temperature=self.temperature)
-        return dict(zip(self._names(), measured, strict=True))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Divergence on rollouts of held-out queries."""
@@ -210,24 +196,6 @@ class Distiller(LightningModule):
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
 
-    def _terms(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """The divergence and its statistics from the log-probabilities [n, V] and the tokens [n] of one chunk."""
-        if isinstance(self.loss, SampledReverseKL):
-            values = [self.loss(*(log_p.gather(-1, tokens[:, None])[:, 0] for log_p in (student, teacher)))]
-        elif isinstance(self.loss, TopK):
-            values = list(self.loss.with_retained_mass(student, teacher))
-        else:
-            values = [self.loss.from_log_probs(student, teacher)]
-        if self.max_nats is not None:
-            values[:1] = [clip_nats(values[0], self.max_nats), (values[0] > self.max_nats).float()]
-        values += [measure.entropy(student), measure.entropy(teacher), top1_agreement(student, teacher)]
-        return tuple(values)
-
-    def _names(self) -> list[str]:
-        clipped = [] if self.max_nats is None else ["clipped"]
-        retained = ["student_retained_mass", "teacher_retained_mass"] if isinstance(self.loss, TopK) else []
-        return ["divergence", *clipped, *retained, "student_entropy", "teacher_entropy", "top1_agreement"]
-
     def _share(self, weights: Tensor, trajectories: Trajectories) -> Tensor:
         """What each response token counts in this rank's loss, from the weights of a token of each row: [B] -> [N]."""
         # DDP averages gradients over ranks, the weights are shares of the sum over all of them: undo the mean.
@@ -265,7 +233,7 @@ class Distiller(LightningModule):
         for rows in trajectories.micro_batches(self.micro_batch_tokens):
             part = trajectories.select(rows)
             target = self.teacher.score(part, self.micro_batch_tokens)
-            self.held_out_divergence.update(self.divergence(self.student.score(part), target, part)["divergence"])
+            self.held_out_divergence.update(self.objective(self.student.score(part), target, part)["divergence"])
         self.log(f"{split}/divergence", self.held_out_divergence, prog_bar=True, batch_size=len(batch))
 
     def _log_step(

@@ -105,7 +105,7 @@ def generate(
     begin, begin_mask = left_padded([prompt[:n] for prompt, n in zip(prompts, shared, strict=True)], pad_id)
     rest, rest_mask = left_padded([prompt[n:] for prompt, n in zip(prompts, shared, strict=True)], pad_id)
     ids = torch.cat([begin, rest], dim=1)
-    with eval_mode(model), own_precision(model):
+    with eval_mode(model), own_precision(model, keep_casts=True):
         output = model.generate(  # type: ignore[operator]
             input_ids=ids.to(model.device),
             attention_mask=torch.cat([begin_mask, rest_mask], dim=1).to(model.device),
@@ -123,15 +123,15 @@ def left_padded(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def own_precision(model: PreTrainedModel) -> Iterator[None]:
+def own_precision(model: PreTrainedModel, keep_casts: bool = False) -> Iterator[None]:
     """Low-precision weights compute as they are (autocast would only add casts); float32 ones follow the trainer's.
 
-    The casts of weights that autocast keeps are dropped at the end: made without gradient here, they would cut the
-    gradient of a training pass in the same autocast region.
+    `keep_casts` casts each weight once, not at every pass, and takes memory for it. The casts are dropped at the end:
+    made without gradient here, they would cut the gradient of a training pass in the same autocast region.
     """
     device = model.device.type
     enabled = torch.is_autocast_enabled(device) and model.dtype == torch.float32
-    with torch.autocast(device, torch.get_autocast_dtype(device), enabled=enabled):
+    with torch.autocast(device, torch.get_autocast_dtype(device), enabled=enabled, cache_enabled=keep_casts):
         try:
             yield
         finally:

@@ -40,12 +40,19 @@ class StudentRollout(Rollout):
         sampling: how tokens are drawn.
         dtype: type of the weights that generate. Where it differs from the student's, a copy is kept and overwritten
             in place from the master weights by `synchronise`.
+        release: give the memory of that copy back after every `sample`, to the gradients that follow: less memory, and
+            its pages are mapped anew at every step.
     """
 
-    def __init__(self, sampling: Sampling = Sampling(), dtype: str = "bfloat16") -> None:  # noqa: B008
+    def __init__(
+        self,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        dtype: str = "bfloat16",
+        release: bool = False,
+    ) -> None:
         if dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
-        self.sampling = sampling
+        self.sampling, self.release = sampling, release
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._model: PreTrainedModel | None = None
 
@@ -59,18 +66,29 @@ class StudentRollout(Rollout):
         """Overwrite the copy, where one is needed."""
         master = student.model
         if master.dtype == self.dtype:
+            if self.release:
+                raise UserError(
+                    "model.rollout: release has no effect where the student's weights generate themselves; remove it, "
+                    f"or choose a dtype that is not the student's ({self.dtype})"
+                )
             self._model = master
             return
         if self._model is None or self._model.device != master.device:
             self._model = copy.deepcopy(master)
             for parameter in self._model.parameters():  # not the buffers: rotary frequencies stay in float32
                 parameter.data = parameter.data.to(self.dtype)
+        if self.release:
+            for parameter in self._model.parameters():
+                parameter.untyped_storage().resize_(parameter.nbytes)
         torch._foreach_copy_(list(self._model.parameters()), list(master.parameters()))
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Generate with the student of this step."""
         assert self._model is not None, "synchronise() comes first"
         responses = generate(self._model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
+        if self.release:
+            for parameter in self._model.parameters():
+                parameter.untyped_storage().resize_(0)
         return Trajectories.of(batch, responses, student.eos_ids)
 
 

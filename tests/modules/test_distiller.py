@@ -8,6 +8,7 @@ from lightning import Trainer
 from torch.testing import assert_close
 
 from opcd.data import ContextQueryDataModule
+from opcd.errors import UserError
 from opcd.losses import ForwardKL, ReverseKL, SampledReverseKL, TopK
 from opcd.models import ModelConfig, load_model
 from opcd.modules import (
@@ -225,6 +226,26 @@ def test_the_low_precision_copy_follows_the_master_weights(tiny):
     assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_a_released_copy_takes_no_memory_until_it_writes_again(batch, tiny):
+    distiller = Distiller(ModelConfig(name=tiny), FrozenTeacher(ModelConfig(name=tiny)))
+    distiller.trainer = trainer(None)
+    distiller.configure_model()
+    student, greedy = distiller.student, Sampling(max_new_tokens=4, temperature=0.0)
+    kept, released = StudentRollout(greedy), StudentRollout(greedy, release=True)
+    for change in (0.0, 0.01):
+        with torch.no_grad():
+            for weight in student.parameters():
+                weight.add_(change)
+        written = []
+        for rollout in (kept, released):
+            rollout.synchronise(student)
+            written.append([r.tolist() for r in rollout.sample(student, distiller.teacher, batch).responses])
+        assert written[0] == written[1]
+        assert sum(weight.untyped_storage().nbytes() for weight in released._model.parameters()) == 0
+    with pytest.raises(UserError, match="release has no effect"):
+        StudentRollout(greedy, dtype="float32", release=True).synchronise(student)
+
+
 def test_clipped_tokens_have_no_gradient_and_top_k_reports_its_mass(
     monkeypatch, tmp_path, recorded, tiny, tiny_teacher
 ):
@@ -277,7 +298,7 @@ def test_the_sampled_reverse_kl_looks_at_the_tokens_of_the_response(tmp_path, re
     batch = recorded.encode(recorded.examples("train"))
     trajectories = RecordedRollout().sample(distiller.student, teacher, batch)
     states = distiller.student.score(trajectories), teacher.score(trajectories, 4096)
-    found = distiller.divergence(*states, trajectories)["divergence"]
+    found = distiller.objective(*states, trajectories)["divergence"]
     tokens = torch.cat(trajectories.responses)[:, None]
     ours, theirs = (s.head(s.hidden).log_softmax(-1).gather(-1, tokens)[:, 0] for s in states)
     assert_close(found, ours - theirs)

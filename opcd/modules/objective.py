@@ -1,0 +1,56 @@
+"""What is compared at every response token, and what is measured beside it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opcd.losses import Divergence, SampledReverseKL, TopK, chunked, clip_nats, top1_agreement
+from opcd.losses import log_probs as measure
+from opcd.modules.scoring import States
+from opcd.modules.trajectories import Trajectories
+
+
+@dataclass
+class Objective:
+    """The divergence between student and teacher and its statistics.
+
+    Attributes:
+        loss: the divergence at one token.
+        temperature: divides the logits of both models.
+        max_nats: clips a token's divergence from above, with a gradient of zero; None clips nothing.
+    """
+
+    loss: Divergence | SampledReverseKL
+    temperature: float
+    max_nats: float | None
+
+    def __call__(
+        self, student: States, teacher: States, trajectories: Trajectories, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Nats of every response token (`divergence`), with gradient, and statistics without: each [N].
+
+        `weights` [N] is what each token will count in the loss, where that is known: see `opcd.losses.chunked`.
+        """
+        states = (student.hidden, student.head, teacher.hidden, teacher.head)
+        tokens = torch.cat(trajectories.responses).to(student.hidden.device)
+        measured = chunked(self._terms, *states, (tokens,), weights=weights, temperature=self.temperature)
+        return dict(zip(self._names(), measured, strict=True))
+
+    def _terms(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Everything for one chunk, from the log-probabilities [n, V] and the tokens [n], in the order of `_names`."""
+        if isinstance(self.loss, SampledReverseKL):
+            values = [self.loss(*(log_p.gather(-1, tokens[:, None])[:, 0] for log_p in (student, teacher)))]
+        elif isinstance(self.loss, TopK):
+            values = list(self.loss.with_retained_mass(student, teacher))
+        else:
+            values = [self.loss.from_log_probs(student, teacher)]
+        if self.max_nats is not None:
+            values[:1] = [clip_nats(values[0], self.max_nats), (values[0] > self.max_nats).float()]
+        values += [measure.entropy(student), measure.entropy(teacher), top1_agreement(student, teacher)]
+        return tuple(values)
+
+    def _names(self) -> list[str]:
+        clipped = [] if self.max_nats is None else ["clipped"]
+        retained = ["student_retained_mass", "teacher_retained_mass"] if isinstance(self.loss, TopK) else []
+        return ["divergence", *clipped, *retained, "student_entropy", "teacher_entropy", "top1_agreement"]
