@@ -13,6 +13,9 @@ from opcd.data import Batch
 
 Reduction = Literal["token", "sequence"]
 
+PASS = 256
+"""Tokens that one more pass costs: weights are cast, and gradients added up, once a pass."""
+
 
 @dataclass
 class Trajectories:
@@ -61,10 +64,9 @@ class Trajectories:
         return Trajectories(*([column[row] for row in rows] for column in columns))
 
     def micro_batches(self, max_tokens: int) -> list[list[int]]:
-        """Rows of each micro-batch: sorted by length, so that little is padding, and cut by tokens.
+        """Rows of each micro-batch: neighbours in length, so that little is padding, and at most `max_tokens`.
 
-        A micro-batch takes rows until (rows x longest student row) would pass `max_tokens`; a single row that is
-        longer than that is a micro-batch of its own.
+        Counted is rows x longest student row; a single row that is longer than that is a micro-batch of its own.
         """
         sizes = [len(p) + len(r) for p, r in zip(self.student_prompts, self.responses, strict=True)]
         return length_groups(sizes, max_tokens)
@@ -79,13 +81,22 @@ def first_sequence(response: Tensor, eos_ids: set[int]) -> Tensor:
 
 
 def length_groups(sizes: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices of `sizes` in groups of neighbouring sizes, each at most `max_tokens` with its padding."""
+    """Indices of `sizes` in groups of neighbouring sizes, each at most `max_tokens` with its padding.
+
+    Of all such splits, the one with the fewest tokens, padding included, where each group counts `PASS` more.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    cheapest = [(0, 0)]  # tokens of the n longest rows, and the place where their last group begins
+    for end in range(1, len(order) + 1):
+        padded = {start: sizes[order[start]] * (end - start) for start in range(end)}
+        fits = [start for start in padded if padded[start] <= max_tokens or start == end - 1]
+        cheapest.append(min((cheapest[start][0] + padded[start] + PASS, start) for start in fits))
     groups: list[list[int]] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if groups and sizes[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
+    end = len(order)
+    while end:
+        start = cheapest[end][1]
+        groups.insert(0, order[start:end])
+        end = start
     return groups
 
 

@@ -1,11 +1,13 @@
 """End of sequence, micro-batches, and the weights of the reductions."""
 
+from itertools import pairwise, product
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from opcd.modules.trajectories import Trajectories, first_sequence, length_groups, token_weights
+from opcd.modules.trajectories import PASS, Trajectories, first_sequence, length_groups, token_weights
 
 
 def test_nothing_after_the_first_end_of_sequence_counts(batch):
@@ -26,6 +28,20 @@ def test_groups_hold_every_row_once_within_the_limit(sizes, limit):
     assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
     for group in groups:
         assert len(group) == 1 or len(group) * max(sizes[i] for i in group) <= limit
+
+
+@given(sizes=st.lists(st.integers(1, 900), min_size=1, max_size=7), limit=st.integers(900, 4000))
+def test_no_other_groups_of_neighbours_cost_less(sizes, limit):
+    def cost(groups):
+        return sum(len(group) * max(group) + PASS for group in groups)
+
+    ordered, costs = sorted(sizes, reverse=True), []
+    for cuts in product([False, True], repeat=len(sizes) - 1):
+        places = [0, *(n for n, cut in enumerate(cuts, start=1) if cut), len(sizes)]
+        groups = [ordered[a:b] for a, b in pairwise(places)]
+        if all(len(group) == 1 or len(group) * group[0] <= limit for group in groups):
+            costs.append(cost(groups))
+    assert cost([[sizes[i] for i in group] for group in length_groups(sizes, limit)]) == min(costs)
 
 
 def test_weights_by_hand():
