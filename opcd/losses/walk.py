@@ -110,6 +110,7 @@ def _conditions(device: torch.device) -> Callable[[], Any]:
 
     @contextmanager
     def again() -> Iterator[None]:
+        """As at that moment."""
         with torch.random.fork_rng([device] if gpu is not None else []):
             torch.set_rng_state(cpu)
             if gpu is not None:

@@ -61,6 +61,7 @@ def _rule(prefix: int, row: Tensor, position: Tensor, window: int | None = None)
     key_position = torch.cat([torch.arange(prefix, device=row.device), position])
 
     def seen(batch: Tensor | None, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        """The prefix, and the query's own row up to itself."""
         distance = position[query] - key_position[key]
         past = ((key_row[key] < 0) | (key_row[key] == row[query])) & (distance >= 0)
         return past if window is None else past & (distance < window)

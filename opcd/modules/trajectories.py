@@ -14,7 +14,7 @@ from opcd.data import Batch
 Reduction = Literal["token", "sequence"]
 
 PASS = 256
-"""Tokens that one more pass costs: weights are cast, and gradients added up, once a pass."""
+"""Tokens that one more pass is taken to cost (an estimate): weights are cast, and gradients added up, once a pass."""
 
 
 @dataclass
