@@ -21,11 +21,11 @@ LogProbsFunction = Callable[..., tuple[Tensor, ...]]
 """(student_log_probs [n, V], teacher_log_probs [n, V] where there is a teacher, then the rows of per_token) -> tensors
 [n]; only the first one's gradient is used."""
 
-MEMORY_BYTES = 640 * 2**20
+MEMORY_BYTES = 384 * 2**20
 """The default of ``memory_bytes``."""
 
-LIVE = 10
-"""How many tensors [n, V] in float32 are counted live at once in a chunk: 9.7 were measured for the JSD, 5 for a KL."""
+LIVE = 7
+"""How many tensors [n, V] in float32 are counted live at once in a chunk: those of a skewed KL; a KL has 4, a JSD 5."""
 
 
 def chunked(

@@ -35,49 +35,41 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 class _KL(torch.autograd.Function):
-    """The sum and its two gradients in as few passes over [..., V] as there can be, in place where nobody looks.
+    """The sum and its two gradients in as few passes over [..., V] as there can be.
 
     d/dlog_p = p (log p − log q + 1), d/dlog_q = −p. Autograd alone keeps and walks over twice as many tensors.
     """
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """The values, and what the gradient needs."""
-        difference = log_p - log_q
-        value = (difference * log_p.exp()).sum(-1)
-        # Only a probability of zero makes the quick sum NaN or infinite; few rows have one, so the masks can wait.
-        ctx.masked = not bool(value.isfinite().all())
-        if ctx.masked:
-            absent, unreachable = _zeros(log_p, log_q)
-            terms = difference.masked_fill_(absent | unreachable, 0.0).mul_(log_p.exp())
-            value = terms.masked_fill_(unreachable, math.inf).sum(-1)
-        ctx.save_for_backward(log_p, log_q)
+        """The values, and the gradients up to a factor a row."""
+        p, terms, value = _compare(log_p, log_q)
+        first = terms.add_(p) if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(first, p if ctx.needs_input_grad[1] else None)
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of each input."""
-        log_p, log_q = ctx.saved_tensors
-        weighted = log_p.exp().mul_(upstream[..., None])
-        if ctx.masked:
-            absent, unreachable = _zeros(log_p, log_q)
-            weighted.masked_fill_(unreachable, 0.0)
-        first = second = None
-        if ctx.needs_input_grad[0]:
-            difference = log_p - log_q
-            if ctx.masked:
-                difference.masked_fill_(absent | unreachable, 0.0)
-            first = difference.add_(1.0).mul_(weighted)
-        if ctx.needs_input_grad[1]:
-            second = weighted.neg_()
-        return first, second
+        first, p = ctx.saved_tensors
+        upstream = upstream[..., None]
+        return (None if first is None else first * upstream), (None if p is None else p * -upstream)
 
 
-def _zeros(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """(p = 0, p > 0 = q), each [..., V]."""
-    absent = torch.isneginf(log_p)
-    return absent, torch.isneginf(log_q) & ~absent
+def _compare(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p, p (log p − log q), [..., V] each, and KL(p ‖ q), [...]; both are 0 where p > 0 = q, where the KL is +inf."""
+    p = log_p.exp()
+    terms = (log_p - log_q).mul_(p)
+    value = terms.sum(-1)
+    # Only a probability of zero makes the quick sum NaN or infinite; few rows have one, so the masks can wait.
+    if not bool(value.isfinite().all()):
+        absent = torch.isneginf(log_p)
+        unreachable = torch.isneginf(log_q) & ~absent
+        value = terms.masked_fill_(absent, 0.0).masked_fill_(unreachable, math.inf).sum(-1)
+        terms.masked_fill_(unreachable, 0.0)
+        p.masked_fill_(unreachable, 0.0)
+    return p, terms, value
 
 
 def entropy(log_p: Tensor) -> Tensor:
@@ -90,11 +82,40 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """``log(weight · a + (1 − weight) · b)`` with 0 < weight < 1, [..., V] x2 -> [..., V]."""
-    absent = torch.isneginf(log_a) & torch.isneginf(log_b)
-    # The gradient of logaddexp at two infinities is NaN, so it never sees them.
-    log_a = log_a.masked_fill(absent, 0.0)
-    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight)).masked_fill(absent, NEVER)
+    """``log(weight · a + (1 − weight) · b)`` with 0 < weight < 1, [..., V] x2 -> [..., V], differentiable once."""
+    return _LogMixture.apply(log_a, log_b, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LogMixture(torch.autograd.Function):
+    """d/dlog_a = weight · a / m: a share of 1, and of 0 where neither can occur (autograd's is NaN there)."""
+
+    @staticmethod
+    def forward(ctx: Any, log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+        """The values, and what the gradient needs."""
+        log_m = _log_mixture(log_a, log_b, weight)
+        ctx.weight = weight
+        wanted = zip((log_a, log_b), ctx.needs_input_grad, strict=False)
+        ctx.save_for_backward(log_m, *(x if needed else None for x, needed in wanted))
+        return log_m
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """The gradient of each input."""
+        log_m, *parts = ctx.saved_tensors
+        shares = (math.log(ctx.weight), math.log1p(-ctx.weight))
+        absent = torch.isneginf(log_m)
+        first, second = (
+            None if log_x is None else (log_x - log_m).add_(share).exp_().masked_fill_(absent, 0.0).mul_(upstream)
+            for log_x, share in zip(parts, shares, strict=True)
+        )
+        return first, second, None
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """The values of ``log_mixture`` alone, without gradient."""
+    first = log_a + math.log(weight)
+    return torch.logaddexp(first, log_b + math.log1p(-weight), out=first)
 
 
 def log_total(log_p: Tensor) -> Tensor:
@@ -106,9 +127,37 @@ def log_total(log_p: Tensor) -> Tensor:
 
 
 def jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: float) -> Tensor:
-    """β·KL(teacher ‖ m) + (1−β)·KL(student ‖ m) with m = β·teacher + (1−β)·student."""
-    mixture = log_mixture(teacher_log_probs, student_log_probs, beta)
-    return beta * kl(teacher_log_probs, mixture) + (1.0 - beta) * kl(student_log_probs, mixture)
+    """β·KL(teacher ‖ m) + (1−β)·KL(student ‖ m) with m = β·teacher + (1−β)·student, differentiable once."""
+    return _JSD.apply(student_log_probs, teacher_log_probs, beta)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _JSD(torch.autograd.Function):
+    """d/dlog_s = (1−β) s (log s − log m), d/dlog_t = β t (log t − log m): what comes through m cancels."""
+
+    @staticmethod
+    def forward(ctx: Any, log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+        """The values, and the gradients up to a factor a row."""
+        log_m, ctx.beta = _log_mixture(log_t, log_s, beta), beta
+        of_student, of_teacher = ctx.needs_input_grad[:2]
+        # One after the other, so that no more than one of them is there whose gradient nobody asks for.
+        second, from_teacher = _terms(log_t, log_m, of_teacher)
+        first, from_student = _terms(log_s, log_m, of_student)
+        ctx.save_for_backward(first, second)
+        return beta * from_teacher + (1.0 - beta) * from_student
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """The gradient of each input."""
+        kept = zip(ctx.saved_tensors, (1.0 - ctx.beta, ctx.beta), strict=True)
+        first, second = (None if terms is None else terms * (share * upstream[..., None]) for terms, share in kept)
+        return first, second, None
+
+
+def _terms(log_p: Tensor, log_q: Tensor, keep: bool) -> tuple[Tensor | None, Tensor]:
+    """p (log p − log q), [..., V], where it is to be kept, and its sum, [...]."""
+    _, terms, value = _compare(log_p, log_q)
+    return terms if keep else None, value
 
 
 def skew_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
