@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from opcd.modules.decoding import decode
+from opcd.modules.packed_linear import packed_linears
 from opcd.modules.trajectories import first_sequence
 
 OURS = (
@@ -105,8 +107,14 @@ def generate(
     begin, begin_mask = left_padded([prompt[:n] for prompt, n in zip(prompts, shared, strict=True)], pad_id)
     rest, rest_mask = left_padded([prompt[n:] for prompt, n in zip(prompts, shared, strict=True)], pad_id)
     ids = torch.cat([begin, rest], dim=1)
-    with eval_mode(model), own_precision(model, keep_casts=True):
+    steps = sampling.max_new_tokens
+    with (
+        eval_mode(model),
+        own_precision(model, keep_casts=True) as dtype,
+        packed_linears(model, dtype, len(ids), steps),
+    ):
         output = model.generate(  # type: ignore[operator]
+            custom_generate=decode,
             input_ids=ids.to(model.device),
             attention_mask=torch.cat([begin_mask, rest_mask], dim=1).to(model.device),
             generation_config=sampling.generation_config(eos_ids, pad_id),
@@ -123,17 +131,20 @@ def left_padded(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def own_precision(model: PreTrainedModel, keep_casts: bool = False) -> Iterator[None]:
+def own_precision(model: PreTrainedModel, keep_casts: bool = False) -> Iterator[torch.dtype]:
     """Low-precision weights compute as they are (autocast would only add casts); float32 ones follow the trainer's.
+
+    Gives the type that the model's products then have.
 
     `keep_casts` casts each weight once, not at every pass, and takes memory for it. The casts are dropped at the end:
     made without gradient here, they would cut the gradient of a training pass in the same autocast region.
     """
     device = model.device.type
     enabled = torch.is_autocast_enabled(device) and model.dtype == torch.float32
-    with torch.autocast(device, torch.get_autocast_dtype(device), enabled=enabled, cache_enabled=keep_casts):
+    autocast = torch.get_autocast_dtype(device)
+    with torch.autocast(device, autocast, enabled=enabled, cache_enabled=keep_casts):
         try:
-            yield
+            yield autocast if enabled else model.dtype
         finally:
             torch.clear_autocast_cache()
 

@@ -1,0 +1,69 @@
+"""The loop that writes token after token, for transformers' ``generate(custom_generate=decode)``.
+
+How it works: `generate` prepares cache, logits processors and stopping criteria as ever. A row that has ended leaves
+the batch, so that the others go on without it, and a token is drawn with one random number a row, where
+`torch.multinomial` takes one a token of the vocabulary: on a CPU 8 ms for 8 rows of 49,152 (docs/log.md).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+
+def decode(
+    model: Any,  # a PreTrainedModel: transformers types its methods as tensors or modules
+    input_ids: Any,  # [B, T] int64
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    **inputs: Any,
+) -> Tensor:
+    """Prompts [B, T] -> [B, T + R]: what `generate` returns for one sampled or greedy sequence a row.
+
+    With `synced_gpus` (FSDP) a rank that is done runs on, its results unread, until every rank is.
+    """
+    longest = generation_config.max_length - input_ids.shape[1]
+    written = input_ids.new_full((len(input_ids), longest), generation_config.pad_token_id)
+    prompts, rows = input_ids, torch.arange(len(input_ids), device=input_ids.device)
+    outputs, done, step = model._prefill(input_ids, generation_config, inputs), False, 0
+    while True:
+        inputs = model._update_model_kwargs_for_generation(outputs, inputs)
+        scores = logits_processor(input_ids, outputs.logits[:, -1].float())
+        tokens = draw(scores) if generation_config.do_sample else scores.argmax(-1)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+        if not done:
+            written[rows, step] = tokens
+            going = ~stopping_criteria(input_ids, None)
+            step, done = step + 1, not bool(going.any())
+            if not done and not bool(going.all()) and _can_leave(inputs, len(rows)):
+                rows, input_ids, inputs = rows[going], input_ids[going], _selected(inputs, going)
+        if not model._has_unfinished_sequences(done, synced_gpus, device=input_ids.device):
+            return torch.cat([prompts, written[:, :step]], dim=1)
+        model_inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)
+        outputs = model(**model_inputs, return_dict=True)
+
+
+def draw(scores: Tensor) -> Tensor:
+    """A token a row from softmax(scores): [B, V] -> [B] int64, by inversion of the cumulative distribution."""
+    cumulated = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    point = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulated[:, -1:]
+    # right: the first token whose sum is beyond the point, which has a probability above zero
+    return torch.searchsorted(cumulated, point, right=True).squeeze(1).clamp(max=scores.shape[-1] - 1)
+
+
+def _can_leave(inputs: dict[str, Any], rows: int) -> bool:
+    """Whether all that the model carries along is a row each: not so for a recurrent state."""
+    cache = inputs.get("cache")
+    tensors = [value for name, value in inputs.items() if isinstance(value, Tensor)]
+    return (
+        isinstance(cache, DynamicCache) and not any(cache.is_linear) and all(len(tensor) == rows for tensor in tensors)
+    )
+
+
+def _selected(inputs: dict[str, Any], going: Tensor) -> dict[str, Any]:
+    """The same for the rows that go on."""
+    inputs["cache"].batch_select_indices(going.nonzero().squeeze(1))
+    return {name: value[going] if isinstance(value, Tensor) else value for name, value in inputs.items()}

@@ -1,0 +1,157 @@
+"""The decode loop beside transformers' own, its draws, and packed linear layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from opcd.modules import decoding
+from opcd.modules.decoding import draw
+from opcd.modules.generation import Sampling, generate, own_precision
+from opcd.modules.packed_linear import FEWEST_STEPS, packed_linears
+
+PAD, STEPS = 2, 24
+ENDS = set(range(0, 49152, 12))
+"""So many tokens end a response that greedy rows of a random model end at various steps."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    draws = torch.Generator().manual_seed(0)
+    return [torch.randint(100, 40000, (length,), generator=draws) for length in (5, 9, 3, 7, 6, 8, 4, 5)]
+
+
+def batch_sizes(model, run):
+    """Rows of every forward pass of the model within `run`, and its result."""
+    sizes = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        return sizes, run()
+    finally:
+        hook.remove()
+
+
+def test_greedy_responses_are_those_of_each_prompt_alone(model, prompts):
+    sampling = Sampling(STEPS, temperature=0.0)
+    sizes, together = batch_sizes(model, lambda: generate(model, prompts, sampling, ENDS, PAD))
+    for prompt, response in zip(prompts, together, strict=True):
+        alone = model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            generation_config=sampling.generation_config(ENDS, PAD),
+        )
+        assert torch.equal(response, alone[0, len(prompt) :])
+    lengths = [len(response) for response in together]
+    assert min(lengths) < max(lengths)
+    # pass t is for the rows that have more than t tokens
+    assert sizes == [sum(length > step for length in lengths) for step in range(max(lengths))]
+
+
+def test_a_rank_that_is_done_runs_on_until_all_are(model, prompts, monkeypatch):
+    sampling, calls = Sampling(STEPS, temperature=0.0), []
+    expected = generate(model, prompts, sampling, ENDS, PAD)
+    longest = max(map(len, expected))
+
+    def until_all_are(self, done, synced_gpus, device):
+        calls.append(done)
+        return len(calls) < longest + 5
+
+    monkeypatch.setattr(type(model), "_has_unfinished_sequences", until_all_are)
+    found = generate(model, prompts, sampling, ENDS, PAD)
+    assert calls[-5:] == [True] * 5
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_draws_follow_the_distribution():
+    torch.manual_seed(0)
+    scores = torch.tensor([-torch.inf, 0.3, -1.0, 2.0, -torch.inf, 1.0, -torch.inf])
+    rows = 200_000
+    counts = torch.bincount(draw(scores.expand(rows, -1)), minlength=len(scores))
+    expected = scores.softmax(-1) * rows
+    assert counts[scores == -torch.inf].sum() == 0
+    possible = expected > 0
+    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_square < 16.3  # three degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize(("point", "token"), [(0.0, 1), (1.0 - 2.0**-53, 2)])
+def test_the_ends_of_the_unit_interval_draw_what_can_occur(monkeypatch, point, token):
+    monkeypatch.setattr(decoding.torch, "rand", lambda *size, **kwargs: torch.full(size, point, dtype=torch.float64))
+    assert draw(torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])).tolist() == [token]
+
+
+def test_a_draw_takes_one_random_number_a_row():
+    torch.manual_seed(3)
+    tokens = draw(torch.zeros(4, 1000))
+    torch.manual_seed(3)
+    assert tokens.tolist() == (torch.rand(4, dtype=torch.float64) * 1000).long().tolist()
+
+
+packs = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 instructions"
+)
+
+
+@packs
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_packed_layers_compute_the_same(bias, rows):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 96, bias=bias).bfloat16())
+    double = copy.deepcopy(layer).double()
+    hidden = torch.randn(rows, 3, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        with packed_linears(layer, torch.bfloat16, rows, FEWEST_STEPS):
+            assert "forward" in vars(layer[0])
+            packed = layer(hidden)
+        exact = double(hidden.double())
+        assert "forward" not in vars(layer[0])
+    torch.testing.assert_close(packed.double(), exact, rtol=2**-7, atol=2**-7)
+
+
+@packs
+def test_packed_layers_follow_autocast_and_the_weights_of_the_moment(model, prompts):
+    ids = torch.stack([prompt[:3] for prompt in prompts])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), own_precision(model) as dtype:
+        assert dtype == torch.bfloat16
+        plain = model(ids).logits
+        with packed_linears(model, dtype, len(ids), FEWEST_STEPS):
+            packed = model(ids).logits
+        assert packed.dtype == plain.dtype
+        torch.testing.assert_close(packed.float(), plain.float(), rtol=2e-2, atol=2e-2 * float(plain.abs().max()))
+        weight = model.model.layers[0].mlp.up_proj.weight
+        kept = weight.clone()
+        weight.zero_()
+        torch.clear_autocast_cache()
+        try:
+            with packed_linears(model, dtype, len(ids), FEWEST_STEPS):
+                changed = model(ids).logits
+            torch.testing.assert_close(
+                changed.float(), model(ids).logits.float(), rtol=2e-2, atol=2e-2 * float(plain.abs().max())
+            )
+        finally:
+            weight.copy_(kept)
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 100), (torch.bfloat16, FEWEST_STEPS - 1)])
+def test_layers_stay_as_they_are_where_packing_does_not_help(dtype, steps):
+    layer = nn.Sequential(nn.Linear(4, 4, dtype=dtype))
+    with packed_linears(layer, dtype, 1, steps):
+        assert "forward" not in vars(layer[0])
+
+
+@packs
+def test_layers_are_restored_after_an_error():
+    layer = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError), packed_linears(layer, torch.bfloat16, 1, FEWEST_STEPS):
+        raise RuntimeError
+    assert "forward" not in vars(layer[0])
