@@ -1,4 +1,4 @@
-"""The command `opcd`: Lightning's fit, validate, test and predict on a Distiller and its data, and our own subcommands."""
+"""The command `opcd`: Lightning's fit, validate, test and predict on a Distiller and its data; evaluate; doctor."""
 
 import errno
 import logging

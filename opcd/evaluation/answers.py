@@ -33,7 +33,7 @@ class Answer(str):
     cut_off: bool
 
 
-class AnsweringModel(LM):
+class AnsweringModel(LM):  # type: ignore[misc]
     """Answers of a student, with or without a context in its prompt.
 
     `seed` seeds torch's generator before the first answer; every rank should have another.

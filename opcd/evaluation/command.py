@@ -46,7 +46,7 @@ def main(args: list[str]) -> int:
     """Parse `args`, evaluate, write and print. UserError for the user's mistakes."""
     config = make_parser().parse_args(_in_full(args))
     try:
-        model, evaluation, output = (_made(kind, config) for kind in (ModelConfig, Evaluation, Output))
+        model, evaluation, output = _made(ModelConfig, config.model), _made(Evaluation, config), _made(Output, config)
         evaluator = Evaluator(evaluation, model)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -76,8 +76,7 @@ def make_parser() -> ArgumentParser:
 
 
 def _made(kind: type[Made], config: Namespace) -> Made:
-    values = config["model"] if kind is ModelConfig else config
-    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    return kind(**{field.name: config[field.name] for field in fields(kind)})
 
 
 def _in_full(args: list[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """Results as files and as a table."""
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from opcd.doctor import installed_version
 from opcd.errors import UserError
 from opcd.evaluation.results import Metric, Results, Row
 
@@ -38,7 +38,7 @@ def write_results(
         "model": model,
         "context": context,
         "seed": seed,
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": {package: installed_version(package) for package in PACKAGES},
         "settings": settings,
         "tasks": {
             name: {"n": result.n, "metrics": {metric: asdict(value) for metric, value in result.metrics.items()}}

@@ -84,6 +84,10 @@ class Evaluator:
         """How many answers each task takes."""
         return {task.name: len(task.questions) * self.evaluation.samples for task in self.tasks}
 
+    def main_metric(self, task: str) -> str:
+        """The first metric of a task."""
+        return next(rows.metrics[0] for rows in self.tasks if rows.name == task)
+
     def settings(self) -> dict[str, Any]:
         """What the results depend on, but for the model and the seed."""
         evaluation = self.evaluation
