@@ -35,7 +35,7 @@ def main(args: list[str]) -> int:
 
 
 def _python() -> Iterator[tuple[bool | None, str]]:
-    yield True, f"Python {platform.pythoninstalled_version()} on {platform.platform()}"
+    yield True, f"Python {platform.python_version()} on {platform.platform()}"
 
 
 def _packages() -> Iterator[tuple[bool | None, str]]:

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from opcd.callbacks.folder import run_folder
+from opcd.errors import UserError
 from opcd.evaluation import Evaluation, Evaluator
 from opcd.evaluation.report import write_rows
 from opcd.memory import give_back
@@ -65,6 +66,9 @@ class LMEval(Callback):
         self._folder = run_folder(trainer) / self.name
         prefix = f"{type(self).__name__}.evaluation."
         self._evaluator = Evaluator(self.evaluation, pl_module.student_config, "model.student", prefix)
+        for task, count in self._evaluator.answers.items():
+            if count < trainer.world_size * self.evaluation.samples:
+                raise UserError(f"{prefix}data.{task}: {trainer.world_size} ranks want as many rows at least")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the student that training begins with, where asked."""

@@ -42,7 +42,7 @@ def summarise(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Metric]:
     one answer a question has Wilson's interval; all else has that of the bootstrap over questions, for the answers to
     one question, and the instructions of one prompt, are not independent.
     """
-    metrics = {name: _metric([_values(scores) for scores in _by_question(rows, name)]) for name in names}
+    metrics = {name: _metric(_by_question(rows, name)) for name in names}
     main = _by_question(rows, names[0])
     samples = len(main[0])
     if samples > 1:
@@ -83,10 +83,12 @@ def _values(scores: list[Any]) -> list[float]:
     return [float(value) for score in scores for value in (score if isinstance(score, list) else [score])]
 
 
-def _metric(questions: list[list[float]]) -> Metric:
-    sums, counts = [sum(values) for values in questions], [len(values) for values in questions]
+def _metric(questions: list[list[Any]]) -> Metric:
+    """From the scores of each question's answers."""
+    values = [_values(scores) for scores in questions]
+    sums, counts = [sum(part) for part in values], [len(part) for part in values]
     value = sum(sums) / sum(counts)
-    if max(counts) == 1 and {total in (0.0, 1.0) for total in sums} == {True}:
+    if all(len(scores) == 1 and isinstance(scores[0], bool) for scores in questions):
         return Metric(value, *wilson(round(sum(sums)), len(sums)))
     return Metric(value, *_bounds(sums, counts))
 
