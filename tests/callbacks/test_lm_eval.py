@@ -42,7 +42,7 @@ def words(tiny, rows, context, tmp_path):
     return make
 
 
-def test_what_an_evaluation_leaves(opcd, words, tmp_path):
+def test_what_an_evaluation_leaves(opcd, words, tmp_path, caplog):
     checkpoint = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
         "init_args": {"monitor": "eval/ifeval/response_tokens", "mode": "max", "every_n_train_steps": 2},
@@ -58,11 +58,15 @@ def test_what_an_evaluation_leaves(opcd, words, tmp_path):
     assert {file.name for file in (folder / "eval").iterdir()} == files
     answers = [json.loads(line) for line in (folder / "eval" / "step=5-ifeval.jsonl").read_text().splitlines()]
     assert [row["index"] for row in answers] == [0, 1] and all(1 <= row["tokens"] <= 4 for row in answers)
-    metrics = [row for row in csv.DictReader((folder / "metrics.csv").open()) if row["eval/dapo_math/accuracy"]]
+    metrics = [
+        row
+        for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+        if row["eval/dapo_math/accuracy"]
+    ]
     assert [row["step"] for row in metrics] == ["0", "2", "4", "5"]
     assert all(0 <= float(row["eval/ifeval/inst_level_loose_acc"]) <= 1 for row in metrics)
     assert list((folder / "checkpoints").glob("*.ckpt"))  # a monitor that never came would have been an error
-    assert "eval/dapo_math/accuracy: 0.000 at the last step, 5; most: 0.000 at step 0" in text
+    assert "eval/dapo_math/accuracy: 0.000 at the last step, 5; most: 0.000 at step 0" in caplog.text
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])  # a copy answers, the student itself answers
@@ -81,6 +85,7 @@ def test_training_is_bit_for_bit_the_same(opcd, words, tmp_path, precision):
     assert (without / "samples.jsonl").read_text() == (with_evaluation / "samples.jsonl").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 def test_a_live_model_is_left_as_it_was(tiny, tmp_path):
     file = write_rows(tmp_path / "ifeval.jsonl", ifeval_rows())
     student = Student.load(ModelConfig(tiny), gradient_checkpointing=True)
@@ -108,7 +113,8 @@ def test_a_live_model_is_left_as_it_was(tiny, tmp_path):
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in weights.items())
 
 
-def test_two_callbacks_and_a_run_that_goes_on(words, opcd, tmp_path):
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_two_callbacks_and_a_run_that_goes_on(words, opcd, tmp_path, caplog):
     arguments = words(2, every_n_steps=1)
     overlay = yaml.safe_load((tmp_path / "overlay.yaml").read_text())
     second = copy.deepcopy(overlay["trainer"]["callbacks"][0])
@@ -120,7 +126,8 @@ def test_two_callbacks_and_a_run_that_goes_on(words, opcd, tmp_path):
     last = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
     code, text = opcd(*arguments, "--trainer.max_steps", 3, "--ckpt_path", last)
     assert code == 0, text
-    assert "other/dapo_math/accuracy: 0.000 at the last step, 3; most: 0.000 at step 0" in text
+    assert "other/dapo_math/accuracy: 0.000 at the last step, 3; most: 0.000 at step 0" in caplog.text
+    assert {file.name[:6] for file in (tmp_path / "runs" / "version_1" / "other").iterdir()} == {"step=3"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -187,3 +189,8 @@ def test_the_help_lists_it(opcd, capsys):
         with pytest.raises(SystemExit):
             opcd(*words)
         assert "opcd evaluate" in " ".join(capsys.readouterr().out.split())
+
+
+def test_opcd_works_without_lm_eval():
+    code = "import sys; sys.modules.update(lm_eval=None, math_verify=None, nltk=None); import opcd.cli, opcd.callbacks"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
