@@ -103,7 +103,7 @@ def test_a_live_model_is_left_as_it_was(tiny, tmp_path):
             copy.deepcopy((model.config.to_dict(), model.generation_config.to_dict())),
             (tokenizer.padding_side, tokenizer.pad_token, tokenizer.chat_template),
             (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),  # noqa: NPY002
-            model.is_gradient_checkpointing,
+            model.is_activation_checkpointing,
         )
 
     before = state()
