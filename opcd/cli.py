@@ -1,4 +1,4 @@
-"""The command `opcd`: Lightning's fit, validate, test and predict on a Distiller and its data, and `opcd doctor`."""
+"""The command `opcd`: Lightning's fit, validate, test and predict on a Distiller and its data; evaluate; doctor."""
 
 import errno
 import logging
@@ -25,6 +25,7 @@ from opcd.modules import Distiller, FrozenTeacher, StudentRollout
 
 DESCRIPTION = """On-policy context distillation: put a context into a language model's weights.
 
+opcd evaluate asks any model the questions of DAPO-Math, IFEval and other tasks, and scores its answers with lm-eval.
 opcd doctor shows what is installed here, which devices and models there are, and what is missing."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -157,6 +158,10 @@ def main(args: list[str] | None = None) -> int:
             from opcd import doctor
 
             return doctor.main(args[1:])
+        if args[:1] == ["evaluate"]:
+            from opcd.evaluation import command
+
+            return command.main(args[1:])
         run(args)
     except (UserError, MisconfigurationException, ArgumentError) as error:
         return _refused(str(error), debug)
