@@ -26,6 +26,7 @@ from opcd.modules import Distiller, FrozenTeacher, StudentRollout
 
 DESCRIPTION = """On-policy context distillation: put a context into a language model's weights.
 
+opcd evaluate asks any model the questions of DAPO-Math, IFEval and other tasks, and scores its answers with lm-eval.
 opcd doctor shows what is installed here, which devices and models there are, and what is missing.
 opcd sweep SWEEP.yaml runs many fits from one file."""
 
@@ -183,10 +184,14 @@ def main(args: list[str] | None = None) -> int:
             from opcd import doctor
 
             return doctor.main(args[1:])
-        if args[:1] == ["sweep"]:
-            from opcd.sweep import command
+        if args[:1] == ["evaluate"]:
+            from opcd.evaluation import command
 
-            return command.main(args[1:], fit_parser())
+            return command.main(args[1:])
+        if args[:1] == ["sweep"]:
+            from opcd.sweep import command as sweep
+
+            return sweep.main(args[1:], fit_parser())
         run(args)
     except (UserError, MisconfigurationException, ArgumentError) as error:
         return _refused(str(error), debug)

@@ -40,10 +40,10 @@ def _python() -> Iterator[tuple[bool | None, str]]:
 
 def _packages() -> Iterator[tuple[bool | None, str]]:
     for name in REQUIRED:
-        version = _version(name)
+        version = installed_version(name)
         yield version is not None, f"{name} {version}" if version else f"{name}: pip install {name}"
     for name, (purpose, extra) in OPTIONAL.items():
-        version = _version(name)
+        version = installed_version(name)
         text = (
             f"{name} {version}" if version else f"{name} is not installed; for {purpose}: pip install 'opcd[{extra}]'"
         )
@@ -79,7 +79,8 @@ def _hub() -> Iterator[tuple[bool | None, str]]:
         yield None, f"the hub {constants.ENDPOINT} cannot be reached: use folders, .gguf files or {PACKAGED}"
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """The version of a package of this environment, or None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -4,7 +4,7 @@ from opcd.data.batch import Batch
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
 from opcd.data.examples import Example, parse_row, parse_rows
 from opcd.data.module import ContextQueryDataModule
-from opcd.data.sources import read_examples
+from opcd.data.sources import read_examples, read_rows
 from opcd.data.views import Placement, Views
 from opcd.data.vocabulary import check_same_vocabulary
 
@@ -21,4 +21,5 @@ __all__ = [
     "parse_rows",
     "read_contexts",
     "read_examples",
+    "read_rows",
 ]

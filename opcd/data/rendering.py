@@ -21,23 +21,24 @@ class ChatRenderer:
         text: the encoder of the model's tokenizer.
         template_kwargs: extra variables of the template.
         key: config key of the model (`model.student`), for messages.
+        otherwise: what else helps where there is no chat template, for messages.
 
     Raises:
         UserError: there is no chat template, or it never reads one of `template_kwargs`.
     """
 
-    def __init__(self, text: TextEncoder, template_kwargs: dict[str, Any], key: str) -> None:
+    def __init__(self, text: TextEncoder, template_kwargs: dict[str, Any], key: str, otherwise: str = "") -> None:
         self.text = text
         self.tokenizer = text.tokenizer
         self.template_kwargs = template_kwargs
-        self._check(key)
+        self._check(key, otherwise)
 
-    def _check(self, key: str) -> None:
+    def _check(self, key: str, otherwise: str) -> None:
         template = self.tokenizer.chat_template
         if not template:
             raise UserError(
                 f"{key}: the tokenizer of {self.tokenizer.name_or_path} has no chat template; "
-                f"set {key}.chat_template, or data.placement: raw"
+                f"set {key}.chat_template{otherwise}"
             )
         for name in self.template_kwargs:
             if name not in str(template):

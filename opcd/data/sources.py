@@ -25,13 +25,18 @@ def read_examples(source: str, key: str = "data.train") -> list[Example]:
     Raises:
         UserError: the source cannot be read, has no rows, or a row is wrong.
     """
-    examples = parse_rows(_rows(source, key), key)
+    examples = parse_rows(read_rows(source, key), key)
     if not examples:
         raise UserError(f"{key}: {source} has no rows")
     return examples
 
 
-def _rows(source: str, key: str) -> Rows:
+def read_rows(source: str, key: str) -> Rows:
+    """(where, raw row) of each row of a source, such as ("train.jsonl:12", {...}); arguments as for `read_examples`.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
     readers = {".jsonl": read_jsonl, ".json": _json_rows, ".parquet": _parquet_rows}
     path = Path(source).expanduser()
     if path.suffix in readers or path.is_dir():

@@ -29,6 +29,7 @@ class Views:
         template: joins the two for user and raw; holds {context} and {query} once each. None: "{context}\\n\\n{query}".
         student_kwargs: extra variables of the student's chat template.
         teacher_kwargs: extra variables of the teacher's.
+        keys: config keys of the student, the teacher, and what holds placement and template, for messages.
 
     Raises:
         UserError: the template or the chat templates do not fit the placement, or the views end differently.
@@ -42,9 +43,11 @@ class Views:
         template: str | None = None,
         student_kwargs: dict[str, Any] | None = None,
         teacher_kwargs: dict[str, Any] | None = None,
+        keys: tuple[str, str, str] = (STUDENT, TEACHER, "data."),
     ) -> None:
         self.placement = placement
-        self._template = split_template(template, placement)
+        self._keys = keys
+        self._template = split_template(template, placement, keys[2])
         self._student_text = TextEncoder(student)
         self._teacher_text = self._student_text if teacher is student else TextEncoder(teacher)
         self._eos = student.eos_token_id
@@ -52,8 +55,9 @@ class Views:
         if placement == "raw":
             _refuse_kwargs(student_kwargs, teacher_kwargs)
             return
-        self._student = ChatRenderer(self._student_text, student_kwargs or {}, STUDENT)
-        self._teacher = ChatRenderer(self._teacher_text, teacher_kwargs or {}, TEACHER)
+        raw = ", or data.placement: raw" if keys[2] == "data." else ""
+        self._student = ChatRenderer(self._student_text, student_kwargs or {}, keys[0], raw)
+        self._teacher = ChatRenderer(self._teacher_text, teacher_kwargs or {}, keys[1], raw)
         self._check_same_end()
         self._check_context_shows()
 
@@ -123,7 +127,8 @@ class Views:
             raise UserError(
                 "both views must end at the same generation prompt; the student's ends with "
                 f"{views[0].text.decode(ends[0])!r}, the teacher's with {views[1].text.decode(ends[1])!r}: make "
-                f"{STUDENT}.chat_template_kwargs and {TEACHER}.chat_template_kwargs agree (or the chat templates)"
+                f"{self._keys[0]}.chat_template_kwargs and {self._keys[1]}.chat_template_kwargs agree "
+                "(or the chat templates)"
             )
 
     def _check_context_shows(self) -> None:
@@ -135,22 +140,23 @@ class Views:
                 return
         except UserError as error:
             why = str(error)
-        hint = "; use data.placement: user" if self.placement == "system" else ""
+        key = f"{self._keys[2]}placement"
+        hint = f"; use {key}: user" if self.placement == "system" else ""
         name = self._teacher.tokenizer.name_or_path
-        raise UserError(f"data.placement: {self.placement}: {name} does not take a context there: {why}{hint}")
+        raise UserError(f"{key}: {self.placement}: {name} does not take a context there: {why}{hint}")
 
 
-def split_template(template: str | None, placement: Placement) -> list[str]:
+def split_template(template: str | None, placement: Placement, key: str = "data.") -> list[str]:
     """The template (None: the default) cut at its two fields: text from data may hold braces, which str.format reads.
 
     Raises:
         UserError: a field is missing or repeated, or the placement uses no template.
     """
     if template is not None and placement == "system":
-        raise UserError("data.template has no effect with data.placement: system; remove it, or use placement user")
+        raise UserError(f"{key}template has no effect with {key}placement: system; remove it, or use placement user")
     text = DEFAULT_TEMPLATE if template is None else template
     if text.count("{context}") != 1 or text.count("{query}") != 1:
-        raise UserError(f"data.template must hold {{context}} and {{query}} once each; it is {text!r}")
+        raise UserError(f"{key}template must hold {{context}} and {{query}} once each; it is {text!r}")
     return [piece for half in text.partition("{context}") for piece in half.partition("{query}")]
 
 

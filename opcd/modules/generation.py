@@ -1,5 +1,6 @@
 """Sampling responses from a model with transformers' `generate`."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,10 +141,19 @@ def own_precision(model: PreTrainedModel, keep_casts: bool = False) -> Iterator[
 
 @contextmanager
 def eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode (no dropout, and no gradient checkpointing, which switches the cache off), then as before."""
-    training = model.training
+    """Eval mode (no dropout, no gradient checkpointing, which switches the cache off), then each module as before."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
+
+
+def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy whose weights have another type. Its buffers do not: rotary frequencies stay in float32."""
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return copied

@@ -1,6 +1,5 @@
 """Rollouts: who writes the responses that the student learns on."""
 
-import copy
 from abc import ABC, abstractmethod
 from typing import TypeVar
 
@@ -9,7 +8,7 @@ from transformers import PreTrainedModel
 
 from opcd.data import Batch, ContextQueryDataModule, Example
 from opcd.errors import UserError
-from opcd.modules.generation import Sampling, generate
+from opcd.modules.generation import Sampling, cast_copy, generate
 from opcd.modules.student import Student
 from opcd.modules.teachers import Teacher
 from opcd.modules.trajectories import Trajectories
@@ -74,9 +73,7 @@ class StudentRollout(Rollout):
             self._model = master
             return
         if self._model is None or self._model.device != master.device:
-            self._model = copy.deepcopy(master)
-            for parameter in self._model.parameters():  # not the buffers: rotary frequencies stay in float32
-                parameter.data = parameter.data.to(self.dtype)
+            self._model = cast_copy(master, self.dtype)
         if self.release:
             for parameter in self._model.parameters():
                 parameter.untyped_storage().resize_(parameter.nbytes)

@@ -1,0 +1,10 @@
+"""Evaluation with lm-eval: of the live student (`opcd.callbacks.LMEval`) and of any model (`opcd evaluate`).
+
+Nothing here imports lm-eval before an evaluation is set up: `opcd` works without it.
+"""
+
+from opcd.evaluation.config import Evaluation
+from opcd.evaluation.results import Metric, Results, TaskResult, difference
+from opcd.evaluation.run import Evaluator
+
+__all__ = ["Evaluation", "Evaluator", "Metric", "Results", "TaskResult", "difference"]

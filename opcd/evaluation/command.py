@@ -1,0 +1,125 @@
+"""`opcd evaluate`: any model on tasks of lm-eval, in the same code as the callback `LMEval`.
+
+opcd evaluate --model smollm2-135m --tasks ifeval --data.ifeval ROWS.jsonl --greedy --out results/base
+"""
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from opcd.data.files import read_jsonl, require_file
+from opcd.errors import UserError
+from opcd.evaluation.config import Evaluation
+from opcd.evaluation.report import print_results, refuse_results, write_results
+from opcd.evaluation.results import Metric, Results, Row, difference
+from opcd.evaluation.run import Evaluator
+from opcd.models import ModelConfig, load_model, load_tokenizer
+from opcd.modules.student import Student
+
+Made = TypeVar("Made", ModelConfig, Evaluation, "Output")
+
+DESCRIPTION = """Evaluate a model on tasks of lm-eval: DAPO-Math's shape, IFEval, and the paper's system-prompt tasks.
+
+--model NAME is short for --model.name NAME: a hub id, a folder (such as a run's student/), a .gguf file, or the
+packaged smollm2-135m. Settings that are not given are the paper's, by task."""
+
+
+@dataclass
+class Output:
+    """Where results go."""
+
+    out: str | None = None
+    """A folder for results.json and the answers, TASK.jsonl; null prints the table only."""
+    against: str | None = None
+    """A folder of another evaluation of the same questions: differences to it, with paired intervals, are shown."""
+    device: str | None = None
+    """A torch device, such as cuda:0 or cpu; null takes a GPU where there is one."""
+
+
+def main(args: list[str]) -> int:
+    """Parse `args`, evaluate, write and print. UserError for the user's mistakes."""
+    config = make_parser().parse_args(_in_full(args))
+    try:
+        model, evaluation, output = _made(ModelConfig, config.model), _made(Evaluation, config), _made(Output, config)
+        evaluator = Evaluator(evaluation, model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    others = _other_rows(output.against, evaluation.tasks)
+    device = _device(output.device)
+    if output.out is not None:
+        refuse_results(Path(output.out), "out")
+    student = Student(load_model(model, key="model").to(device), load_tokenizer(model, "model"))  # type: ignore[arg-type]
+    results = _evaluate(evaluator, student)
+    differences = _differences(results, others)
+    if output.out is not None:
+        dtype = str(student.model.dtype).removeprefix("torch.")
+        settings = evaluator.settings() | {"dtype": dtype, "device": str(device)}
+        write_results(Path(output.out), results, model.name, evaluation.context, evaluation.seed, settings)
+    print_results(results, differences, Console(width=None if Console().is_terminal else 140))
+    return 0
+
+
+def make_parser() -> ArgumentParser:
+    """Options out of the three dataclasses; a YAML file with the same keys comes in by --config."""
+    parser = ArgumentParser(prog="opcd evaluate", description=DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with the keys below")
+    parser.add_class_arguments(ModelConfig, "model")
+    parser.add_class_arguments(Evaluation, None)
+    parser.add_class_arguments(Output, None)
+    return parser
+
+
+def _made(kind: type[Made], config: Namespace) -> Made:
+    return kind(**{field.name: config[field.name] for field in fields(kind)})
+
+
+def _in_full(args: list[str]) -> list[str]:
+    """--model NAME as --model.name NAME, and --greedy as --greedy true."""
+    full = [re.sub(r"^--model(?=$|=)", "--model.name", arg) for arg in args]
+    for place, following in reversed(list(enumerate([*full[1:], "--"]))):
+        if full[place] == "--greedy" and following.startswith("--"):
+            full.insert(place + 1, "true")
+    return full
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _evaluate(evaluator: Evaluator, student: Student) -> Results:
+    """With a bar a task, on a terminal."""
+    console = Console()
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars = {task: progress.add_task(task, total=total) for task, total in evaluator.answers.items()}
+        return evaluator(student, lambda task, done: progress.advance(bars[task], done))
+
+
+def _other_rows(folder: str | None, tasks: list[str] | str) -> dict[str, list[Row]]:
+    if folder is None:
+        return {}
+    files = {task: require_file(str(Path(folder) / f"{task}.jsonl"), "against") for task in tasks}
+    return {task: [row for _, row in read_jsonl(file, "against")] for task, file in files.items()}  # type: ignore[misc]
+
+
+def _differences(results: Results, others: dict[str, list[Row]]) -> dict[str, dict[str, Metric]]:
+    """Of every metric that the answers have a score for."""
+    return {
+        name: {
+            metric: difference(results[name].rows, rows, metric)
+            for metric in results[name].metrics
+            if metric in results[name].rows[0]
+        }
+        for name, rows in others.items()
+    }

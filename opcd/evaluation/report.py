@@ -1,0 +1,80 @@
+"""Results as files and as a table."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from opcd.doctor import installed_version
+from opcd.errors import UserError
+from opcd.evaluation.results import Metric, Results, Row
+
+PACKAGES = ("opcd", "lm-eval", "math-verify", "torch", "transformers")
+SUMMARY = "results.json"
+
+
+def refuse_results(folder: Path, key: str) -> None:
+    """UserError where a folder holds results, or cannot be written."""
+    if (folder / SUMMARY).exists():
+        raise UserError(f"{key}: {folder.resolve()} holds results already; name another folder, or remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: cannot write to {folder.resolve()}: {error.strerror}") from error
+
+
+def write_results(
+    folder: Path, results: Results, model: str, context: str | None, seed: int, settings: dict[str, Any]
+) -> None:
+    """Write TASK.jsonl for every task, then results.json: where that one is, the results are whole."""
+    for name, result in results.items():
+        write_rows(folder / f"{name}.jsonl", result.rows)
+    summary = {
+        "model": model,
+        "context": context,
+        "seed": seed,
+        "versions": {package: installed_version(package) for package in PACKAGES},
+        "settings": settings,
+        "tasks": {
+            name: {"n": result.n, "metrics": {metric: asdict(value) for metric, value in result.metrics.items()}}
+            for name, result in results.items()
+        },
+    }
+    _write(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
+    """Write answers as JSONL, whole or not at all."""
+    _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def print_results(results: Results, differences: dict[str, dict[str, Metric]], console: Console) -> None:
+    """One table: a line a metric, with its interval, and the difference to other results where there is one."""
+    table = Table("task", "questions", "metric", "value", "95 % interval")
+    if differences:
+        table.add_column("difference (95 % interval)")
+    for name, result in results.items():
+        for number, (metric, value) in enumerate(result.metrics.items()):
+            first = (name, str(result.n)) if number == 0 else ("", "")
+            gap = differences.get(name, {}).get(metric)
+            last = [f"{gap.value:+.3f} {_interval(gap)}" if gap else ""] if differences else []
+            table.add_row(*first, metric, f"{value.value:.3f}", _interval(value), *last)
+    console.print(table)
+
+
+def _interval(metric: Metric) -> str:
+    return "" if metric.low is None or metric.high is None else f"{metric.low:.3f} to {metric.high:.3f}"
+
+
+def _write(file: Path, text: str) -> None:
+    scratch = file.with_name(f".{file.name}-being-written")
+    with scratch.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    scratch.replace(file)

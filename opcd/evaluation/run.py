@@ -1,0 +1,234 @@
+"""One evaluation: tasks and prompts are read and checked when it is made, models are asked when it is called."""
+
+import importlib.util
+import logging
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch.utilities.seed import isolate_rng
+from transformers import PreTrainedTokenizerBase
+
+from opcd.data import Views, read_contexts
+from opcd.data.contexts import context_hash
+from opcd.errors import UserError
+from opcd.evaluation.config import Evaluation
+from opcd.evaluation.results import Results, Row, TaskResult, summarise
+from opcd.evaluation.tasks import TaskRows, load_tasks
+from opcd.models import ModelConfig, context_window, load_tokenizer
+from opcd.modules.generation import Sampling
+from opcd.modules.prefix import SharedPrefix
+from opcd.modules.student import Student
+
+if TYPE_CHECKING:
+    from opcd.evaluation.answers import AnsweringModel
+
+EVERY_ANSWER = ("cut_off", "response_tokens")
+"""Metrics of every task: share of answers that the limit ended, and mean length in tokens."""
+
+Show = Callable[[str, int], None]
+"""Called with a task's name and a number of answers, when so many more are done."""
+
+
+class Evaluator:
+    """Asks a model the questions of an evaluation, and leaves model and generators as they were.
+
+    Args:
+        evaluation: what to ask, and how.
+        model: the config of the model that will be asked; its weights are not loaded here.
+        key: its config key, for messages.
+        prefix: what stands before the keys of `evaluation` in messages.
+
+    Raises:
+        UserError: lm-eval is not installed, a task is unknown, a row or the context is wrong, the model has no chat
+            template, or the prompts do not fit into its window.
+    """
+
+    def __init__(self, evaluation: Evaluation, model: ModelConfig, key: str = "model", prefix: str = "") -> None:
+        for package in ("lm_eval", "math_verify"):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"evaluation needs {package}, which is not installed: pip install 'opcd[evaluation]'")
+        self.evaluation, self.model, self.key, self.prefix = evaluation, model, key, prefix
+        self.context = _read_context(evaluation, prefix)
+        with _quiet():
+            self.tasks = load_tasks(evaluation, prefix)
+        tokenizer, window = load_tokenizer(model, key), context_window(model, key)
+        self._kwargs = {task.name: self._template_kwargs(task, tokenizer) for task in self.tasks}
+        self._views = {task.name: self._make_views(task, tokenizer) for task in self.tasks}
+        self._samplings = {task.name: self._sampling(task, window) for task in self.tasks}
+
+    def __call__(self, student: Student, show: Show = lambda task, done: None) -> Results:
+        """Results of every task; none on ranks other than the first. Every rank of a process group must call it.
+
+        Args:
+            student: the model, whose weights answer in the type that they have.
+            show: told of the progress.
+        """
+        results: Results = {}
+        with isolate_rng():
+            for task in self.tasks:
+                rows: list[Row] = []
+                prefix = SharedPrefix(self.evaluation.shared_prefix)
+                for number in range(self.evaluation.samples):
+                    rows += self._answers(task, number, student, prefix, show)
+                if rows:
+                    results[task.name] = self._result(task, rows)
+        return results
+
+    @property
+    def answers(self) -> dict[str, int]:
+        """How many answers each task takes."""
+        return {task.name: len(task.questions) * self.evaluation.samples for task in self.tasks}
+
+    def main_metric(self, task: str) -> str:
+        """The first metric of a task."""
+        return next(rows.metrics[0] for rows in self.tasks if rows.name == task)
+
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on, but for the model and the seed."""
+        evaluation = self.evaluation
+        return {
+            "limit": evaluation.limit,
+            "samples": evaluation.samples,
+            "batch_size": evaluation.batch_size,
+            "placement": evaluation.placement if self.context else None,
+            "template": evaluation.template,
+            "context_sha256": context_hash([self.context]) if self.context else None,
+            "shared_prefix": evaluation.shared_prefix if self.context else None,
+            "tasks": {task.name: self._task_settings(task) for task in self.tasks},
+        }
+
+    def _task_settings(self, task: TaskRows) -> dict[str, Any]:
+        sampling = self._samplings[task.name]
+        drawn = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+        return {"data": task.source, **drawn, "chat_template_kwargs": self._kwargs[task.name]}
+
+    def _answers(self, task: TaskRows, number: int, student: Student, prefix: SharedPrefix, show: Show) -> list[Row]:
+        """One answer to each question, scored; nothing on ranks other than the first."""
+        from lm_eval.evaluator import evaluate  # not simple_evaluate: that reports on the machine for 3 s each time
+
+        from opcd.evaluation.answers import AnsweringModel
+
+        model = AnsweringModel(
+            student,
+            self._views[task.name],
+            self.context,
+            self._samplings[task.name],
+            self.evaluation.batch_size,
+            prefix,
+            lambda done: show(task.name, done),
+        )
+        model.seed = self._seed(task, number, model)
+        with _quiet():
+            found = evaluate(
+                lm=model,
+                task_dict={"tasks": {task.name: task.task}},
+                limit=len(task.questions),
+                bootstrap_iters=0,
+                apply_chat_template=True,
+                fewshot_as_multiturn=True,
+            )
+        samples = found["samples"][task.name] if found else []
+        return [_row(task, sample, number) for sample in samples]
+
+    def _seed(self, task: TaskRows, number: int, model: "AnsweringModel") -> int:
+        """Another one for each task, sample and rank; seeds the generators that a task's checks may draw from, too."""
+        entropy = [self.evaluation.seed, zlib.crc32(task.name.encode()), number, model.rank]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        return seed
+
+    def _result(self, task: TaskRows, rows: list[Row]) -> TaskResult:
+        rows = sorted(rows, key=lambda row: (row["index"], row["sample"]))
+        scored = [row | {"response_tokens": row["tokens"]} for row in rows]
+        return TaskResult(
+            n=len(rows) // self.evaluation.samples,
+            metrics=summarise(scored, [*task.metrics, *EVERY_ANSWER]),
+            rows=rows,
+            settings=self._task_settings(task),
+        )
+
+    def _template_kwargs(self, task: TaskRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        chosen = self.evaluation.chat_template_kwargs
+        kwargs = dict(self.model.chat_template_kwargs if chosen is None else chosen)
+        if task.thinking is not None and "enable_thinking" in str(tokenizer.chat_template):
+            kwargs.setdefault("enable_thinking", task.thinking)
+        return kwargs
+
+    def _make_views(self, task: TaskRows, tokenizer: PreTrainedTokenizerBase) -> Views:
+        # Without a context its place is not asked for: a template need not have a system role.
+        placement = self.evaluation.placement if self.context else "user"
+        kwargs = self._kwargs[task.name]
+        keys = (self.key, self.key, self.prefix)
+        return Views(tokenizer, tokenizer, placement, self.evaluation.template, kwargs, kwargs, keys)
+
+    def _sampling(self, task: TaskRows, window: int | None) -> Sampling:
+        """How the task is answered: as its YAML says, but for what the evaluation says."""
+        evaluation = self.evaluation
+        most = self._most_tokens(task, window)
+        if evaluation.greedy or not task.generation["do_sample"]:
+            return Sampling(max_new_tokens=most, temperature=0.0)
+        names = ("temperature", "top_p", "top_k")
+        chosen = {name: getattr(evaluation, name) for name in names if getattr(evaluation, name) is not None}
+        return Sampling(max_new_tokens=most, **{name: task.generation[name] for name in names} | chosen)
+
+    def _most_tokens(self, task: TaskRows, window: int | None) -> int:
+        from opcd.evaluation.answers import prompt_ids
+
+        views = self._views[task.name]
+        longest = max(len(prompt_ids(views, messages, self.context, where)) for where, messages in task.questions)
+        chosen = self.evaluation.max_new_tokens
+        if window is None:
+            return chosen or int(task.generation["max_gen_toks"])
+        left = window - longest
+        if left < (chosen or 1):
+            raise UserError(
+                f"{self.key}.name: {self.model.name} takes {window} tokens, but the longest prompt of {task.name} has "
+                f"{longest} and up to {chosen or 1} are added; shorten the context, or set {self.prefix}max_new_tokens"
+            )
+        return chosen or min(int(task.generation["max_gen_toks"]), left)
+
+
+def _row(task: TaskRows, sample: dict[str, Any], number: int) -> Row:
+    answer = sample["resps"][0][0]
+    return {
+        "index": sample["doc_id"],
+        "sample": number,
+        "query": task.task.doc_to_text(sample["doc"]),
+        "response": str(answer),
+        "reference": sample["target"],
+        **{name: _plain(sample[name]) for name in task.metrics},
+        "tokens": answer.tokens,
+        "cut_off": answer.cut_off,
+    }
+
+
+def _plain(score: Any) -> Any:
+    return [bool(value) for value in score] if isinstance(score, list) else bool(score)
+
+
+def _read_context(evaluation: Evaluation, prefix: str) -> str | None:
+    if evaluation.context is None:
+        return None
+    contexts = read_contexts(evaluation.context, f"{prefix}context")
+    if len(contexts) > 1:
+        raise UserError(f"{prefix}context: {evaluation.context} holds {len(contexts)} contexts; evaluation takes one")
+    return contexts[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's log lines and progress bars: they come once a task and tell of what is meant to be so."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

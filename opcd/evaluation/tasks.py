@@ -1,0 +1,78 @@
+"""The tasks of `opcd/tasks` with their rows, as lm-eval's task objects."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opcd.errors import UserError
+from opcd.evaluation.config import Evaluation
+
+FOLDER = Path(__file__).parent.parent / "tasks"
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """A task of lm-eval that has read its rows.
+
+    Attributes:
+        name: its name.
+        task: lm-eval's ConfigurableTask.
+        source: where the rows come from.
+        questions: the messages of the questions that are asked, each with where it was read.
+        metrics: names of its metrics, the main one first.
+        generation: how its YAML draws answers, in lm-eval's words.
+        thinking: false where the task is asked without thinking, by models that can switch it.
+    """
+
+    name: str
+    task: Any
+    source: str
+    questions: list[tuple[str, list[dict[str, str]]]]
+    metrics: list[str]
+    generation: dict[str, Any]
+    thinking: bool | None
+
+
+def load_tasks(evaluation: Evaluation, prefix: str = "") -> list[TaskRows]:
+    """The tasks of an evaluation. `prefix` stands before its keys in messages.
+
+    Raises:
+        UserError: a task is unknown, or its rows cannot be read.
+    """
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager(include_defaults=False, include_path=FOLDER).all_tasks
+    for name in evaluation.tasks:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"{prefix}tasks: no task {name!r}; {hint}there are {', '.join(known)}")
+    return [_load(name, evaluation, prefix) for name in evaluation.tasks]
+
+
+def _load(name: str, evaluation: Evaluation, prefix: str) -> TaskRows:
+    from lm_eval.tasks import TaskManager
+
+    local = {"source": evaluation.data[name]} if name in evaluation.data else {}
+    manager = TaskManager(
+        include_defaults=False, include_path=FOLDER, metadata={"key": f"{prefix}data.{name}", **local}
+    )
+    task = manager.load([name])["tasks"][name]
+    docs = task.eval_docs.select(range(min(len(task.eval_docs), evaluation.limit or len(task.eval_docs))))
+    return TaskRows(
+        name=name,
+        task=task,
+        source=task.config.metadata["source"],
+        questions=[(doc["source"], _messages(task, doc)) for doc in docs],
+        metrics=[metric["metric"] for metric in task.config.metric_list],
+        generation=task.config.generation_kwargs,
+        thinking=task.config.metadata.get("thinking"),
+    )
+
+
+def _messages(task: Any, doc: dict[str, Any]) -> list[dict[str, str]]:
+    """As lm-eval builds them, for the check of their lengths."""
+    system = doc.get("system")
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": task.doc_to_text(doc)}]

@@ -1,0 +1,37 @@
+"""Mathematical problems in the shape of DAPO-Math-17k: the answer stands after the last "Answer:"."""
+
+import re
+from typing import Any
+
+from opcd.data import read_examples
+from opcd.tasks.docs import question_docs
+
+# As in the data set's own scorer (verl's math_dapo.py): any case, up to the end of the line, the last one counts.
+ANSWER = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
+
+
+def dataset(source: str, key: str = "source", **_: Any) -> dict[str, Any]:
+    """The rows of a file or a hub data set; copies of a problem are dropped."""
+    return question_docs(read_examples(source, key))
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
+    """Whether the answer equals the reference, and whether there is one in the asked form."""
+    answer = final_answer(results[0])
+    return {"accuracy": answer is not None and equal(doc["reference"], answer), "answered": answer is not None}
+
+
+def final_answer(response: str) -> str | None:
+    """What stands after the last "Answer:", without Markdown's emphasis; None where nothing does."""
+    found = ANSWER.findall(response)
+    answer = found[-1].strip(" \t*") if found else ""
+    return answer or None
+
+
+def equal(reference: str, answer: str) -> bool:
+    """Whether math-verify takes the two for the same, the answer read as text or as LaTeX."""
+    from math_verify import parse, verify
+
+    gold = parse(f"${reference}$")
+    readings = (answer,) if "$" in answer or "\\boxed" in answer else (answer, f"${answer}$")
+    return any(verify(gold, parse(reading)) for reading in readings)

@@ -1,0 +1,49 @@
+"""Metrics of rows, by hand."""
+
+import pytest
+
+from opcd.errors import UserError
+from opcd.evaluation.intervals import wilson
+from opcd.evaluation.results import difference, summarise
+
+
+def rows(*scores, name="right"):
+    return [
+        {"index": index, "sample": sample, "query": f"q{index}", name: score}
+        for index, part in enumerate(scores)
+        for sample, score in enumerate(part)
+    ]
+
+
+def test_a_share_has_wilsons_interval():
+    metric = summarise(rows([True], [False], [True], [True]), ["right"])["right"]
+    assert (metric.value, metric.low, metric.high) == (0.75, *wilson(3, 4))
+
+
+def test_instructions_count_one_by_one():
+    metric = summarise(rows([[True, False, True]], [[False]]), ["right"])["right"]
+    assert metric.value == 0.5
+    assert (metric.low, metric.high) == pytest.approx((0.0, 2 / 3))  # of prompts drawn whole
+
+
+def test_a_number_is_no_share_even_where_it_is_one():
+    metric = summarise(rows([1], [1], name="tokens"), ["tokens"])["tokens"]
+    assert (metric.value, metric.low, metric.high) == (1.0, 1.0, 1.0)
+
+
+def test_several_answers_to_a_question():
+    metrics = summarise(rows([True, False, False], [False, False, False], [True, True, True]), ["right"])
+    assert list(metrics) == ["right", "avg@3", "pass@1", "pass@2", "pass@3"]
+    assert metrics["avg@3"].value == pytest.approx(metrics["pass@1"].value) == pytest.approx(4 / 9)
+    assert metrics["pass@2"].value == pytest.approx((2 / 3 + 0 + 1) / 3)
+    assert metrics["pass@3"].value == pytest.approx(2 / 3)
+
+
+def test_a_difference_is_paired():
+    one, other = rows([True], [True], [False], [True]), rows([False], [False], [True], [False])
+    gap = difference(one, other, "right")
+    assert gap.value == 0.5
+    same = difference(one, one, "right")
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)  # unpaired shares would leave a width
+    with pytest.raises(UserError, match="same questions"):
+        difference(one, other[:3], "right")
