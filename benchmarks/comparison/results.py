@@ -11,6 +11,7 @@ from typing import Any
 from comparison.arms import BASE, IN_CONTEXT, SAMPLES, TRAINED, Measure, Plan
 from opcd.callbacks.samples import right
 from opcd.errors import UserError
+from opcd.evaluation.intervals import wilson
 from opcd.evaluation.results import Metric, difference, summarise
 from opcd.sweep.engine import Engine
 from opcd.sweep.jobs import JobFolder, write_whole
@@ -149,9 +150,12 @@ def _score(answers: list[Answers], measure: Measure) -> Score:
         scores = ", ".join(key for key, value in answers[0][0].items() if isinstance(value, bool | list))
         raise UserError(f"{measure.name} has no metric {measure.metric!r}; there are {scores}")
     seeds = [summarise(rows, [measure.metric])[measure.metric].value for rows in answers]
+    questions = len({row["index"] for row in answers[0]})
     mean = summarise(_pooled(answers), [measure.metric])[measure.metric]
+    if isinstance(answers[0][0][measure.metric], bool):
+        mean = Metric(mean.value, *wilson(mean.value * questions, questions))
     spread = statistics.stdev(seeds) if len(seeds) > 1 else None
-    return Score(seeds, len({row["index"] for row in answers[0]}), mean, spread)
+    return Score(seeds, questions, mean, spread)
 
 
 def header(outcome: Outcome) -> list[str]:
@@ -193,17 +197,16 @@ def notes(outcome: Outcome) -> list[str]:
     """How to read the table."""
     lines = [
         "Mean over seeds ± sample standard deviation over seeds. Untrained arms are measured once.",
-        "95 % intervals are over questions: Wilson's for one seed, the bootstrap's for several, the paired bootstrap's "
-        "for differences on the same questions. They do not hold the spread over seeds.",
-        "Seconds of training are those of the whole `opcd fit` process, its start and sample answers included; they are "
-        "of the machine below and whatever ran beside.",
+        "95 % intervals are over questions: Wilson's for the mean over seeds, which all answer the same; the "
+        "paired bootstrap's for differences on the same questions. They do not hold the spread over seeds.",
+        "Seconds of training are those of the whole `opcd fit` process, its start and sample answers included, with "
+        "whatever ran beside it.",
     ]
     for measure in outcome.measures:
         count = max((arm.scores[measure.name].questions for arm in outcome.arms), default=0)
         rule = "right where the answer contains the reference" if measure.name == SAMPLES else measure.metric
-        lines.append(
-            f"{measure.title}: {count} questions, {measure.name} ({rule}), rows of {measure.data or 'data.val' if measure.name == SAMPLES else measure.data or 'the hub'}."
-        )
+        rows = measure.data or ("data.val" if measure.name == SAMPLES else "the hub")
+        lines.append(f"{measure.title}: {count} questions, {measure.name} ({rule}), rows of {rows}.")
     return lines
 
 

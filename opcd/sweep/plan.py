@@ -118,9 +118,9 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that is there already."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (where, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
-                line = where.start_mark.line + 1
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                line = node.value[place][0].start_mark.line + 1
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice, again in line {line}")
         return super().construct_mapping(node, deep)
 
