@@ -5,9 +5,10 @@ import hashlib
 import itertools
 import json
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -104,12 +105,34 @@ def parse_yaml(path: Path, schema: type[Any], what: str) -> Any:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise UserError(f"{path}: no such key {key!r}; {hint}")
+    free = list(_mappings(schema, value, path))
+    for holder, key, _ in free:
+        holder.pop(key)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(schema, "file")
     try:
-        return parser.instantiate(parser.parse_object({"file": value})).file
+        made = parser.instantiate(parser.parse_object({"file": value})).file
     except (ArgumentError, TypeError) as error:
         raise UserError(f"{path}: {str(error).replace('file.', '')}") from error
+    for holder, key, mapping in free:
+        owner = made if holder is value else getattr(made, next(name for name in value if value[name] is holder))
+        setattr(owner, key, mapping)
+    return made
+
+
+def _mappings(schema: type[Any], value: dict[str, Any], path: Path) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The mappings with keys of the user's: (holder, key, mapping). Taken as they are, since jsonargparse would build
+    the classes that they name."""
+    for own in fields(schema):
+        inner = value.get(own.name)
+        if get_origin(own.type) is dict and inner is not None:
+            nested = get_origin(get_args(own.type)[1]) is dict
+            for part in (inner, *(inner.values() if nested and isinstance(inner, dict) else ())):
+                if not isinstance(part, dict) or not all(isinstance(key, str) for key in part):
+                    raise UserError(f"{path}: {own.name} must be a mapping with texts as keys, not {part!r}")
+            yield value, own.name, inner
+        elif isinstance(own.type, type) and is_dataclass(own.type) and isinstance(inner, dict):
+            yield from _mappings(own.type, inner, path)
 
 
 class _UniqueKeys(yaml.SafeLoader):

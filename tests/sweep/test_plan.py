@@ -50,21 +50,9 @@ def test_names_of_keys_and_values():
 
 
 def test_words_of_the_command_line():
-    words = overrides(
-        {"model.loss": "JSD", "model.temperature": 0.5, "data.val": None, "model.loss.init_args": {"a": 1}}
-    )
-    assert words == [
-        *(
-            "--model.loss",
-            "JSD",
-            "--model.temperature",
-            "0.5",
-            "--data.val",
-            "null",
-            "--model.loss.init_args",
-            '{"a": 1}',
-        )
-    ]
+    settings = {"model.loss": "JSD", "model.temperature": 0.5, "data.val": None, "model.loss.init_args": {"a": 1}}
+    pairs = zip(settings, ["JSD", "0.5", "null", '{"a": 1}'], strict=True)
+    assert overrides(settings) == [word for key, value in pairs for word in (f"--{key}", value)]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +65,8 @@ def test_words_of_the_command_line():
         ("axes: {a: [1]", "not valid YAML"),
         ("axes:\n  a: [1]\n  a: [2]\n", "'a' is there twice, again in line 3"),
         ("arms:\n  one: {x: 1}\n  one: {x: 2}\n", "'one' is there twice, again in line 3"),
+        ({"arms": {"x": 1}}, "arms must be a mapping"),
+        ({"axes": {1: [1]}}, "axes must be a mapping with texts"),
         ({"axes": {"a": [1]}, "search": {"metric": "m", "trials": 0}}, "search.trials must be at least 1"),
         ({"axes": {"a": [1]}, "arms": {"x": {}}, "search": {"metric": "m"}}, "no part in a search"),
         ({"axes": {"a": [1]}, "search": {"metric": "m", "direction": "up"}}, "direction"),
