@@ -121,7 +121,11 @@ def _leaves(config: Any) -> Iterable[str]:
 
 def changed_keys(old: Any, new: Any, above: str = "") -> list[str]:
     """Dotted keys at which two plain values differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in (*old, *(new.keys() - old.keys())) if old.get(key, KeyError) != new.get(key, KeyError)]
-        return [name for key in keys for name in changed_keys(old.get(key), new.get(key), f"{above}.{key}".strip("."))]
-    return [] if old == new else [above]
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [above]
+    changed = []
+    for key in dict.fromkeys((*old, *new)):
+        name = f"{above}.{key}".strip(".")
+        both = key in old and key in new
+        changed += changed_keys(old[key], new[key], name) if both else [name]
+    return changed
