@@ -21,11 +21,11 @@ from comparison.results import collect, write_tables
 from jsonargparse import ArgumentError
 
 from opcd.cli import fit_parser
+from opcd.data.files import write_whole
 from opcd.errors import UserError
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.command import INTERRUPTED, add_engine_options, engine_for
 from opcd.sweep.engine import explain, locked
-from opcd.sweep.jobs import write_whole
 from opcd.sweep.plan import parse_yaml
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from comparison.arms import BASE, IN_CONTEXT, SAMPLES, TRAINED, Measure, Plan
 from opcd.callbacks.samples import right
+from opcd.data.files import write_whole
 from opcd.errors import UserError
 from opcd.evaluation.intervals import wilson
 from opcd.evaluation.results import Metric, difference, summarise
 from opcd.sweep.engine import Engine
-from opcd.sweep.jobs import JobFolder, write_whole
+from opcd.sweep.jobs import JobFolder
 from opcd.sweep.results import Series, figures, read_jsonl, read_metrics, right_over_steps
 from opcd.sweep.summary import markdown_table
 

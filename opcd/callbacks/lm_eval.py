@@ -72,7 +72,7 @@ class LMEval(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the student that training begins with, where asked."""
-        if self.at_start:
+        if self.at_start and self._last != trainer.global_step:  # a run that goes on has measured it
             self._log(trainer, self._evaluate(trainer, pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

@@ -55,8 +55,6 @@ class Evaluation:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
-        for name in self.data.keys() - set(self.tasks):
-            raise ValueError(f"data.{name} has no effect: {name} is not among the tasks ({', '.join(self.tasks)})")
         self._check_drawing()
         self._check_context()
 

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import random
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -223,12 +224,14 @@ def _read_context(evaluation: Evaluation, prefix: str) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's log lines and progress bars: they come once a task and tell of what is meant to be so."""
+    """Without lm-eval's log lines and progress bars, which tell of what is meant to be so; warnings come afterwards."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(StringIO()):
+        with warnings.catch_warnings(record=True) as caught, redirect_stderr(StringIO()):
             yield
     finally:
         logger.setLevel(level)
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -38,7 +38,7 @@ def load_tasks(evaluation: Evaluation, prefix: str = "") -> list[TaskRows]:
     """The tasks of an evaluation. `prefix` stands before its keys in messages.
 
     Raises:
-        UserError: a task is unknown, or its rows cannot be read.
+        UserError: a task is unknown, its rows cannot be read, or rows are given that no task reads.
     """
     from lm_eval.tasks import TaskManager
 
@@ -48,6 +48,8 @@ def load_tasks(evaluation: Evaluation, prefix: str = "") -> list[TaskRows]:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"{prefix}tasks: no task {name!r}; {hint}there are {', '.join(known)}")
+    for name in evaluation.data.keys() - set(evaluation.tasks):
+        raise UserError(f"{prefix}data.{name} has no effect: tasks are {', '.join(evaluation.tasks)}; remove it")
     return [_load(name, evaluation, prefix) for name in evaluation.tasks]
 
 

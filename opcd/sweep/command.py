@@ -11,10 +11,11 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from opcd.data.files import write_whole
 from opcd.errors import UserError
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.engine import Engine, explain, locked
-from opcd.sweep.jobs import Job, fit_job, write_whole
+from opcd.sweep.jobs import Job, fit_job
 from opcd.sweep.launchers import Launcher, LocalLauncher, SlurmLauncher
 from opcd.sweep.plan import Arm, SweepFile, grid, read_sweep
 from opcd.sweep.plots import bars, curves, drawn

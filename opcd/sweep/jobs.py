@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd.data.files import write_whole
 from opcd.errors import UserError
 from opcd.sweep.checks import changed_keys
 
@@ -93,13 +94,3 @@ class JobFolder:
             text = stream.read().decode("utf-8", "replace")
         lines = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
         return [line for line in lines if line.strip()][-count:]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is whole or not there, also after a crash of the machine."""
-    scratch = path.with_name(f".{path.name}-being-written")
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(path)

@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from opcd.data.files import write_whole
 from opcd.errors import UserError
-from opcd.sweep.jobs import JobFolder, write_whole
+from opcd.sweep.jobs import JobFolder
 
 GRACE_SECONDS = 5
 

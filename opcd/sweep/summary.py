@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from opcd.sweep.engine import Task
-from opcd.sweep.jobs import write_whole
 from opcd.sweep.plan import Arm
 from opcd.sweep.results import figures
 from opcd.sweep.table import clock

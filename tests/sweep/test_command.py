@@ -31,7 +31,9 @@ def sweep_file(tmp_path, tiny, rows, context):
             "model.rollout": {"class_path": "StudentRollout", "init_args": {"sampling": {"max_new_tokens": 4}}},
         }
         file = tmp_path / name
-        file.write_text(yaml.safe_dump({"base": {"config": [str(QUICKSTART)], "set": shared}, **parts}, sort_keys=False))
+        file.write_text(
+            yaml.safe_dump({"base": {"config": [str(QUICKSTART)], "set": shared}, **parts}, sort_keys=False)
+        )
         return file
 
     return write
