@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd.data.files import write_whole
 from opcd.sweep.engine import Task
 from opcd.sweep.plan import Arm
 from opcd.sweep.results import figures
