@@ -1,4 +1,4 @@
-"""The command `opcd`: Lightning's fit, validate, test and predict on a Distiller and its data; evaluate; doctor."""
+"""The command `opcd`: Lightning's fit, validate, test and predict, and the project's own subcommands."""
 
 import errno
 import logging
@@ -6,6 +6,7 @@ import shutil
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from opcd.modules import Distiller, FrozenTeacher, StudentRollout
 DESCRIPTION = """On-policy context distillation: put a context into a language model's weights.
 
 opcd evaluate asks any model the questions of DAPO-Math, IFEval and other tasks, and scores its answers with lm-eval.
-opcd doctor shows what is installed here, which devices and models there are, and what is missing."""
+opcd doctor shows what is installed here, which devices and models there are, and what is missing.
+opcd sweep SWEEP.yaml runs many fits from one file."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -116,25 +118,49 @@ def run(args: list[str]) -> None:
     sys.argv[1:] = args  # where Lightning looks, also when it starts the other ranks
     command = Command.__new__(Command)
     try:
-        command.__init__(  # type: ignore[misc]
-            Distiller,
-            ContextQueryDataModule,
-            trainer_defaults={
-                "default_root_dir": "runs",
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-                "precision": "bf16-mixed",
-            },
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={"description": DESCRIPTION, "exit_on_error": False}
-            | {name: {"exit_on_error": False} for name in LightningCLI.subcommands()},
-        )
+        command.__init__(**_settings())  # type: ignore[misc]
     except (UserError, MisconfigurationException, ArgumentError):  # a crash keeps what was written
         _remove_unused_folder(command)
         raise
+
+
+def fit_parser() -> LightningArgumentParser:
+    """The parser of `opcd fit`, for those who check a config without running it."""
+    command = _ParserOnly.__new__(_ParserOnly)
+    with suppress(_ParsersStand):
+        command.__init__(**_settings())  # type: ignore[misc]
+    return command._subcommand_parsers["fit"]
+
+
+class _ParsersStand(Exception):
+    """Everything that parses is built, and nothing has been parsed."""
+
+
+class _ParserOnly(Command):
+    """The command up to where it would read its arguments."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        raise _ParsersStand
+
+
+def _settings() -> dict[str, Any]:
+    """What the command tells LightningCLI."""
+    return {
+        "model_class": Distiller,
+        "datamodule_class": ContextQueryDataModule,
+        "trainer_defaults": {
+            "default_root_dir": "runs",
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "precision": "bf16-mixed",
+        },
+        "seed_everything_default": 0,
+        "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,
+        "parser_kwargs": {"description": DESCRIPTION, "exit_on_error": False}
+        | {name: {"exit_on_error": False} for name in LightningCLI.subcommands()},
+    }
 
 
 def _remove_unused_folder(command: Command) -> None:
@@ -162,6 +188,10 @@ def main(args: list[str] | None = None) -> int:
             from opcd.evaluation import command
 
             return command.main(args[1:])
+        if args[:1] == ["sweep"]:
+            from opcd.sweep import command as sweep
+
+            return sweep.main(args[1:], fit_parser())
         run(args)
     except (UserError, MisconfigurationException, ArgumentError) as error:
         return _refused(str(error), debug)

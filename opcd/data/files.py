@@ -1,7 +1,8 @@
-"""Files of the user's, read with messages that say which file, which line and which config key."""
+"""Files of the user's, read with messages that say which file, which line and which config key; and files of ours."""
 
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,3 +79,13 @@ def read_json(path: Path, key: str) -> object:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
     return value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is whole or not there, also after a crash of the machine."""
+    scratch = path.with_name(f".{path.name}-being-written")
+    with scratch.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    scratch.replace(path)

@@ -11,7 +11,7 @@ Z = NormalDist().inv_cdf(0.975)
 RESAMPLES = 2000
 
 
-def wilson(successes: int, trials: int) -> Interval:
+def wilson(successes: float, trials: int) -> Interval:
     """Wilson's score interval of a share (Wilson 1927): it holds at 0 and 1, where the usual one has no width."""
     share, spread = successes / trials, Z**2 / trials
     centre = share + spread / 2

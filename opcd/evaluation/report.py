@@ -1,7 +1,6 @@
 """Results as files and as a table."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from opcd.data.files import write_whole
 from opcd.doctor import installed_version
 from opcd.errors import UserError
 from opcd.evaluation.results import Metric, Results, Row
@@ -45,12 +45,12 @@ def write_results(
             for name, result in results.items()
         },
     }
-    _write(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
     """Write answers as JSONL, whole or not at all."""
-    _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def print_results(results: Results, differences: dict[str, dict[str, Metric]], console: Console) -> None:
@@ -69,12 +69,3 @@ def print_results(results: Results, differences: dict[str, dict[str, Metric]], c
 
 def _interval(metric: Metric) -> str:
     return "" if metric.low is None or metric.high is None else f"{metric.low:.3f} to {metric.high:.3f}"
-
-
-def _write(file: Path, text: str) -> None:
-    scratch = file.with_name(f".{file.name}-being-written")
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(file)

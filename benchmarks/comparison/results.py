@@ -1,0 +1,233 @@
+"""Answers and metrics of all arms, and the table in Markdown, CSV and JSON."""
+
+import csv
+import io
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comparison.arms import BASE, IN_CONTEXT, SAMPLES, TRAINED, Measure, Plan
+from opcd.callbacks.samples import right
+from opcd.data.files import write_whole
+from opcd.errors import UserError
+from opcd.evaluation.intervals import wilson
+from opcd.evaluation.results import Metric, difference, summarise
+from opcd.sweep.engine import Engine
+from opcd.sweep.jobs import JobFolder
+from opcd.sweep.results import Series, figures, read_jsonl, read_metrics, right_over_steps
+from opcd.sweep.summary import markdown_table
+
+REFERENCES = ("off-policy, forward KL", BASE)  # the first that is there: what the other arms are compared with
+
+Answers = list[dict[str, Any]]
+"""Rows as `opcd evaluate` writes them."""
+
+
+@dataclass
+class Score:
+    """A measure of an arm."""
+
+    seeds: list[float] = field(default_factory=list)
+    """The metric of each seed that finished."""
+    questions: int = 0
+    mean: Metric | None = None
+    """Over seeds, with a 95 % interval over questions."""
+    spread: float | None = None
+    """Sample standard deviation over seeds; None for one."""
+    gap: Metric | None = None
+    """Minus the reference arm on the same questions, with the paired 95 % interval."""
+
+
+@dataclass
+class ArmOutcome:
+    """All that is known of an arm."""
+
+    name: str
+    scores: dict[str, Score]
+    """By name of the measure."""
+    answers: dict[str, list[Answers]]
+    """By name of the measure, a list a seed."""
+    metrics: list[Series] = field(default_factory=list)
+    """metrics.csv of each seed's fit."""
+    curves: list[list[tuple[int, float]]] = field(default_factory=list)
+    """(step, the task's metric) of each seed, where it was measured on the way."""
+    seconds: list[float] = field(default_factory=list)
+    """Of each fit, start and sample answers included."""
+    step_seconds: list[float] = field(default_factory=list)
+    peak_mib: list[float] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """Jobs that did not finish."""
+
+
+@dataclass
+class Outcome:
+    """A whole comparison."""
+
+    plan: Plan
+    arms: list[ArmOutcome]
+    reference: str | None
+
+    @property
+    def measures(self) -> list[Measure]:
+        """The task, then what must not be forgotten."""
+        return [self.plan.benchmark.task, self.plan.benchmark.forgetting]
+
+
+def collect(plan: Plan, engine: Engine) -> Outcome:
+    """Read what the finished jobs left."""
+    arms = [_arm(name, plan, engine) for name in plan.benchmark.arms]
+    known = {arm.name: arm for arm in arms}
+    reference = next((name for name in REFERENCES if name in known), None)
+    for measure in (plan.benchmark.task, plan.benchmark.forgetting):
+        base = _pooled(known[reference].answers.get(measure.name, [])) if reference else []
+        for arm in arms:
+            score = arm.scores[measure.name] = _score(arm.answers.get(measure.name, []), measure)
+            if base and score.seeds and arm.name != reference:
+                score.gap = difference(_pooled(arm.answers[measure.name]), base, measure.metric)
+    return Outcome(plan, arms, reference)
+
+
+def _arm(name: str, plan: Plan, engine: Engine) -> ArmOutcome:
+    arm = ArmOutcome(name, {}, {})
+    fits = plan.fits.get(name, [])
+    for fit in fits:
+        if engine.tasks[fit.name].status != "finished":
+            arm.failed.append(fit.name)
+            continue
+        run = JobFolder(plan.root, fit).run
+        numbers = figures(run)
+        arm.metrics.append(read_metrics(run))
+        arm.seconds.append(engine.tasks[fit.name].seconds)
+        arm.step_seconds.append(numbers["seconds/step"])
+        arm.peak_mib.append(numbers["memory/peak_mib"])
+        column = f"eval/{plan.benchmark.task.name}/{plan.benchmark.task.metric}"
+        sampled = right_over_steps(run) if plan.benchmark.task.name == SAMPLES else []
+        arm.curves.append(sampled or arm.metrics[-1].get(column, []))
+    for by_seed in plan.evaluations[name]:
+        for measure, job in by_seed.items():
+            if engine.tasks[job.name].status == "finished":
+                rows = read_jsonl(plan.root / job.name / f"{measure}.jsonl")
+                arm.answers.setdefault(measure, []).append(rows)
+            else:
+                arm.failed.append(job.name)
+    if plan.benchmark.task.name == SAMPLES:
+        arm.answers[SAMPLES] = _samples(name, plan, engine)
+    return arm
+
+
+def _samples(name: str, plan: Plan, engine: Engine) -> list[Answers]:
+    """Sample answers as rows of an evaluation: after training, or, of an untrained arm, before any."""
+    every = [fit for fits in plan.fits.values() for fit in fits]
+    fits = plan.fits[name] if name in TRAINED else every
+    found = []
+    for fit in fits:
+        rows = read_jsonl(JobFolder(plan.root, fit).run / "samples.jsonl")
+        if engine.tasks[fit.name].status != "finished" or name not in (*TRAINED, BASE, IN_CONTEXT):
+            continue
+        step = max(row["step"] for row in rows) if name in TRAINED else 0
+        chosen = [r for r in rows if r["step"] == step and r["context"] is (name == IN_CONTEXT)]
+        answered = [row for row in chosen if row["reference"] is not None]
+        found.append(
+            [
+                {"index": n, "sample": 0, "query": r["query"], "response": r["answer"], "reference": r["reference"]}
+                | {"accuracy": right(r)}
+                for n, r in enumerate(answered)
+            ]
+        )
+    return found if name in TRAINED else found[:1]
+
+
+def _pooled(answers: list[Answers]) -> Answers:
+    """All seeds' answers as several samples of the same questions."""
+    return [row | {"sample": (seed, row["sample"])} for seed, rows in enumerate(answers) for row in rows]
+
+
+def _score(answers: list[Answers], measure: Measure) -> Score:
+    if not any(answers):
+        return Score()
+    if measure.metric not in answers[0][0]:
+        scores = ", ".join(key for key, value in answers[0][0].items() if isinstance(value, bool | list))
+        raise UserError(f"{measure.name} has no metric {measure.metric!r}; there are {scores}")
+    seeds = [summarise(rows, [measure.metric])[measure.metric].value for rows in answers]
+    questions = len({row["index"] for row in answers[0]})
+    mean = summarise(_pooled(answers), [measure.metric])[measure.metric]
+    if isinstance(answers[0][0][measure.metric], bool):
+        mean = Metric(mean.value, *wilson(mean.value * questions, questions))
+    spread = statistics.stdev(seeds) if len(seeds) > 1 else None
+    return Score(seeds, questions, mean, spread)
+
+
+def header(outcome: Outcome) -> list[str]:
+    """The columns of the table."""
+    columns = ["arm", "seeds"]
+    for measure in outcome.measures:
+        columns += [f"{measure.title}, %", "95 % interval"]
+        columns += [f"minus {outcome.reference}, points"] if outcome.reference else []
+    return [*columns, "seconds a step", "seconds of training", "peak GiB"]
+
+
+def cells(outcome: Outcome) -> list[list[str]]:
+    """The rows of the table as text."""
+    return [_cells(arm, outcome) for arm in outcome.arms]
+
+
+def _cells(arm: ArmOutcome, outcome: Outcome) -> list[str]:
+    count = max((len(score.seeds) for score in arm.scores.values()), default=0)
+    row = [arm.name + (f" ({len(arm.failed)} jobs failed)" if arm.failed else ""), str(count)]
+    for measure in outcome.measures:
+        score = arm.scores[measure.name]
+        spread = "" if score.spread is None else f" ± {100 * score.spread:.1f}"
+        row += [f"{100 * score.mean.value:.1f}{spread}" if score.mean else "-", interval(score.mean)]
+        if outcome.reference:
+            row.append(f"{100 * score.gap.value:+.1f} ({interval(score.gap)})" if score.gap else "-")
+    for values, unit in ((arm.step_seconds, 1), (arm.seconds, 1), (arm.peak_mib, 1024)):
+        row.append(f"{statistics.fmean(values) / unit:.1f}" if values else "-")
+    return row
+
+
+def interval(metric: Metric | None) -> str:
+    """In points, or a dash."""
+    if metric is None or metric.low is None or metric.high is None:
+        return "-"
+    return f"{100 * metric.low:.1f} to {100 * metric.high:.1f}"
+
+
+def notes(outcome: Outcome) -> list[str]:
+    """How to read the table."""
+    lines = [
+        "Mean over seeds ± sample standard deviation over seeds. Untrained arms are measured once.",
+        "95 % intervals are over questions: Wilson's for the mean over seeds, which all answer the same; the "
+        "paired bootstrap's for differences on the same questions. They do not hold the spread over seeds.",
+        "Seconds of training are those of the whole `opcd fit` process, its start and sample answers included, with "
+        "whatever ran beside it.",
+    ]
+    for measure in outcome.measures:
+        count = max((arm.scores[measure.name].questions for arm in outcome.arms), default=0)
+        rule = "right where the answer contains the reference" if measure.name == SAMPLES else measure.metric
+        rows = measure.data or ("data.val" if measure.name == SAMPLES else "the hub")
+        lines.append(f"{measure.title}: {count} questions, {measure.name} ({rule}), rows of {rows}.")
+    return lines
+
+
+def write_tables(out: Path, outcome: Outcome) -> str:
+    """Write table.md, table.csv and table.json; returns the Markdown."""
+    titles, rows = header(outcome), cells(outcome)
+    markdown = markdown_table(titles, rows) + "\n" + "\n".join(f"- {line}" for line in notes(outcome)) + "\n"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([titles, *rows])
+    full = {
+        arm.name: {
+            "scores": {name: asdict(score) for name, score in arm.scores.items()},
+            "training": {"seconds": arm.seconds, "step_seconds": arm.step_seconds, "peak_mib": arm.peak_mib},
+            "curves": arm.curves,
+            "failed": arm.failed,
+        }
+        for arm in outcome.arms
+    }
+    whole = {"reference": outcome.reference, "seeds": outcome.plan.benchmark.seeds, "arms": full}
+    write_whole(out / "table.md", markdown)
+    write_whole(out / "table.csv", text.getvalue())
+    write_whole(out / "table.json", json.dumps(whole, indent=1) + "\n")
+    return markdown

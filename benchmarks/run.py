@@ -1,0 +1,86 @@
+"""The paper's comparison from one config: a table, plots, and a report page.
+
+    python benchmarks/run.py benchmarks/configs/quick.yaml
+    python benchmarks/run.py benchmarks/configs/cross_size.yaml --student FOLDER --teacher FOLDER --data.train FILE
+
+Arms are `opcd fit` processes, and `opcd evaluate` processes after them, on the engine of `opcd sweep`: what has
+finished is not run again, so the same command goes on where it stopped. Dotted options (--data.train FILE) go over the
+config's `base.set`. What the arms are stands in comparison/arms.py.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import yaml
+from comparison.arms import Benchmark, Plan
+from comparison.figures import figures
+from comparison.report import report
+from comparison.results import collect, write_tables
+from jsonargparse import ArgumentError
+
+from opcd.cli import fit_parser
+from opcd.data.files import write_whole
+from opcd.errors import UserError
+from opcd.sweep.checks import ConfigChecker
+from opcd.sweep.command import INTERRUPTED, add_engine_options, engine_for
+from opcd.sweep.engine import explain, locked
+from opcd.sweep.plan import parse_yaml
+
+
+def main(args: list[str]) -> int:
+    """Run a benchmark. Returns 0, 1 where a job failed, or 2 for the user's mistakes."""
+    options, dotted = read_options(args)
+    try:
+        return run(options, dotted, args)
+    except (UserError, ArgumentError) as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def read_options(args: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
+    """The options, and the dotted ones as key -> value."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a file like those in benchmarks/configs")
+    parser.add_argument("--student", help="model.student.name: a folder, a hub id, or smollm2-135m")
+    parser.add_argument("--teacher", help="the teacher's name; default: the student's own weights, frozen")
+    parser.add_argument("--task_data", help="task.data: the test rows")
+    parser.add_argument("--forgetting_data", help="forgetting.data: rows of the second task")
+    add_engine_options(parser)
+    options, rest = parser.parse_known_args(args)
+    dotted: dict[str, object] = {}
+    for key, value in zip(rest[::2], [*rest[1::2], None][: len(rest[::2])], strict=True):
+        if not key.startswith("--") or "." not in key or value is None:
+            parser.error(f"{key}: neither an option nor a dotted config key with a value (--data.train FILE)")
+        dotted[key[2:]] = yaml.safe_load(value)
+    return options, dotted
+
+
+def run(options: argparse.Namespace, dotted: dict[str, object], args: list[str]) -> int:
+    """Check everything, run what is missing, and write tables, plots and the page."""
+    benchmark: Benchmark = parse_yaml(options.config, Benchmark, "config")
+    benchmark.apply(options.student, options.teacher, options.task_data, options.forgetting_data, dotted)
+    out = options.out or Path("benchmarks/results") / options.config.stem
+    checker = ConfigChecker(fit_parser(), benchmark.base)
+    plan = Plan(benchmark, checker, out)
+    with locked(out) as lock:
+        engine = engine_for(out, options.jobs, options.launcher, benchmark.slurm, lock)
+        engine.add(plan.jobs())
+        try:
+            engine.run()
+        except KeyboardInterrupt:
+            print(f"stopped; what has finished is in {out}, and the same command goes on from there")
+            return INTERRUPTED
+        outcome = collect(plan, engine)
+        command = shlex.join(["python", "benchmarks/run.py", *args])
+        print(write_tables(out, outcome))
+        write_whole(out / "report.html", report(outcome, figures(outcome), command))
+    print(f"table, CSV and JSON: {out}/table.*   page: {out / 'report.html'}")
+    if failed := engine.failed():
+        print(f"{len(failed)} jobs failed; the same command tries them again\n{explain(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

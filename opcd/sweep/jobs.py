@@ -1,0 +1,96 @@
+"""A job is one `opcd` process with a folder of its own; the folder says whether it finished."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opcd.data.files import write_whole
+from opcd.errors import UserError
+from opcd.sweep.checks import changed_keys
+
+RUN = "runs/version_0"  # where `opcd` writes in a job's folder: the former attempt is gone before it starts
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of `opcd`, and what tells that it did all of its work."""
+
+    name: str
+    """Its folder, relative to that of the sweep."""
+    words: list[str]
+    """The words after `opcd`."""
+    config: dict[str, Any]
+    """What the result depends on: a finished job is not run again while this stays the same."""
+    proof: str
+    """A path in its folder that exists once the work is done: a run that is stopped by a signal exits with 0 too."""
+    after: tuple[str, ...] = ()
+    """Names of jobs that must finish before."""
+
+    @property
+    def command(self) -> list[str]:
+        """The whole command line."""
+        return [sys.executable, "-m", "opcd", *self.words]
+
+
+def fit_job(name: str, root: Path, words: list[str], config: dict[str, Any]) -> Job:
+    """`opcd fit` in the folder `root / name`; it is done when the student is exported."""
+    folder = str(root / name / Path(RUN).parent)
+    return Job(name, ["fit", *words, "--trainer.default_root_dir", folder], config, f"{RUN}/student")
+
+
+class JobFolder:
+    """Where a job writes: job.json (its command and config), log.txt, what `opcd` leaves, finished.json at the end."""
+
+    def __init__(self, root: Path, job: Job) -> None:
+        self.path, self.job = root / job.name, job
+        self.log, self.run = self.path / "log.txt", self.path / RUN
+        self._finished = self.path / "finished.json"
+
+    def seconds(self) -> float | None:
+        """How long the finished job took, or None where it has not finished.
+
+        Raises:
+            UserError: it finished with another config.
+        """
+        if not self._finished.exists():
+            return None
+        then = json.loads((self.path / "job.json").read_text(encoding="utf-8"))["config"]
+        if changed := changed_keys(then, json.loads(json.dumps(self.job.config))):
+            shown = ", ".join(changed[:3]) + ", ..." * (len(changed) > 3)
+            raise UserError(
+                f"{self.job.name} finished with another config ({shown}); "
+                f"choose another --out, or delete {self.path} to run it anew"
+            )
+        return float(json.loads(self._finished.read_text(encoding="utf-8"))["seconds"])
+
+    def begin(self) -> None:
+        """An empty folder, less job.json: nothing of a former attempt stays."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True)
+        write_whole(
+            self.path / "job.json", json.dumps({"command": self.job.command, "config": self.job.config}, indent=1)
+        )
+
+    def finish(self, seconds: float) -> None:
+        """Mark the job as finished."""
+        ended = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        write_whole(self._finished, json.dumps({"seconds": round(seconds, 1), "ended": ended}))
+
+    def proven(self) -> bool:
+        """Whether what the job should leave is there."""
+        return (self.path / self.job.proof).exists()
+
+    def last_lines(self, count: int) -> list[str]:
+        """The end of the log, without blank lines; of a line that rewrites itself, what it says last."""
+        if not self.log.exists():
+            return []
+        with self.log.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 16384))
+            text = stream.read().decode("utf-8", "replace")
+        lines = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
+        return [line for line in lines if line.strip()][-count:]

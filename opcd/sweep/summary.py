@@ -1,0 +1,120 @@
+"""A sweep's results as CSV and Markdown: a row an arm, and a row for arms that differ in their seed alone."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opcd.data.files import write_whole
+from opcd.sweep.engine import Task
+from opcd.sweep.plan import Arm
+from opcd.sweep.results import figures
+from opcd.sweep.table import clock
+
+SEEDS = ("seed_everything", "data.seed")
+SHOWN = (
+    "train/divergence",
+    "val/divergence",
+    "samples/right_before",
+    "samples/right",
+    "seconds/step",
+    "memory/peak_mib",
+)
+
+
+@dataclass
+class ArmResult:
+    """An arm and what came of it."""
+
+    arm: Arm
+    task: Task
+    numbers: dict[str, float]
+    """Metric -> value; empty where the arm has not finished."""
+
+    @classmethod
+    def of(cls, arm: Arm, task: Task) -> "ArmResult":
+        """Read the numbers of a finished arm."""
+        return cls(arm, task, figures(task.folder.run) if task.status == "finished" else {})
+
+
+def write_summary(folder: Path, results: Sequence[ArmResult]) -> None:
+    """Write summary.csv (everything) and summary.md (what a person reads first)."""
+    write_whole(folder / "summary.csv", as_csv(results))
+    write_whole(folder / "summary.md", as_markdown(results))
+
+
+def as_csv(results: Sequence[ArmResult]) -> str:
+    """Every setting and every metric, a row an arm."""
+    settings = list(dict.fromkeys(key for result in results for key in result.arm.settings))
+    metrics = list(dict.fromkeys(name for result in results for name in result.numbers))
+    rows = [["arm", "status", "seconds", *settings, *metrics]]
+    for result in results:
+        values = [_cell(result.arm.settings.get(key, "")) for key in settings]
+        numbers = [str(result.numbers.get(name, "")) for name in metrics]
+        rows.append([result.arm.name, result.task.status, f"{result.task.seconds:.1f}", *values, *numbers])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def as_markdown(results: Sequence[ArmResult]) -> str:
+    """A row an arm; then mean and sample standard deviation over seeds, where there are several."""
+    shown = [name for name in SHOWN if any(name in result.numbers for result in results)]
+    rows = [
+        [r.arm.name, r.task.status, clock(r.task.seconds), *(_number(r.numbers.get(name)) for name in shown)]
+        for r in results
+    ]
+    text = markdown_table(["arm", "status", "time", *shown], rows)
+    groups = by_seed(results)
+    if any(len(group) > 1 for group in groups.values()):
+        rows = [
+            [
+                name,
+                str(len(group)),
+                *(mean_and_spread([r.numbers[metric] for r in group if metric in r.numbers]) for metric in shown),
+            ]
+            for name, group in groups.items()
+        ]
+        text += "\nOver seeds (mean ± sample standard deviation of the finished arms):\n\n"
+        text += markdown_table(["settings", "arms", *shown], rows)
+    return text
+
+
+def by_seed(results: Sequence[ArmResult]) -> dict[str, list[ArmResult]]:
+    """Arms that differ in their seed alone, by the rest of their name."""
+    groups: dict[str, list[ArmResult]] = {}
+    for result in results:
+        rest = {key: value for key, value in result.arm.settings.items() if key not in SEEDS}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(result)
+    return {_without_seed(group[0].arm): group for group in groups.values()}
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation; the value alone where there is one, a dash where there is none."""
+    if not values:
+        return "-"
+    mean = _number(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {_number(statistics.stdev(values))}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; bars in cells are escaped."""
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _without_seed(arm: Arm) -> str:
+    parts = [part for part in arm.name.split(",") if not any(part.startswith(key.rsplit(".", 1)[-1]) for key in SEEDS)]
+    return ",".join(parts) or "all"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

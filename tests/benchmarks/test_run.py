@@ -1,0 +1,172 @@
+"""benchmarks/run.py: shipped configs, wrong input, a whole comparison of a tiny model, its page in a browser."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opcd.errors import UserError
+from opcd.sweep.plan import parse_yaml
+
+ROOT = Path(__file__).parent.parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+CONFIGS = sorted((BENCHMARKS / "configs").glob("*.yaml"))
+IFEVAL = BENCHMARKS / "data" / "ifeval_rows.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """As `python benchmarks/run.py` sees it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.fixture
+def config(tmp_path, tiny, rows, context):
+    def write(**changed: object) -> Path:
+        content = {
+            "task": {"name": "samples", "metric": "accuracy", "title": "facts"},
+            "forgetting": {
+                "name": "ifeval",
+                "metric": "prompt_level_strict_acc",
+                "title": "rules & <more>",
+                "data": str(IFEVAL),
+                "options": {"greedy": True, "max_new_tokens": 8, "limit": 2},
+            },
+            "arms": ["base", "in-context", "OPCD, top-256 drop"],
+            "seeds": [0, 1],
+            "sampling": {"max_new_tokens": 4},
+            "base": {
+                "config": [str(ROOT / "configs" / "quickstart.yaml")],
+                "set": {
+                    "model.student.name": tiny,
+                    "data.train": str(rows),
+                    "data.val": str(rows),
+                    "data.context": str(context),
+                    "trainer.max_steps": 2,
+                    "trainer.enable_checkpointing": False,
+                    "model.answer.max_new_tokens": 4,
+                },
+            },
+        }
+        file = tmp_path / "tiny.yaml"
+        file.write_text(yaml.safe_dump(content | changed))
+        return file
+
+    return write
+
+
+def command(file: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "benchmarks/run.py", str(file), "--out", str(out), *map(str, more)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
+def test_shipped_configs_are_whole(file, monkeypatch):
+    """Parsed, with arms, metrics and keys that exist; rows and models of the hub are not asked for."""
+    from comparison.arms import SAMPLES, Benchmark
+
+    from opcd.cli import fit_parser
+    from opcd.evaluation.command import make_parser
+    from opcd.sweep.checks import ConfigChecker
+    from opcd.sweep.plan import overrides
+
+    monkeypatch.chdir(ROOT)
+    benchmark = parse_yaml(file, Benchmark, "config")
+    benchmark.apply(None, None, None, None, {"data.context": "lessons.txt"})
+    ConfigChecker(fit_parser(), benchmark.base)
+    for measure in (benchmark.task, benchmark.forgetting):
+        if measure.name != SAMPLES:
+            make_parser().parse_args(["--model.name", "x", "--tasks", measure.name, *overrides(measure.options)])
+            assert measure.metric in (ROOT / "opcd" / "tasks" / f"{measure.name}.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"arms": ["base", "OPCD"]}, "no arm 'OPCD'"),
+        ({"arms": ["base"]}, "no arm is trained"),
+        ({"seeds": [0, 0]}, "seeds must be one or more, each once"),
+        ({"seeds": []}, "seeds must be one or more"),
+        ({"forgetting": {"name": "samples", "metric": "accuracy", "title": "x"}}, "must be a task of"),
+    ],
+)
+def test_wrong_configs(config, changed, message):
+    from comparison.arms import Benchmark
+
+    benchmark = parse_yaml(config(**changed), Benchmark, "config")
+    with pytest.raises(UserError, match=message):
+        benchmark.apply(None, None, None, None, {})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--data.train", "nowhere.jsonl"), "data.train: no file"),
+        (("--forgetting_data", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--model.los", "JSD"), "'model.los' is no config key; did you mean model.loss?"),
+        (("--steps", "3"), "neither an option nor a dotted config key"),
+    ],
+)
+def test_user_mistakes_end_with_2_and_leave_nothing(config, tmp_path, words, message):
+    done = command(config(), tmp_path / "out", *words)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_comparison_and_its_page(config, tmp_path):
+    out = tmp_path / "out"
+    done = command(config(), out, "--jobs", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
+    assert [(row["arm"], row["seeds"]) for row in table] == [
+        ("base", "1"),
+        ("in-context", "1"),
+        ("OPCD, top-256 drop", "2"),
+    ]
+    assert "| OPCD, top-256 drop | 2 |" in done.stdout and (out / "table.md").read_text() in done.stdout
+    full = json.loads((out / "table.json").read_text())
+    by_hand = [
+        json.loads(line)["prompt_level_strict_acc"]
+        for seed in (0, 1)
+        for line in (out / "OPCD__top-256_drop" / f"seed={seed}" / "ifeval" / "ifeval.jsonl").read_text().splitlines()
+    ]
+    assert full["arms"]["OPCD, top-256 drop"]["scores"]["ifeval"]["mean"]["value"] == sum(by_hand) / len(by_hand)
+    again = command(config(), out, "--jobs", 2)
+    assert again.returncode == 0 and again.stdout.count("finished before") == 6 and ": running" not in again.stdout
+    check_page(out / "report.html")
+
+
+def check_page(page_file: Path) -> None:
+    """Open the page without a network: no error, no request, every plot has a size and lines."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser_file = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser_file is None:
+        pytest.skip("no Chromium here")
+    said = []
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=browser_file, args=["--no-sandbox"])
+        page = browser.new_page(offline=True)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url) if not request.url.startswith("file:") else None)
+        page.goto(page_file.as_uri())
+        assert page.locator("figure svg").count() == 4
+        for number in range(4):
+            plot = page.locator("figure svg").nth(number)
+            box = plot.bounding_box()
+            assert box["width"] > 300 and box["height"] > 150
+            assert plot.locator("path").count() > 5 and "OPCD, top-256 drop" in plot.inner_html()
+        ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+        assert len(ids) == len(set(ids))
+        assert "rules & <more>" in page.locator("#results thead").inner_text()
+        browser.close()
+    assert said == []

@@ -1,0 +1,188 @@
+"""Jobs as processes: what is run again, what is not, and what is left when the sweep is ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from opcd.errors import UserError
+from opcd.sweep.engine import Engine, explain, locked
+from opcd.sweep.jobs import Job, JobFolder
+from opcd.sweep.launchers import LocalLauncher, SlurmLauncher, shares
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Script(Job):
+    """A job that is a line of Python in its folder."""
+
+    folder: str = ""
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", f"import os, sys, time; os.chdir({self.folder!r}); {self.words[0]}"]
+
+
+@pytest.fixture
+def script(tmp_path):
+    def make(name: str, code: str, after: tuple[str, ...] = (), **config: object) -> Script:
+        return Script(name, [code], config, "done", after, folder=str(tmp_path / name))
+
+    return make
+
+
+DONE = "open('done', 'w').close(); open('../times', 'a').write(os.getcwd() + '\\n')"
+
+
+def run(root: Path, jobs: list[Job], at_once: int = 1) -> Engine:
+    with locked(root) as lock:
+        engine = Engine(root, LocalLauncher(at_once, lock), at_once)
+        engine.add(jobs)
+        engine.run()
+    return engine
+
+
+def statuses(engine: Engine) -> dict[str, str]:
+    return {name: task.status for name, task in engine.tasks.items()}
+
+
+def test_a_failed_job_does_not_stop_the_rest_and_is_tried_again(tmp_path, script, capsys):
+    bad = "print('what went wrong'), sys.exit(3)"
+    jobs = [
+        script("a", DONE),
+        script("b", f"os.path.exists('../mended') or ({bad}); {DONE}"),
+        script("c", DONE, after=("b",)),
+        script("d", DONE),
+        script("e", "print('stopped by a signal, exit code 0')"),
+    ]
+    engine = run(tmp_path, jobs)
+    assert statuses(engine) == {"a": "finished", "b": "failed", "c": "not run", "d": "finished", "e": "failed"}
+    text = explain(engine.failed())
+    assert "b: exit code 3" in text and "what went wrong" in text and "e: ended before done was there" in text
+    assert "b: failed" in capsys.readouterr().out
+    (tmp_path / "mended").touch()
+    engine = run(tmp_path, jobs)
+    assert statuses(engine) == {"a": "finished", "b": "finished", "c": "finished", "d": "finished", "e": "failed"}
+    assert [Path(line).name for line in (tmp_path / "times").read_text().split()] == ["a", "d", "b", "c"]
+    assert "a: finished before" in capsys.readouterr().out
+
+
+def test_a_finished_job_with_another_config_is_refused_and_an_unfinished_one_is_not(tmp_path, script):
+    run(tmp_path, [script("a", DONE, model={"loss": "JSD", "k": 1}), script("b", "sys.exit(1)", x=1)])
+    with pytest.raises(UserError, match=r"a finished with another config \(model.loss\).*delete"):
+        run(tmp_path, [script("a", DONE, model={"loss": "KL", "k": 1})])
+    assert statuses(run(tmp_path, [script("b", DONE, x=2)])) == {"b": "finished"}
+
+
+def test_nothing_of_a_former_attempt_stays(tmp_path, script):
+    run(tmp_path, [script("a", "open('done', 'w').close(); sys.exit(1)")])
+    assert statuses(run(tmp_path, [script("a", "pass")])) == {"a": "failed"}  # the proof is the former attempt's
+
+
+def test_jobs_run_beside_each_other_but_not_more_than_allowed(tmp_path, script):
+    code = "open('../log', 'a').write('+'); time.sleep(1.5); open('../log', 'a').write('-'); open('done', 'w').close()"
+    run(tmp_path, [script(name, code) for name in "abcd"], at_once=2)
+    running = [0]
+    for mark in (tmp_path / "log").read_text():
+        running.append(running[-1] + (1 if mark == "+" else -1))
+    assert max(running) == 2 and len(running) == 9
+
+
+def test_a_folder_serves_one_sweep(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="in use: by another sweep"), locked(tmp_path):
+        pass
+
+
+LONG = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.sweep.test_engine import Script, run
+run(Path({folder!r}), [Script("a", [{code!r}], {{}}, "done", folder={job!r})])
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_an_ended_sweep_and_the_process_it_started(tmp_path, script, kind):
+    code = "open('pid', 'w').write(str(os.getpid())); time.sleep(120)"
+    text = LONG.format(root=str(ROOT), folder=str(tmp_path), code=code, job=str(tmp_path / "a"))
+    sweep = subprocess.Popen([sys.executable, "-c", text], cwd=ROOT, stderr=subprocess.DEVNULL)
+    pid = wait_for(lambda: int((tmp_path / "a" / "pid").read_text()))
+    sweep.send_signal(kind)
+    sweep.wait(20)
+    if kind == signal.SIGTERM:
+        wait_for(lambda: not alive(pid))
+    else:  # it could not end its process, which still writes: no other sweep may begin
+        assert alive(pid)
+        with pytest.raises(UserError, match="killed one has left behind"):
+            run(tmp_path, [script("a", DONE)])
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not alive(pid))
+    assert statuses(run(tmp_path, [script("a", DONE)])) == {"a": "finished"}
+
+
+def wait_for(condition, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if value := condition():
+                return value
+        except (OSError, ValueError):
+            pass
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_devices_are_shared():
+    four = ["0", "1", "2", "3"]
+    assert shares(1, 2, four, 8) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert [shares(slot, 4, ["3", "7"], 8)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["3", "7", "3", "7"]
+    assert shares(1, 1, [], 8) == {}
+    assert "OMP_NUM_THREADS" in os.environ or shares(1, 2, [], 8) == {"OMP_NUM_THREADS": "4"}
+
+
+def test_jobs_through_submitit(tmp_path, script):
+    pytest.importorskip("submitit")
+    launcher = SlurmLauncher(tmp_path / "slurm", {"cluster": "local", "timeout_min": 5})
+    engine = Engine(tmp_path, launcher, 2)
+    engine.add([script("a", f"print('from the node'); {DONE}"), script("b", "sys.exit(7)")])
+    engine.run()
+    assert statuses(engine) == {"a": "finished", "b": "failed"}
+    assert engine.tasks["b"].code == 7
+    assert engine.tasks["a"].folder.last_lines(1) == ["from the node"]
+    assert "job_id" in json.loads((tmp_path / "a" / "submitted.json").read_text())
+
+
+@pytest.mark.parametrize("parameters", [{"cluster": "nowhere"}, {"cluster": "local", "slurm_partitio": "x"}])
+def test_wrong_parameters_of_submitit(tmp_path, parameters):
+    pytest.importorskip("submitit")
+    with pytest.raises(UserError, match="--launcher slurm: "):
+        SlurmLauncher(tmp_path, parameters)
+
+
+def test_submitit_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"needs submitit: pip install 'opcd\[slurm\]'"):
+        SlurmLauncher(tmp_path, {})
+
+
+def test_the_last_lines_of_a_log(tmp_path, script):
+    folder = JobFolder(tmp_path, script("a", ""))
+    assert folder.last_lines(3) == []
+    folder.begin()
+    folder.log.write_bytes(b"first\n\nhalf\rwhole\n\xff last \n")
+    assert folder.last_lines(2) == ["whole", "\N{REPLACEMENT CHARACTER} last"]

@@ -1,0 +1,100 @@
+"""What a sweep says of its runs: figures, summary, plots, the live table."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from opcd.sweep.engine import Task
+from opcd.sweep.jobs import Job, JobFolder
+from opcd.sweep.plan import make_arm
+from opcd.sweep.plots import bars, curves, drawn
+from opcd.sweep.results import figures, right_over_steps
+from opcd.sweep.summary import ArmResult, mean_and_spread, write_summary
+from opcd.sweep.table import LiveTable, clock
+
+
+@pytest.fixture
+def task(tmp_path):
+    def make(name: str, status: str, losses: list[float], answers: list[str] = ()) -> Task:
+        job = Job(f"arms/{name}", ["fit"], {}, "done")
+        folder = JobFolder(tmp_path, job)
+        folder.run.mkdir(parents=True)
+        rows = [f"0,{step},{loss},{step + 1}.0" for step, loss in enumerate(losses)]
+        text = "\n".join(["epoch,step,train/divergence,seconds/step", *rows, "0,9,,"])
+        (folder.run / "metrics.csv").write_text(text + "\n")
+        with (folder.run / "samples.jsonl").open("w") as stream:
+            for step, answer in enumerate(answers):
+                for context in (False, True):
+                    row = {"step": step, "query": "?", "reference": "5", "context": context, "answer": answer}
+                    stream.write(json.dumps(row) + "\n")
+        return Task(job, folder, status=status, seconds=61.2)
+
+    return make
+
+
+def test_figures_of_a_run(task):
+    run = task("a", "finished", [3.0, 1.0], ["50", "it is 5."]).folder.run
+    assert figures(run) == {
+        "train/divergence": 1.0,  # the last
+        "seconds/step": 1.5,  # the mean
+        "samples/right_before": 0.0,
+        "samples/right": 1.0,
+    }
+    assert right_over_steps(run) == [(0, 0.0), (1, 1.0)]
+    assert figures(Path("nowhere")) == {}
+
+
+def test_the_summary(task, tmp_path):
+    arms = [make_arm({"model.loss": loss, "seed_everything": seed}) for loss in ("JSD", "a|b") for seed in (0, 1)]
+    statuses = ["finished", "finished", "finished", "failed"]
+    tasks = [task(arm.name, status, [2.0, 1.0 + n]) for n, (arm, status) in enumerate(zip(arms, statuses, strict=True))]
+    write_summary(tmp_path, [ArmResult.of(arm, task) for arm, task in zip(arms, tasks, strict=True)])
+    rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
+    assert [(row["status"], row["model.loss"], row["seed_everything"]) for row in rows] == [
+        *(("finished", "JSD", "0"), ("finished", "JSD", "1"), ("finished", "a|b", "0"), ("failed", "a|b", "1"))
+    ]
+    assert [row["train/divergence"] for row in rows] == ["1.0", "2.0", "3.0", ""]
+    text = (tmp_path / "summary.md").read_text()
+    assert "| loss=JSD,seed_everything=0 | finished | 1:01 | 1 | 1.5 |" in text
+    assert "| loss=JSD | 2 | 1.5 ± 0.7071 | 1.5 ± 0 |" in text
+    assert "| loss=a_b | 2 | 3 | 1.5 |" in text  # of the one that finished
+
+
+def test_mean_and_spread():
+    assert [mean_and_spread(values) for values in ([], [1.0], [1.0, 3.0])] == ["-", "1", "2 ± 1.414"]
+
+
+def test_plots_are_svg_with_their_text_and_ids_of_their_own():
+    pytest.importorskip("matplotlib")
+    lines = {"JSD & <co>": [[(0, 1.0), (1, 2.0)], [(0, 2.0), (1, 3.0)]], "none": [[]]}
+    first = drawn(lambda axes: curves(axes, lines), "title", "step", "nats", "first")
+    second = drawn(lambda axes: bars(axes, {"a": [1.0, 2.0]}), "title", "nats", "", "second")
+    ids = [{e.get("id") for e in ElementTree.fromstring(text).iter() if e.get("id")} for text in (first, second)]
+    assert ids[0] and ids[1] and not ids[0] & ids[1]
+    text = " ".join(ElementTree.fromstring(first).itertext())
+    assert "JSD & <co>" in text and "none" not in text
+    for used in ElementTree.fromstring(first).iter():
+        link = used.get("{http://www.w3.org/1999/xlink}href")
+        assert link is None or link.removeprefix("#") in ids[0]
+
+
+def test_the_live_table_of_a_terminal_and_the_lines_elsewhere(task):
+    tasks = {name: task(name, status, []) for name, status in (("a", "finished"), ("b", "running"), ("c", "failed"))}
+    tasks["b"].folder.log.write_text("step 1/2 [0.5 nats]\n")
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with LiveTable(tasks, screen) as table:
+        table.update()
+    shown = screen.file.getvalue()
+    assert "1 running, 1 finished, 1 failed" in shown and "step 1/2 [0.5 nats]" in shown
+    assert shown.index("step 1/2") < shown.index("finished", shown.index("step 1/2"))
+    plain = Console(file=io.StringIO(), width=10)
+    with LiveTable(tasks, plain) as table:
+        for _ in range(2):
+            table.update()
+    assert plain.file.getvalue() == "a: finished in 1:01\nb: running\nc: failed in 1:01\n"
+    assert [clock(seconds) for seconds in (0, 61, 3661)] == ["0:00", "1:01", "1:01:01"]
