@@ -5,6 +5,7 @@ same sums serve a whole vocabulary, k tokens of it, and k tokens with a bucket f
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 class _KL(torch.autograd.Function):
-    """The sum and its two gradients in as few passes over [..., V] as there can be.
+    """The sum and its two gradients in as few passes over [..., V] as there can be, a few rows at a time.
 
     d/dlog_p = p (log p − log q + 1), d/dlog_q = −p. Autograd alone keeps and walks over twice as many tensors.
     """
@@ -43,9 +44,15 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
         """The values, and the gradients up to a factor a row."""
-        p, terms, value = _compare(log_p, log_q)
-        first = terms.add_(p) if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(first, p if ctx.needs_input_grad[1] else None)
+        value = log_p.new_empty(log_p.shape[:-1])
+        first, second = _to_fill((log_p, log_q), ctx.needs_input_grad)
+        for rows_p, rows_q, values, of_p, of_q in _blocks(log_p, log_q, value, first, second):
+            p, terms, values[:] = _compare(rows_p, rows_q)
+            if of_q is not None:
+                of_q[:] = p
+            if of_p is not None:
+                torch.add(terms, p, out=of_p)
+        ctx.save_for_backward(first, second)
         return value
 
     @staticmethod
@@ -55,6 +62,30 @@ class _KL(torch.autograd.Function):
         first, p = ctx.saved_tensors
         upstream = upstream[..., None]
         return (None if first is None else first * upstream), (None if p is None else p * -upstream)
+
+
+BLOCK = 2**19
+"""Numbers in the rows of one block on a CPU: what is computed from them stays in its cache."""
+
+
+def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Views of a few rows of all tensors at a time, [..., V] or [...] each; the first is [..., V]. None stays None."""
+    first = tensors[0]
+    assert first is not None
+    width = max(1, first.shape[-1])
+    flat = [None if x is None else x.reshape(-1, width) if x.dim() == first.dim() else x.reshape(-1) for x in tensors]
+    count = first.numel() // width
+    step = max(1, BLOCK // width) if first.device.type == "cpu" else max(1, count)
+    for start in range(0, count, step):
+        yield tuple(None if x is None else x[start : start + step] for x in flat)
+
+
+def _to_fill(inputs: tuple[Tensor, Tensor], needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """Room for the gradient of each input that asks for one."""
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
+        for x, wanted in zip(inputs, needed, strict=False)
+    ]
 
 
 def _compare(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,13 +168,18 @@ class _JSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
         """The values, and the gradients up to a factor a row."""
-        log_m, ctx.beta = _log_mixture(log_t, log_s, beta), beta
-        of_student, of_teacher = ctx.needs_input_grad[:2]
-        # One after the other, so that no more than one of them is there whose gradient nobody asks for.
-        second, from_teacher = _terms(log_t, log_m, of_teacher)
-        first, from_student = _terms(log_s, log_m, of_student)
+        ctx.beta, value = beta, log_s.new_empty(log_s.shape[:-1])
+        first, second = _to_fill((log_s, log_t), ctx.needs_input_grad)
+        for rows_s, rows_t, values, of_s, of_t in _blocks(log_s, log_t, value, first, second):
+            log_m = _log_mixture(rows_t, rows_s, beta)
+            _, terms_s, from_student = _compare(rows_s, log_m)
+            _, terms_t, from_teacher = _compare(rows_t, log_m)
+            values[:] = beta * from_teacher + (1.0 - beta) * from_student
+            for of_x, terms in ((of_s, terms_s), (of_t, terms_t)):
+                if of_x is not None:
+                    of_x[:] = terms
         ctx.save_for_backward(first, second)
-        return beta * from_teacher + (1.0 - beta) * from_student
+        return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -152,12 +188,6 @@ class _JSD(torch.autograd.Function):
         kept = zip(ctx.saved_tensors, (1.0 - ctx.beta, ctx.beta), strict=True)
         first, second = (None if terms is None else terms * (share * upstream[..., None]) for terms, share in kept)
         return first, second, None
-
-
-def _terms(log_p: Tensor, log_q: Tensor, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """p (log p − log q), [..., V], where it is to be kept, and its sum, [...]."""
-    _, terms, value = _compare(log_p, log_q)
-    return terms if keep else None, value
 
 
 def skew_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
