@@ -215,3 +215,23 @@ def test_repr_shows_the_knobs() -> None:
 def test_the_interface_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Divergence()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JSD(0.3)])
+@pytest.mark.parametrize("numbers", [1, 3 * 11, 10**9])
+def test_rows_computed_a_few_at_a_time_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, loss: Divergence, numbers: int
+) -> None:
+    """A block on a CPU may hold one row, three of ten, or all; both logits get their gradient."""
+    torch.manual_seed(0)
+    logits = [torch.randn(2, 5, 11, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def results() -> tuple[Tensor, ...]:
+        value = loss.from_log_probs(*(x.log_softmax(-1) for x in logits))
+        weights = torch.arange(10, dtype=torch.float64).view(2, 5)
+        return value, *torch.autograd.grad((value * weights).sum(), logits)
+
+    whole = results()
+    monkeypatch.setattr("opcd.losses.log_probs.BLOCK", numbers)
+    for expected, found in zip(whole, results(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
