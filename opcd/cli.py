@@ -140,6 +140,7 @@ class _ParserOnly(Command):
     """The command up to where it would read its arguments."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Stop here."""
         raise _ParsersStand
 
 

@@ -28,7 +28,8 @@ def decode(
     longest = generation_config.max_length - input_ids.shape[1]
     written = input_ids.new_full((len(input_ids), longest), generation_config.pad_token_id)
     prompts, rows = input_ids, torch.arange(len(input_ids), device=input_ids.device)
-    outputs, done, step = model._prefill(input_ids, generation_config, inputs), False, 0
+    going, done, step = torch.ones_like(rows, dtype=torch.bool), False, 0
+    outputs = model._prefill(input_ids, generation_config, inputs)
     while True:
         inputs = model._update_model_kwargs_for_generation(outputs, inputs)
         scores = logits_processor(input_ids, outputs.logits[:, -1].float())
@@ -36,10 +37,11 @@ def decode(
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
         if not done:
             written[rows, step] = tokens
-            going = ~stopping_criteria(input_ids, None)
+            going &= ~stopping_criteria(input_ids, None)
             step, done = step + 1, not bool(going.any())
             if not done and not bool(going.all()) and _can_leave(inputs, len(rows)):
                 rows, input_ids, inputs = rows[going], input_ids[going], _selected(inputs, going)
+                going = going[going]
         if not model._has_unfinished_sequences(done, synced_gpus, device=input_ids.device):
             return torch.cat([prompts, written[:, :step]], dim=1)
         model_inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)

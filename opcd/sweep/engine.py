@@ -155,6 +155,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
         return
 
     def interrupt(*_: Any) -> None:
+        """What Ctrl-C raises."""
         raise KeyboardInterrupt
 
     former = signal.signal(signal.SIGTERM, interrupt)

@@ -56,6 +56,18 @@ def test_greedy_responses_are_those_of_each_prompt_alone(model, prompts):
     assert sizes == [sum(length > step for length in lengths) for step in range(max(lengths))]
 
 
+def test_rows_that_cannot_leave_end_the_loop_once_all_have_ended(model, prompts, monkeypatch):
+    """What an ended row writes on does not count, and does not bring it back."""
+    sampling, ends = Sampling(STEPS, temperature=0.0), set(range(0, 49152, 4))
+    expected = generate(model, prompts, sampling, ends, PAD)
+    longest = max(map(len, expected))
+    assert min(map(len, expected)) < longest < STEPS
+    monkeypatch.setattr(decoding, "_can_leave", lambda inputs, rows: False)
+    sizes, found = batch_sizes(model, lambda: generate(model, prompts, sampling, ends, PAD))
+    assert sizes == [len(prompts)] * longest
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 def test_a_rank_that_is_done_runs_on_until_all_are(model, prompts, monkeypatch):
     sampling, calls = Sampling(STEPS, temperature=0.0), []
     expected = generate(model, prompts, sampling, ENDS, PAD)
