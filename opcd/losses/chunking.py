@@ -14,18 +14,21 @@ from torch import Tensor
 
 from opcd.losses.checks import check_device, check_floating, check_positive
 from opcd.losses.head import Head, Projection, as_head
-from opcd.losses.log_probs import log_probs
+from opcd.losses.log_probs import log_probs, log_probs_
 from opcd.losses.walk import Walk, with_gradient
 
 LogProbsFunction = Callable[..., tuple[Tensor, ...]]
 """(student_log_probs [n, V], teacher_log_probs [n, V] where there is a teacher, then the rows of per_token) -> tensors
 [n]; only the first one's gradient is used."""
 
-MEMORY_BYTES = 400 * 2**20
+MEMORY_BYTES = 560 * 2**20
 """The default of ``memory_bytes``."""
 
-LIVE = 6
-"""How many tensors [n, V] in float32 are counted live at once in a chunk: a skewed KL has 6, a KL and a JSD 3."""
+LIVE = 3
+"""How many tensors [n, V] in float32 live at once in a chunk: both log-probabilities and a gradient."""
+
+MOST_ROWS = 320
+"""The most tokens of a chunk: with more of them its products take no less time a token (docs/losses.md)."""
 
 
 def chunked(
@@ -46,7 +49,8 @@ def chunked(
     adapter). The others are statistics from the same projection, detached. The teacher's side runs without gradient.
 
     Args:
-        function: of both log-probabilities [n, V] at the temperature, in float32 (float64 stays float64).
+        function: of both log-probabilities [n, V] at the temperature, in float32 (float64 stays float64). It must not
+            keep them: their memory serves the next chunk.
         student_hidden: [N, H_s]; N = 0 is fine.
         student_head: a ``Head``, a matrix [V, H_s], a module or a function.
         teacher_hidden: [N, H_t], on the same device.
@@ -78,7 +82,7 @@ def chunked(
     training = torch.is_grad_enabled()
     walk = Walk(
         lambda sums: partial(_one_chunk, function, student_head.accumulating(sums), teachers, temperature),
-        rows=max(1, memory_bytes // (4 * LIVE * student_head.vocabulary_size(student_hidden))),
+        rows=max(1, min(MOST_ROWS, memory_bytes // (4 * LIVE * student_head.vocabulary_size(student_hidden)))),
         inputs=(student_hidden, *teacher_side, *per_token),
         leaves=student_head.trainable(student_hidden) if training else [],
         retain_graph=student_head.is_function,
@@ -99,18 +103,25 @@ def _one_chunk(
     # (in torch 2.8) serve the student too where both models share the head.
     student = student_head(student_hidden)
     if teacher_head is None:
-        first, *statistics = function(log_probs(student, temperature), *rest)
+        first, *statistics = function(_log_probs(student_head, student, student.shape[-1], temperature), *rest)
     else:
         with torch.no_grad():
             teacher = teacher_head(rest[0])
         vocabulary = min(student.shape[-1], teacher.shape[-1])
-        student = log_probs(student[:, :vocabulary], temperature)  # the same name: the logits can go now
-        teacher = log_probs(teacher[:, :vocabulary], temperature)
+        student = _log_probs(student_head, student, vocabulary, temperature)  # the same name: the logits can go now
+        teacher = _log_probs(teacher_head, teacher, vocabulary, temperature)
         first, *statistics = function(student, teacher, *rest[1:])
     for result in (first, *statistics):
         if result.shape != student_hidden.shape[:1]:
             raise ValueError(f"function gave {list(result.shape)} for {len(student_hidden)} tokens; it must give [n]")
-    return first, *(statistic.detach() for statistic in statistics)
+    return first, *(statistic.detach().clone() for statistic in statistics)
+
+
+def _log_probs(head: Head, logits: Tensor, vocabulary: int, temperature: float) -> Tensor:
+    """The log-probabilities of the first tokens of a vocabulary; where they can be, in the memory of the logits."""
+    if head.is_plain and logits.shape[-1] == vocabulary:
+        return log_probs_(logits, temperature)
+    return log_probs(logits[:, :vocabulary], temperature)
 
 
 def _check_rows(

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from opcd.losses import log_probs as measure
+from opcd.losses import kernels
 from opcd.losses.checks import check_alpha, check_beta, check_logits, check_positive
 from opcd.losses.log_probs import log_probs
 
@@ -41,7 +41,7 @@ class ForwardKL(Divergence):
 
     def from_log_probs(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """KL(teacher ‖ student), [..., V] x2 -> [...]."""
-        return measure.kl(teacher_log_probs, student_log_probs)
+        return kernels.kl(teacher_log_probs, student_log_probs)
 
 
 class ReverseKL(Divergence):
@@ -49,7 +49,7 @@ class ReverseKL(Divergence):
 
     def from_log_probs(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """KL(student ‖ teacher), [..., V] x2 -> [...]."""
-        return measure.kl(student_log_probs, teacher_log_probs)
+        return kernels.kl(student_log_probs, teacher_log_probs)
 
 
 class JSD(Divergence):
@@ -69,7 +69,7 @@ class JSD(Divergence):
 
     def from_log_probs(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """β·KL(teacher ‖ m) + (1−β)·KL(student ‖ m), [..., V] x2 -> [...]."""
-        return measure.jsd(student_log_probs, teacher_log_probs, self.beta)
+        return kernels.jsd(student_log_probs, teacher_log_probs, self.beta)
 
 
 class SkewKL(Divergence):
@@ -89,7 +89,7 @@ class SkewKL(Divergence):
 
     def from_log_probs(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """KL(teacher ‖ α·teacher + (1−α)·student), [..., V] x2 -> [...]."""
-        return measure.skew_kl(student_log_probs, teacher_log_probs, self.alpha)
+        return kernels.skew_kl(teacher_log_probs, student_log_probs, self.alpha)
 
 
 class SkewReverseKL(Divergence):
@@ -109,4 +109,4 @@ class SkewReverseKL(Divergence):
 
     def from_log_probs(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """KL(student ‖ (1−α)·teacher + α·student), [..., V] x2 -> [...]."""
-        return measure.skew_reverse_kl(student_log_probs, teacher_log_probs, self.alpha)
+        return kernels.skew_kl(student_log_probs, teacher_log_probs, self.alpha)

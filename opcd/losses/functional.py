@@ -9,6 +9,7 @@ KL(p ‖ q) is +inf where p > 0 and q = 0, as it is by definition, with a finite
 import torch
 from torch import Tensor
 
+from opcd.losses import kernels
 from opcd.losses import log_probs as measure
 from opcd.losses.checks import check_alpha, check_beta, check_floating, check_logits, check_positive
 from opcd.losses.log_probs import log_probs
@@ -20,13 +21,13 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     A true KL, with the teacher's entropy: zero exactly where the two models agree (a cross-entropy is not).
     """
     check_logits(student_logits, teacher_logits)
-    return measure.kl(log_probs(teacher_logits), log_probs(student_logits))
+    return kernels.kl(log_probs(teacher_logits), log_probs(student_logits))
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(p_S ‖ p_T) = Σ_v p_S (log p_S − log p_T), [..., V] x2 -> [...] in nats; seeks the teacher's modes."""
     check_logits(student_logits, teacher_logits)
-    return measure.kl(log_probs(student_logits), log_probs(teacher_logits))
+    return kernels.kl(log_probs(student_logits), log_probs(teacher_logits))
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Tensor:
@@ -37,7 +38,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Te
     """
     check_beta(beta)
     check_logits(student_logits, teacher_logits)
-    return measure.jsd(log_probs(student_logits), log_probs(teacher_logits), beta)
+    return kernels.jsd(log_probs(student_logits), log_probs(teacher_logits), beta)
 
 
 def skew_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.1) -> Tensor:
@@ -47,7 +48,7 @@ def skew_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.1) 
     """
     check_alpha(alpha, "ForwardKL")
     check_logits(student_logits, teacher_logits)
-    return measure.skew_kl(log_probs(student_logits), log_probs(teacher_logits), alpha)
+    return kernels.skew_kl(log_probs(teacher_logits), log_probs(student_logits), alpha)
 
 
 def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.1) -> Tensor:
@@ -57,7 +58,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
     """
     check_alpha(alpha, "ReverseKL")
     check_logits(student_logits, teacher_logits)
-    return measure.skew_reverse_kl(log_probs(student_logits), log_probs(teacher_logits), alpha)
+    return kernels.skew_kl(log_probs(student_logits), log_probs(teacher_logits), alpha)
 
 
 def clip_nats(values: Tensor, max_nats: float) -> Tensor:

@@ -45,7 +45,7 @@ class Head:
             _check_matrix(self.projection, self.bias)
         elif not callable(self.projection):
             raise TypeError(f"a head is a Head, a matrix [V, H], a module or a function, not {type(self.projection)}")
-        elif self.bias is not None:
+        elif self.bias is not None and not isinstance(self.projection, AccumulatingProduct):
             raise ValueError("bias goes with a projection that is a matrix; a module or function adds its own")
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -73,8 +73,12 @@ class Head:
         plain = self._plain()
         if plain is None or not sums or not plain[0].requires_grad:
             return self
-        product, bias = AccumulatingProduct(plain[0], sums[0]), plain[1]
-        return replace(self, projection=product if bias is None else lambda x: product(x) + bias, bias=None)
+        return replace(self, projection=AccumulatingProduct(plain[0], sums[0]), bias=plain[1])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits come from a product with a matrix, and are nobody else's; a function may keep its own."""
+        return isinstance(self.projection, AccumulatingProduct) or self._plain() is not None
 
     @property
     def is_function(self) -> bool:
@@ -96,7 +100,8 @@ class Head:
             return _product(hidden, self.projection, self.bias)
         if isinstance(self.projection, nn.Module):
             hidden = hidden.to(_compute_dtype(self.projection, hidden.dtype))
-        return self.projection(hidden)
+        logits = self.projection(hidden)
+        return logits if self.bias is None else logits + self.bias
 
 
 def as_head(head: Head | Projection) -> Head:

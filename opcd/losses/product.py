@@ -1,4 +1,4 @@
-"""hidden @ matrixᵀ, chunk after chunk, with the gradient of the matrix added up in one tensor."""
+"""hidden @ matrixᵀ, chunk after chunk, in one block of memory, with the gradient of the matrix added up in another."""
 
 from typing import Any
 
@@ -10,17 +10,25 @@ class AccumulatingProduct:
     """``hidden @ matrixᵀ``, [n, H] -> [n, V], whose backward pass adds the matrix's gradient to ``total`` [V, H].
 
     Autograd would make a tensor of that size for every chunk and then add it: at 150,000 x 900 half a gigabyte each.
-    The matrix is cast once to the type that autocast asks for.
+    The matrix is cast once to the type that autocast asks for. Every product overwrites the one before.
     """
 
     def __init__(self, matrix: Tensor, total: Tensor) -> None:
         kind = matrix.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else matrix.dtype
         self.matrix, self.total = matrix.detach().to(dtype), total
+        self._memory = self.matrix.new_empty(0).untyped_storage()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The product in the matrix's dtype."""
         return _Product.apply(hidden.to(self.matrix.dtype), self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def room(self, rows: int) -> Tensor:
+        """The block [rows, V] that every product is written to: no view, so that autograd lets it be overwritten."""
+        values = self.matrix.new_empty(0)
+        if self._memory.nbytes() < rows * len(self.matrix) * values.itemsize:
+            self._memory = self.matrix.new_empty(rows, len(self.matrix)).untyped_storage()
+        return values.set_(self._memory, 0, (rows, len(self.matrix)))  # type: ignore[no-any-return, call-overload]
 
 
 class _Product(torch.autograd.Function):
@@ -30,7 +38,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(hidden)
         ctx.product = product
         with torch.autocast(hidden.device.type, enabled=False):
-            return hidden @ product.matrix.T
+            return torch.mm(hidden, product.matrix.T, out=product.room(len(hidden)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

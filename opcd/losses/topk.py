@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opcd.losses.divergences import Divergence
+from opcd.losses.kernels import blocks
 from opcd.losses.log_probs import NEVER, at_least_float32, log_total
 
 Support = Literal["student", "teacher", "union", "intersection"]
@@ -128,13 +129,15 @@ class _Split(torch.autograd.Function):
     """Log-probabilities of the tokens, and the log of the mass on all others: [..., V], [..., n] -> [..., n], [...].
 
     The mass is summed over the others: one minus that of the tokens would cancel where it is near one, as it mostly is.
-    One tensor [..., V] in each direction, where autograd would make one for each of the two results and add them up.
+    One tensor [..., V] in all, its gradient; autograd would make two for each result.
     """
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The values, and what the gradient needs."""
-        rest = _without(log_p, tokens, NEVER).logsumexp(-1)
+        rest = log_p.new_empty(log_p.shape[:-1])
+        for mass, values, ids in blocks(rest, log_p, tokens):
+            mass[:] = _without_(values.clone(), ids, NEVER).logsumexp(-1)
         ctx.save_for_backward(log_p, tokens, rest)
         return _gather(log_p, tokens), rest
 
@@ -143,11 +146,15 @@ class _Split(torch.autograd.Function):
     def backward(ctx: Any, kept_upstream: Tensor, rest_upstream: Tensor) -> tuple[Tensor, None]:
         """The gradient of each input."""
         log_p, tokens, rest = ctx.saved_tensors
-        empty = rest == NEVER
-        share = (log_p - rest.masked_fill(empty, 0.0)[..., None]).exp_()
-        gradient = _without(share.mul_(rest_upstream.masked_fill(empty, 0.0)[..., None]), tokens, 0.0)
-        upstream = kept_upstream.masked_fill(tokens == log_p.shape[-1], 0.0)
-        return gradient.scatter_add_(-1, tokens.clamp(max=log_p.shape[-1] - 1), upstream), None
+        empty, vocabulary = rest == NEVER, log_p.shape[-1]
+        rest, rest_upstream = rest.masked_fill(empty, 0.0), rest_upstream.masked_fill(empty, 0.0)
+        kept_upstream = kept_upstream.masked_fill(tokens == vocabulary, 0.0)
+        gradient = torch.empty_like(log_p, memory_format=torch.contiguous_format)
+        columns = (rest_upstream[..., None], kept_upstream)
+        for mass, values, room, ids, of_rest, of_kept in blocks(rest, log_p, gradient, tokens, *columns):
+            share = torch.sub(values, mass[:, None], out=room).exp_().mul_(of_rest)
+            _without_(share, ids, 0.0).scatter_add_(-1, ids.clamp(max=vocabulary - 1), of_kept)
+        return gradient, None
 
 
 def _gather(log_p: Tensor, tokens: Tensor) -> Tensor:
@@ -156,12 +163,13 @@ def _gather(log_p: Tensor, tokens: Tensor) -> Tensor:
     return log_p.gather(-1, tokens.clamp(max=vocabulary - 1)).masked_fill(tokens == vocabulary, NEVER)
 
 
-def _without(values: Tensor, tokens: Tensor, fill: float) -> Tensor:
-    """The values with ``fill`` at the tokens, [..., V] and [..., n] -> [..., V]; the id V is ignored."""
-    if bool((tokens < values.shape[-1]).all()):
-        return values.scatter(-1, tokens, fill)
-    one_more = torch.cat([values, values.new_zeros(*values.shape[:-1], 1)], dim=-1)
-    return one_more.scatter_(-1, tokens, fill)[..., :-1]
+def _without_(values: Tensor, tokens: Tensor, fill: float) -> Tensor:
+    """The values with ``fill`` written at the tokens, [n, V] and [n, m] -> [n, V]; the id V is ignored."""
+    vocabulary = values.shape[-1]
+    tokens = torch.where(tokens == vocabulary, tokens.amin(-1, keepdim=True), tokens)  # one of the row's own again
+    if bool((tokens < vocabulary).all()):
+        return values.scatter_(-1, tokens, fill)
+    return values.masked_fill_(_members(tokens, vocabulary), fill)
 
 
 def _members(tokens: Tensor, vocabulary: int) -> Tensor:

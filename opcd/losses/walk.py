@@ -32,22 +32,22 @@ class Walk:
 
     def gradients(self, weights: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The values, and the gradient of ``(weights * values[0]).sum()`` in the first input and in the leaves."""
-        results, of_input, sums = [], [], [torch.zeros_like(leaf) for leaf in self.leaves]
-        one_chunk = self.function(sums)
-        for part, weight in zip(self._parts(), weights.split(self.rows), strict=True):
+        of_input, sums = torch.empty_like(self.inputs[0]), [torch.zeros_like(leaf) for leaf in self.leaves]
+        one_chunk, results = self.function(sums), []
+        for part, weight, room in zip(self._parts(), weights.split(self.rows), of_input.split(self.rows), strict=True):
             first = part[0].detach().requires_grad_()
             with torch.enable_grad():
                 value, *others = one_chunk(first, *part[1:])
             gradient, *found = torch.autograd.grad(
                 value, [first, *self.leaves], weight.to(value), retain_graph=self.retain_graph, allow_unused=True
             )
-            of_input.append(gradient)
+            room.copy_(gradient)
             for total, of_chunk in zip(sums, found, strict=True):
                 if of_chunk is not None:
                     total.add_(of_chunk)
             results.append((value.detach(), *others))
         values = tuple(torch.cat(result) for result in zip(*results, strict=True))
-        return values, [torch.cat(of_input), *sums]
+        return values, [of_input, *sums]
 
     def _parts(self) -> Iterator[tuple[Tensor, ...]]:
         return zip(*(torch.split(x, self.rows) for x in self.inputs), strict=True)
