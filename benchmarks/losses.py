@@ -5,9 +5,9 @@
 
 Every cell runs in a process of its own. Memory is the peak of a round above inputs and gradients (the finished ones, of
 hidden states and matrix; `.grad` is None before a round, as after an optimizer's `zero_grad`), over all rounds; time is
-the median of the rounds after a first one. `dense` is plain PyTorch: both logits
-[N, V], log_softmax, the definition. `trl` is the generalized JSD of TRL's GKD trainer on dense logits, where trl is
-installed. The last column divides by the dense path's numbers of the same divergence.
+the median of the rounds after a first one. `dense` is plain PyTorch: both logits [N, V], log_softmax, the definition.
+`trl` is the generalized JSD of TRL's GKD trainer on dense logits, `liger` the fused linear JSD of Liger-Kernel (compiled
+on a GPU only), where they are installed. The last column divides by the dense path's numbers of the same divergence.
 """
 
 import argparse
@@ -36,8 +36,8 @@ LOSSES: dict[str, Divergence] = {
     "TopK(ReverseKL, 256, union)": TopK(ReverseKL(), 256, "union"),
 }
 DENSE = ("ReverseKL", "ForwardKL", "JSD")
-TRL = {"JSD": 0.5}
-"""What TRL's generalized JSD computes too, with its beta."""
+PEERS = {"JSD": 0.5}
+"""What TRL's generalized JSD and Liger's fused JSD compute too, with its beta."""
 
 
 def dense(name: str, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -69,10 +69,17 @@ def step(path: str, name: str) -> Callable[..., None]:
         with torch.no_grad():
             teacher_logits = teacher_hidden @ teacher_matrix.T
         GKDTrainer.generalized_jsd_loss(
-            (hidden @ matrix.T)[None], teacher_logits[None], beta=TRL[name], reduction="batchmean"
+            (hidden @ matrix.T)[None], teacher_logits[None], beta=PEERS[name], reduction="batchmean"
         ).backward()
 
-    return {"opcd": opcd_, "dense": dense_, "trl": trl_}[path]
+    def liger_(hidden: Tensor, matrix: Tensor, teacher_hidden: Tensor, teacher_matrix: Tensor) -> None:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        fused = LigerFusedLinearJSDLoss(0.0, 1.0, PEERS[name], compiled=hidden.is_cuda)
+        labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)  # it counts tokens by them
+        fused(hidden, matrix, teacher_hidden, teacher_matrix, labels).backward()
+
+    return {"opcd": opcd_, "dense": dense_, "trl": trl_, "liger": liger_}[path]
 
 
 def child(options: argparse.Namespace) -> None:
@@ -126,7 +133,8 @@ def installed(path: str) -> bool:
     """Whether a path's package is there."""
     import importlib.util
 
-    return path != "trl" or importlib.util.find_spec("trl") is not None
+    package = {"trl": "trl", "liger": "liger_kernel"}.get(path)
+    return package is None or importlib.util.find_spec(package) is not None
 
 
 def main() -> None:
@@ -151,8 +159,8 @@ def main() -> None:
     print("| loss | path | seconds | MiB above inputs and gradients | of dense: time, memory |\n|---|---|---|---|---|")
     for loss in options.losses:
         base: dict[str, float] = {}
-        for path in ("dense", "trl", "opcd"):
-            known = {"dense": DENSE, "trl": tuple(TRL), "opcd": tuple(LOSSES)}[path]
+        for path in ("dense", "trl", "liger", "opcd"):
+            known = {"dense": DENSE, "opcd": tuple(LOSSES)}.get(path, tuple(PEERS))
             if loss in known and installed(path):
                 found = measure(path, loss)
                 base = base or found

@@ -7,7 +7,7 @@ from torch.nn.functional import kl_div
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.functional.regression import kl_divergence
 
-from opcd.losses import JSD, ForwardKL, ReverseKL, top1_agreement
+from opcd.losses import JSD, ForwardKL, ReverseKL, chunked_divergence, top1_agreement
 
 ROWS, V = 6, 40
 
@@ -45,3 +45,19 @@ def test_trl_generalized_jsd(pair, beta: float) -> None:
     gkd = pytest.importorskip("trl.experimental.gkd")
     theirs = gkd.GKDTrainer.generalized_jsd_loss(*(x[None] for x in pair), beta=beta, reduction="sum")
     torch.testing.assert_close(JSD(beta)(*pair).sum(), theirs)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_liger_fused_linear_jsd(beta: float) -> None:
+    """Value and gradients from hidden states, where liger-kernel is installed; uncompiled, so on a CPU too."""
+    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
+    torch.manual_seed(0)
+    shapes = [(ROWS, 8), (V, 8), (ROWS, 12), (V, 12)]
+    hidden, matrix, teacher_hidden, teacher_matrix = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    trained = [hidden.requires_grad_(), matrix.requires_grad_()]
+    fused = chunked_loss.LigerFusedLinearJSDLoss(0.0, 1.0, beta, compiled=False, chunk_size=2)
+    theirs = fused(*trained, teacher_hidden, teacher_matrix, torch.zeros(ROWS, dtype=torch.long))
+    ours = chunked_divergence(JSD(beta), *trained, teacher_hidden, teacher_matrix).mean()
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-6, atol=0.0)
+    for mine, other in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(theirs, trained), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)
