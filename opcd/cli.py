@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from opcd.callbacks import AnswerSamples, ExportStudent, PredictionWriter, StepProgress
+from opcd.callbacks import AnswerSamples, ExactResume, ExportStudent, PredictionWriter, StepProgress
 from opcd.data import ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.memory import keep_freed_blocks
@@ -77,7 +77,7 @@ class Command(LightningCLI):
 
     def _own_callbacks(self, configured: list[Callback], config: Any) -> list[Callback]:
         """Those that are always there; one that the config holds too is taken from there."""
-        own: list[Callback] = [ExportStudent(), PredictionWriter()]
+        own: list[Callback] = [ExactResume(), ExportStudent(), PredictionWriter()]
         if config["enable_progress_bar"] is not False:
             own.append(StepProgress())
         if config["enable_checkpointing"] is not False:

@@ -1,16 +1,18 @@
 """The data of a run: examples from files, two views of each, batches."""
 
-from typing import cast
+import warnings
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from opcd.data.batch import Batch
 from opcd.data.budgets import LengthBudgets, OverlongContext, OverlongQuery
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
 from opcd.data.examples import Example
 from opcd.data.lengths import longest_prompts
+from opcd.data.sampler import ResumableSampler
 from opcd.data.sources import read_examples
 from opcd.data.views import STUDENT, TEACHER, Placement, Views, split_template
 from opcd.data.vocabulary import check_same_vocabulary
@@ -98,6 +100,7 @@ class ContextQueryDataModule(LightningDataModule):
         self._contexts: ContextSource | None = None
         self._views: Views | None = None
         self._taught = True
+        self._begin = {"epoch": 0, "samples": 0}
 
     def setup(self, stage: str) -> None:
         """Read the rows of a stage (fit, validate, test, predict), and check all that needs no model.
@@ -156,12 +159,25 @@ class ContextQueryDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Example]:
         """Batches of training rows. Under several ranks, rows are repeated until all ranks have as many."""
         dataset = cast("Dataset[Example]", self.examples("train"))
-        # The order is a function of (seed, epoch): a resumed epoch has the order that it began with.
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        sampler: DistributedSampler[Example] = DistributedSampler(
-            dataset, shuffle=self.shuffle, seed=self.seed, **ranks
-        )
-        return self._loader("train", self.batch_size, sampler)
+        begin, self._begin = self._begin, {"epoch": 0, "samples": 0}
+        start = begin["samples"] // ranks["num_replicas"]
+        order = {"shuffle": self.shuffle, "seed": self.seed, "epoch": begin["epoch"], "start": start}
+        return self._loader("train", self.batch_size, ResumableSampler(dataset, **ranks, **order))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands: the epoch, and the rows of all ranks that were trained on in it."""
+        if self.trainer is None or self.trainer.num_training_batches in (0, float("inf")):
+            return {}  # nothing is trained
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        epoch, batches = divmod(done, int(self.trainer.num_training_batches))
+        return {"epoch": epoch, "samples": batches * self.batch_size * self.trainer.world_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader begin there."""
+        self._begin = state_dict
+        # Lightning looks for a loader that can be set to a place; here it is the sampler.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
 
     def val_dataloader(self) -> DataLoader[Example]:
         """Batches of validation rows."""
@@ -210,15 +226,14 @@ class ContextQueryDataModule(LightningDataModule):
         kwargs = (self.student.chat_template_kwargs, config.chat_template_kwargs)
         return Views(student, teacher, self.placement, self.template, *kwargs)
 
-    def _loader(
-        self, split: str, batch_size: int, sampler: DistributedSampler[Example] | None = None
-    ) -> DataLoader[Example]:
+    def _loader(self, split: str, batch_size: int, sampler: ResumableSampler | None = None) -> DataLoader[Example]:
         return DataLoader(
             cast("Dataset[Example]", self.examples(split)),
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=as_list,
+            generator=torch.Generator(),  # each new iterator draws a seed, and must not from training's generator
         )
 
 
