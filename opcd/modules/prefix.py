@@ -49,9 +49,11 @@ class SharedPrefix:
         return {"kept": list(kept), "seen": sorted(self._seen), "agrees": self._agrees}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it up again."""
-        self.clear()
-        self._missing, self._seen, self._agrees = list(state["kept"]), set(state["seen"]), state["agrees"]
+        """Take it up again; keys and values that are there stay."""
+        kept, there = state["kept"], self._entries
+        self._missing = [] if all(ids in there for ids in kept) else list(kept)
+        self._entries = OrderedDict((ids, there[ids]) for ids in kept if not self._missing)
+        self._seen, self._agrees = set(state["seen"]), state["agrees"]
 
     def score(
         self, model: PreTrainedModel, prefixes: list[Tensor], rows: list[tuple[Tensor, Tensor]], max_tokens: int
