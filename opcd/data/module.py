@@ -1,7 +1,7 @@
 """The data of a run: examples from files, two views of each, batches."""
 
 import warnings
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -48,6 +48,7 @@ class ContextQueryDataModule(LightningDataModule):
             cut the context's beginning (cut_left) or end (cut_right).
         max_query_tokens: most tokens of a student's prompt.
         overlong_query: what happens to a row with a longer one.
+        on_bad_row: raise an error for the first malformed row, or skip all such rows and warn of their number.
         shuffle: a new order of the training rows in each epoch, which depends on the seed and the epoch only.
         seed: seed of that order and of the drawn contexts.
         num_workers: processes that load rows. Rows are in memory and tokenized in the main process: 0 is rarely slower.
@@ -73,6 +74,7 @@ class ContextQueryDataModule(LightningDataModule):
         overlong_context: OverlongContext = "raise",
         max_query_tokens: int | None = None,
         overlong_query: OverlongQuery = "raise",
+        on_bad_row: Literal["raise", "skip"] = "raise",
         shuffle: bool = True,
         seed: int = 0,
         num_workers: int = 0,
@@ -88,7 +90,7 @@ class ContextQueryDataModule(LightningDataModule):
         eval_size = batch_size if eval_batch_size is None else eval_batch_size
         self.eval_batch_size = _at_least(1, eval_size, "eval_batch_size")
         self.budgets = LengthBudgets(max_context_tokens, overlong_context, max_query_tokens, overlong_query)
-        self.shuffle, self.seed = shuffle, seed
+        self.on_bad_row, self.shuffle, self.seed = on_bad_row, shuffle, seed
         self.num_workers = _at_least(0, num_workers, "num_workers")
         self.student = student or ModelConfig()
         self.teacher = teacher or self.student
@@ -112,7 +114,7 @@ class ContextQueryDataModule(LightningDataModule):
         if self.sources[splits[0]] is None:
             raise UserError(f"data.{splits[0]} is not set; `{stage}` needs it: name a file or a hub data set")
         rows = {
-            split: read_examples(source, f"data.{split}")
+            split: read_examples(source, f"data.{split}", self.on_bad_row)
             for split in splits
             if (source := self.sources[split]) is not None and split not in self._examples
         }
@@ -169,8 +171,8 @@ class ContextQueryDataModule(LightningDataModule):
         """Where training stands: the epoch, and the rows of all ranks that were trained on in it."""
         if self.trainer is None or self.trainer.num_training_batches in (0, float("inf")):
             return {}  # nothing is trained
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        epoch, batches = divmod(done, int(self.trainer.num_training_batches))
+        done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        epoch, batches = divmod(done.processed, int(self.trainer.num_training_batches))
         return {"epoch": epoch, "samples": batches * self.batch_size * self.trainer.world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
