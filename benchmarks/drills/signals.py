@@ -48,9 +48,9 @@ def _try(fits: Fits, whole: Child, root: Path, place: str, told: signal.Signals,
     resumed = fits.start(root)
     if resumed.wait() != 0:
         return f"{what}: the resumed run failed: {resumed.text[-400:]}"
-    lines = (whole.text.count("RESPONSES"), child.text.count("RESPONSES") + resumed.text.count("RESPONSES"))
-    if lines[1] > lines[0] + 1:
-        return f"{what}: {lines[1]} rollouts instead of {lines[0]}, and one that was left"
+    left = child.text.split("STRUCK")[1]
+    if place == "rollout" and "RESPONSES" in left:
+        return f"{what}: the rollout was written to its end: {left[:200]}"
     return unlike(fits.folder / "whole", whole, root, [child, resumed])
 
 

@@ -34,10 +34,10 @@ def decode(
     going, done, step = torch.ones_like(rows, dtype=torch.bool), False, 0
     outputs = model._prefill(input_ids, generation_config, inputs)
     while True:
-        check()
         inputs = model._update_model_kwargs_for_generation(outputs, inputs)
         scores = logits_processor(input_ids, outputs.logits[:, -1].float())
         tokens = draw(scores) if generation_config.do_sample else scores.argmax(-1)
+        check()
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
         if not done:
             written[rows, step] = tokens

@@ -204,9 +204,13 @@ class Distiller(LightningModule):
         give_back()  # Lightning builds the file in memory: a copy of weights and optimizer
         if state := self.teacher.state_dict():
             checkpoint["teacher"] = state
+        checkpoint["bad_steps"] = [self.bad_steps.total, self.bad_steps.in_a_row]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the teacher its state back."""
+        """Give the teacher its state back, and let the student take float64 weights as they are (`64-true`)."""
+        saved = next(iter(checkpoint["state_dict"].values())).dtype
+        self.student.to(torch.promote_types(self.student.model.dtype, saved))  # Lightning converts after it has loaded
+        self.bad_steps.total, self.bad_steps.in_a_row = checkpoint.get("bad_steps", (0, 0))
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
 
