@@ -155,8 +155,7 @@ def test_predict_without_a_context(opcd, tiny, rows, tmp_path):
     assert len([a for a in answers if not a["context"]]) == 9
 
 
-@pytest.mark.filterwarnings("default:.*Going on from")
-def test_resume_from_a_checkpoint(fit, tmp_path, capfd):
+def test_resume_from_a_checkpoint(fit, tmp_path):
     assert fit("--ckpt_path", "last")[0] == 0  # there is none yet
     checkpoint = tmp_path / "runs/version_0/checkpoints/step=2.ckpt"
     code, text = fit("--ckpt_path", checkpoint, "--trainer.max_steps", 3)

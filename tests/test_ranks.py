@@ -67,6 +67,7 @@ def test_two_ranks_answer_every_row_once(words, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_together_and_go_on_exactly(words, tmp_path):
     """Each rank draws its own responses; SIGTERM reaches the first process only."""
     common, fit = words
