@@ -56,7 +56,9 @@ def main() -> int:
         for name in args.names or DRILLS:
             drill, runs, _ = DRILLS[name]
             begun = time.monotonic()
-            outcomes[name] = (drill(args.runs or runs, (args.folder or Path(scratch)) / name), time.monotonic() - begun)
+            outcome = drill(args.runs or runs, (args.folder or Path(scratch)) / name)
+            outcomes[name] = (outcome, time.monotonic() - begun)
+            print(f"{name}: {outcome.survived} of {outcome.tried}", file=sys.stderr, flush=True)
     return _report(outcomes)
 
 
