@@ -3,38 +3,66 @@
 import errno
 import logging
 import shutil
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, set_parsing_settings
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from opcd.callbacks import AnswerSamples, ExportStudent, PredictionWriter, StepProgress
+from opcd.callbacks import (
+    Alarms,
+    AnswerSamples,
+    ExactResume,
+    ExportStudent,
+    LeaveOnSignal,
+    PredictionWriter,
+    SaveCheckpoints,
+    StepProgress,
+)
+from opcd.callbacks.slurm import started_again
+from opcd.changes import plain_config
+from opcd.checkpoints import SafeCheckpointIO, check_config, newest_whole
+from opcd.checkpoints.last import saved_config
 from opcd.data import ContextQueryDataModule
-from opcd.errors import UserError
+from opcd.errors import StepAbandoned, UserError
+from opcd.interruption import Interrupted, reset
 from opcd.memory import keep_freed_blocks
 from opcd.modules import Distiller, FrozenTeacher, StudentRollout
+from opcd.run_folder import RunFolder, one_at_a_time, refuse_living
 
 DESCRIPTION = """On-policy context distillation: put a context into a language model's weights.
 
 opcd evaluate asks any model the questions of DAPO-Math, IFEval and other tasks, and scores its answers with lm-eval.
 opcd doctor shows what is installed here, which devices and models there are, and what is missing.
-opcd sweep SWEEP.yaml runs many fits from one file."""
+opcd sweep SWEEP.yaml runs many fits from one file.
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+--debug shows the traceback of an error. --allow-imports A.B,C lets a class_path name what jsonargparse denies, such as
+what is under os or subprocess: a config can run any other code that is installed."""
+
+# An empty addition to jsonargparse's list of denied imports (os, subprocess, ...) has it enforced: else it only warns.
+set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=[])
+
+
+ALLOW = "--allow-imports"
 
 
 class Command(LightningCLI):
     """LightningCLI with the project's defaults, one folder a run, and the callbacks that every run has."""
+
+    claimed: RunFolder | None = None
+    """The run's folder, on rank 0."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults that are classes, and what data must know of the models."""
@@ -47,6 +75,29 @@ class Command(LightningCLI):
         parser.link_arguments("model.student", "data.student")
         parser.link_arguments("model.teacher", "data.teacher", compute_fn=_teacher_model)
 
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint to go on from, and refuse a wrong one before anything is loaded."""
+        config = self.config[self.subcommand]
+        self.plain = plain_config(self._parser(self.subcommand), config)
+        self.plain.pop("ckpt_path", None)
+        if config.ckpt_path is None and self.subcommand == "fit" and started_again():
+            config.ckpt_path = "last"
+        root = Path(config.trainer.default_root_dir)
+        first = getattr(rank_zero_only, "rank", 0) == 0
+        path = self._claim(root, config.ckpt_path) if first else find_checkpoint(config.ckpt_path, root)
+        config.ckpt_path = path and str(path)
+        if path is not None and self.subcommand == "fit":
+            check_config(saved_config(path), self.plain, path)
+
+    def _claim(self, root: Path, ckpt_path: Any) -> Path | None:
+        """Make and lock a folder for this run, if there is no other that `last` would run into; its checkpoint."""
+        with one_at_a_time(root):
+            if self.subcommand == "fit" and str(ckpt_path) == "last":
+                refuse_living(root)
+            path = find_checkpoint(ckpt_path, root)
+            self.claimed = RunFolder.claim(root)
+        return path
+
     def instantiate_classes(self) -> None:
         """Classes refuse bad arguments with ValueError: the user's mistake, not a bug."""
         try:
@@ -57,15 +108,15 @@ class Command(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes into a folder of its own."""
         config = self._get(self.config_init, "trainer")
-        root = Path(config["default_root_dir"])
-        # Rank 0 claims the folder; the others learn of it from Lightning, which broadcasts `trainer.log_dir`.
-        self.run_folder = rank_zero_only(claim_folder, default=root)(root)
+        # Rank 0 has claimed a folder; the others learn of it from Lightning, which broadcasts `trainer.log_dir`.
+        self.run_folder = self.claimed.path if self.claimed else Path(config["default_root_dir"])
         callbacks = config["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         kwargs |= {
             "default_root_dir": self.run_folder,
             "logger": self._loggers(config["logger"]),
             "callbacks": [*callbacks, *self._own_callbacks(callbacks, config)],
+            "plugins": _with_safe_io(config["plugins"]),
         }
         return super().instantiate_trainer(**kwargs)
 
@@ -77,17 +128,13 @@ class Command(LightningCLI):
 
     def _own_callbacks(self, configured: list[Callback], config: Any) -> list[Callback]:
         """Those that are always there; one that the config holds too is taken from there."""
-        own: list[Callback] = [ExportStudent(), PredictionWriter()]
+        own: list[Callback] = [LeaveOnSignal(), ExactResume(self.plain), ExportStudent(), PredictionWriter()]
         if config["enable_progress_bar"] is not False:
             own.append(StepProgress())
         if config["enable_checkpointing"] is not False:
-            own.append(
-                ModelCheckpoint(
-                    self.run_folder / "checkpoints", filename="{step}", every_n_train_steps=100, save_last=True
-                )
-            )
+            own.append(SaveCheckpoints())
         if self.subcommand == "fit":
-            own.append(AnswerSamples())
+            own += [AnswerSamples(), Alarms()]
         return [callback for callback in own if not any(isinstance(c, type(callback)) for c in configured)]
 
 
@@ -97,20 +144,26 @@ def _teacher_model(teacher: Any) -> Any:
     return init_args.get("model")
 
 
-def claim_folder(root: Path) -> Path:
-    """Make the next free folder version_N under `root`: by mkdir, so that two runs never share one."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        number = 0
-        while True:
-            try:
-                folder = root / f"version_{number}"
-                folder.mkdir()
-                return folder
-            except FileExistsError:
-                number += 1
-    except OSError as error:
-        raise UserError(f"trainer.default_root_dir: cannot write to {root.resolve()}: {error.strerror}") from error
+def _with_safe_io(configured: Any) -> list[Any]:
+    """The trainer's plugins, with the project's way to write checkpoints where the config has no other."""
+    plugins = configured if isinstance(configured, list) else [configured] if configured is not None else []
+    own = [] if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [SafeCheckpointIO()]
+    return [*plugins, *own]
+
+
+def find_checkpoint(ckpt_path: Any, root: Path) -> Path | None:
+    """The file that `ckpt_path` means: last is the newest whole one of the runs under `root`, if there is one."""
+    if ckpt_path is None:
+        return None
+    if str(ckpt_path) == "last":
+        return newest_whole(root)
+    path = Path(ckpt_path)
+    if not path.is_file():
+        raise UserError(
+            f"ckpt_path: no checkpoint {path.absolute()}; name a .ckpt file, or say last (the newest whole one of the "
+            f"runs under {root})"
+        )
+    return path
 
 
 def run(args: list[str]) -> None:
@@ -119,9 +172,13 @@ def run(args: list[str]) -> None:
     command = Command.__new__(Command)
     try:
         command.__init__(**_settings())  # type: ignore[misc]
-    except (UserError, MisconfigurationException, ArgumentError):  # a crash keeps what was written
-        _remove_unused_folder(command)
+    except (UserError, MisconfigurationException, ArgumentError) as error:  # a crash keeps what was written
+        if not isinstance(error, StepAbandoned):  # its batch is kept for a look
+            _remove_unused_folder(command)
         raise
+    finally:
+        if command.claimed is not None:
+            command.claimed.release()
 
 
 def fit_parser() -> LightningArgumentParser:
@@ -166,21 +223,23 @@ def _settings() -> dict[str, Any]:
 
 def _remove_unused_folder(command: Command) -> None:
     """Leave nothing behind of a run that was refused before its first step."""
-    trainer, folder = getattr(command, "trainer", None), getattr(command, "run_folder", None)
-    if folder is None or any(folder.glob("predictions*.jsonl")):
+    trainer, claimed = getattr(command, "trainer", None), command.claimed
+    if claimed is None or any(claimed.path.glob("predictions*.jsonl")):
         return
     if trainer is None or trainer.global_step == 0:
-        rank_zero_only(shutil.rmtree)(folder, ignore_errors=True)
+        shutil.rmtree(claimed.path, ignore_errors=True)
 
 
 def main(args: list[str] | None = None) -> int:
-    """Entry point. Returns 0, or 2 for the user's mistakes, with one message and no traceback (`--debug` shows it)."""
+    """Entry point. Returns 0, 2 for the user's mistakes, with one message and no traceback (`--debug` shows it),
+    or 143 or 130 where a signal ended a run that saved a checkpoint."""
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     _quiet()
     keep_freed_blocks()
     try:
+        args = _allow_imports(args)
         if args[:1] == ["doctor"]:
             from opcd import doctor
 
@@ -193,7 +252,12 @@ def main(args: list[str] | None = None) -> int:
             from opcd.sweep import command as sweep
 
             return sweep.main(args[1:], fit_parser())
-        run(args)
+        with _plain_ctrl_c():
+            run(args)
+    except Interrupted as leaving:
+        reset()
+        print(f"opcd: {leaving}; --ckpt_path last goes on", file=sys.stderr)
+        return leaving.exit_code
     except (UserError, MisconfigurationException, ArgumentError) as error:
         return _refused(str(error), debug)
     except OSError as error:
@@ -201,6 +265,34 @@ def main(args: list[str] | None = None) -> int:
             raise
         return _refused(f"cannot write {error.filename or 'the output'}: {error.strerror}", debug)
     return 0
+
+
+def _allow_imports(args: list[str]) -> list[str]:
+    """The arguments without `--allow-imports A.B,C`: what class_path may name although jsonargparse denies it."""
+    if ALLOW not in args:
+        return args
+    place = args.index(ALLOW)
+    names = args[place + 1].split(",") if len(args) > place + 1 else []
+    try:
+        set_parsing_settings(import_path_allowlist=names)
+    except ValueError as error:
+        raise UserError(f"{ALLOW}: {error}") from error
+    if not names:
+        raise UserError(f"{ALLOW} wants import paths with commas between them, such as package.module")
+    return args[:place] + args[place + 2 :]
+
+
+@contextmanager
+def _plain_ctrl_c() -> Iterator[None]:
+    """Until training listens (`LeaveOnSignal`), Ctrl-C ends the process at once, without a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _refused(message: str, debug: bool) -> int:
@@ -220,7 +312,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in str(record.msg).lower())
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")  # one of the user's own
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # a resumed run has a folder of its own
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*The .lr_scheduler.step... call.*")

@@ -1,4 +1,4 @@
-"""The one exception for mistakes of the user's: the command line turns it into exit code 2 and one message."""
+"""Exceptions that the command line turns into exit code 2 and one message."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message says what is wrong, where (file and line, or config key), and what to do.
     """
+
+
+class StepAbandoned(UserError):
+    """A training step ended before its optimizer step: weights, optimizer, scheduler and teacher are as before it."""

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd import gguf
@@ -18,6 +20,7 @@ from opcd.errors import UserError
 from opcd.hub import hub_reachable
 
 PACKAGED = "smollm2-135m"
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass
@@ -33,7 +36,9 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id; refused for anything that lies on this disk."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off: such a model is refused."""
+    """Run Python code that comes with the model. Off: such a model is refused. On: a hub id must have a revision."""
+    pickled_weights: bool = False
+    """Accept weights that are no safetensors, but pickles, where the model has no others."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, if it is not the model's own."""
     chat_template: str | None = None
@@ -92,6 +97,7 @@ def load_model(
             attn_implementation=config.attention,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.pickled_weights else True,
         )
     model.eval()
     return model
@@ -126,6 +132,11 @@ def _hub_id(config: ModelConfig, key: str) -> str:
             f"{key}.name: no model {name!r}: it is no folder or .gguf file here ({Path(name).expanduser().resolve()}), "
             f"no hub id (org/name), and not the packaged model {PACKAGED}{hint}"
         )
+    if config.trust_remote_code and not COMMIT.fullmatch(config.revision or ""):
+        raise UserError(
+            f"{key}.trust_remote_code runs code out of {name}: set {key}.revision to the commit that you have read "
+            "(40 hexadecimal digits), for a branch or tag can change"
+        )
     with _explained(f"{key}.name", name):
         known = isinstance(try_to_load_from_cache(name, "config.json", revision=config.revision), str)
         if not known and not hub_reachable():
@@ -153,5 +164,5 @@ def _explained(key: str, name: str) -> Iterator[None]:
         ) from error
     except HfHubHTTPError as error:
         raise UserError(f"{key}: the hub refuses {name}: {str(error).splitlines()[0]}") from error
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{key}: cannot load {name}: {str(error).strip().splitlines()[0]}") from error

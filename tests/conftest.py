@@ -9,38 +9,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # LightningCLI calls what jsonargparse has deprecated
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.tiny import make_tiny
 from opcd.data import ContextQueryDataModule
-from opcd.models import ModelConfig, load_tokenizer
 
 ROWS = [{"query": f"What is {n} + {n}?", "reference": 2 * n} for n in range(8)]
 CONTEXT = "Answer in one word. The harbour master of Quillhaven is called Odalys."
-
-
-def make_tiny(folder: Path, hidden: int = 32, seed: int = 0) -> Path:
-    """A Llama of two layers and random weights with the packaged model's tokenizer, as a Hugging Face folder."""
-    torch.manual_seed(seed)
-    tokenizer = load_tokenizer(ModelConfig())
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        # Large enough that the distributions are far from uniform, so that tests of values mean something.
-        initializer_range=0.5,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def test_the_exported_student_is_the_trained_one(fit, tmp_path, tiny):
     run = tmp_path / "runs" / "version_0"
     exported = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
     start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    checkpoint = torch.load(run / "checkpoints" / "step=2.ckpt", weights_only=True)["state_dict"]
     assert {name.removeprefix("student.model.") for name in checkpoint} == set(start)  # no frozen teacher in it
     assert any(not torch.equal(start[name], exported[name]) for name in start)
     for name, weight in exported.items():
@@ -156,10 +156,28 @@ def test_predict_without_a_context(opcd, tiny, rows, tmp_path):
 
 
 def test_resume_from_a_checkpoint(fit, tmp_path):
-    assert fit()[0] == 0
-    code, text = fit("--ckpt_path", tmp_path / "runs/version_0/checkpoints/last.ckpt", "--trainer.max_steps", 3)
+    assert fit("--ckpt_path", "last")[0] == 0  # there is none yet
+    checkpoint = tmp_path / "runs/version_0/checkpoints/step=2.ckpt"
+    code, text = fit("--ckpt_path", checkpoint, "--trainer.max_steps", 3)
     assert code == 0, text
     assert len((tmp_path / "runs/version_1/metrics.csv").read_text().splitlines()) == 2
+    (tmp_path / "runs/version_1/checkpoints/step=3.ckpt").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"step=3.ckpt is not what was written.*Going on from .*step=2.ckpt"):
+        code, text = fit("--ckpt_path", "last", "--trainer.max_steps", 4)
+    assert code == 0, text
+    steps = list(csv.DictReader((tmp_path / "runs/version_2/metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in steps] == ["2", "3"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_loaded(fit, tmp_path):
+    assert fit()[0] == 0
+    nowhere = ("--model.student.name", "org/not-there")
+    code, text = fit("--ckpt_path", "last", "--model.temperature", 0.5, "--data.batch_size", 4, *nowhere)
+    assert code == 2
+    assert "these keys differ: model.student.name, model.temperature, data.batch_size" in text
+    code, text = fit("--ckpt_path", "nothing.ckpt", *nowhere)
+    assert code == 2 and "ckpt_path: no checkpoint" in text and "say last" in text
+    assert [run.name for run in (tmp_path / "runs").iterdir()] == ["version_0"]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +200,8 @@ def test_resume_from_a_checkpoint(fit, tmp_path):
         (["--trainer.precision", "16-true"], "trainer.precision"),
         (["--trainer.default_root_dir", "/proc/nowhere"], "trainer.default_root_dir"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["--model.loss", "os.system"], "'os.system' is not allowed"),
+        (["--allow-imports", "jsonargparse"], "--allow-imports"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

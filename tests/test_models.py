@@ -1,11 +1,14 @@
 """Models: the packaged one, GGUF conversion into the cache, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from opcd import gguf
 from opcd.errors import UserError
@@ -74,3 +77,38 @@ def test_folders_that_hold_no_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match=r"model\.student\.name: cannot load"):
         load_model(ModelConfig(name=str(tmp_path)))
+
+
+@pytest.fixture
+def copied(tiny, tmp_path) -> Path:
+    """A copy of the tiny model that a test may break."""
+    return Path(shutil.copytree(tiny, tmp_path / "copied"))
+
+
+def test_weights_that_are_cut_or_missing(copied):
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"model\.student\.name: cannot load .*copied"):
+        load_model(ModelConfig(name=str(copied)))
+    weights.unlink()
+    index = {"metadata": {"total_size": 1}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"cannot load .*copied.*model-00001-of-00002|cannot load"):
+        load_model(ModelConfig(name=str(copied)))
+
+
+def test_pickled_weights_are_taken_only_where_asked(copied):
+    weights = load_file(copied / "model.safetensors")
+    torch.save(weights, copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.student\.name: cannot load .*safetensors"):
+        load_model(ModelConfig(name=str(copied)))
+    assert load_model(ModelConfig(name=str(copied), pickled_weights=True)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0"])
+def test_code_from_the_hub_needs_a_commit(revision):
+    with pytest.raises(UserError, match=r"set model\.student\.revision to the commit"):
+        resolve(ModelConfig(name="org/model", trust_remote_code=True, revision=revision))
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        resolve(ModelConfig(name="org/model", trust_remote_code=True, revision="0123456789" * 4))

@@ -1,11 +1,14 @@
 """Two processes on a CPU, as torchrun or Lightning start them: one run folder, one answer a row, the same weights."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -62,3 +65,27 @@ def test_two_ranks_answer_every_row_once(words, tmp_path):
     assert sorted((a["query"], a["context"]) for a in answers) == [
         (f"What is {n} + {n}?", context) for n in range(5) for context in (False, True)
     ]
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_together_and_go_on_exactly(words, tmp_path):
+    """Each rank draws its own responses; SIGTERM reaches the first process only."""
+    common, fit = words
+    sampled = ("--model.rollout", "StudentRollout", "--model.rollout.init_args.sampling.max_new_tokens", 6)
+    fit = ("fit", *common, *fit, *sampled, "--data.batch_size", 2, "--trainer.max_steps", 12, *RANKS, 2)
+    run(*fit, "--trainer.default_root_dir", tmp_path / "whole")
+    broken = (*fit, "--trainer.default_root_dir", tmp_path / "broken", "--ckpt_path", "last")
+    process = subprocess.Popen([sys.executable, "-m", "opcd", *map(str, broken)], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "broken" / "version_0" / "metrics.csv"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said[-3000:]
+    (saved,) = (tmp_path / "broken" / "version_0" / "checkpoints").glob("*.ckpt")
+    assert saved.name != "step=12.ckpt"
+    run(*broken)
+    one, other = (
+        load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole/version_0", "broken/version_1")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)

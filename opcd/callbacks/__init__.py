@@ -1,9 +1,24 @@
-"""Callbacks: progress, sample answers, evaluation with lm-eval, export of the student, predictions."""
+"""Callbacks: progress, sample answers, evaluation with lm-eval, export of the student, predictions,
+checkpoints, exact resume, signals."""
 
+from opcd.callbacks.alarms import Alarms
+from opcd.callbacks.checkpoints import SaveCheckpoints
 from opcd.callbacks.export import ExportStudent
 from opcd.callbacks.lm_eval import LMEval
 from opcd.callbacks.predictions import PredictionWriter
 from opcd.callbacks.progress import StepProgress
+from opcd.callbacks.resume import ExactResume
 from opcd.callbacks.samples import AnswerSamples
+from opcd.callbacks.signals import LeaveOnSignal
 
-__all__ = ["AnswerSamples", "ExportStudent", "LMEval", "PredictionWriter", "StepProgress"]
+__all__ = [
+    "Alarms",
+    "AnswerSamples",
+    "ExactResume",
+    "ExportStudent",
+    "LMEval",
+    "LeaveOnSignal",
+    "PredictionWriter",
+    "SaveCheckpoints",
+    "StepProgress",
+]

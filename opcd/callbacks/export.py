@@ -62,8 +62,8 @@ class ExportStudent(Callback):
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self._write(trainer, pl_module, f"student-step={trainer.global_step}")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the trained student."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the trained student, also where a run that went on had no step left: it was killed before this."""
         self._write(trainer, pl_module, "student")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:

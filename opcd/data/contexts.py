@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from opcd.data.examples import Example
-from opcd.data.files import read_json, read_jsonl, read_text, require_file
+from opcd.data.files import check_text, read_json, read_jsonl, read_text, require_file
 from opcd.errors import UserError
 
 
@@ -98,4 +98,5 @@ def _context(value: object, source: str, key: str) -> str:
         raise UserError(f"{source}: a context ({key}) must be text")
     if not value.strip():
         raise UserError(f"{source}: the context ({key}) is empty")
+    check_text(value, f"{source}: the context ({key})")
     return value.strip()

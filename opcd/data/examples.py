@@ -4,10 +4,11 @@ import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from opcd.data.files import check_text
 from opcd.errors import UserError
 
 Message = dict[str, str]
@@ -38,16 +39,24 @@ class Example:
     source: str
 
 
-def parse_rows(rows: Iterable[tuple[str, object]], key: str) -> list[Example]:
+def parse_rows(
+    rows: Iterable[tuple[str, object]], key: str, on_bad_row: Literal["raise", "skip"] = "raise"
+) -> list[Example]:
     """Examples from (source, raw row) pairs. Copies of a DAPO-Math-17k problem are dropped, and their number logged.
 
     On the hub that set holds each problem about a hundred times by accident.
+
+    Args:
+        rows: where each row was read, and the row, or the UserError that says why there is none.
+        key: the config key of their source, for messages.
+        on_bad_row: raise an error for the first wrong row, or leave all such rows out with one warning.
 
     Raises:
         UserError: a row is in no accepted shape, or one of its fields is wrong.
     """
     examples: list[Example] = []
     problems: set[str] = set()
+    bad: list[str] = []
     copies = 0
     for source, row in rows:
         if _is_dapo(row):
@@ -56,7 +65,14 @@ def parse_rows(rows: Iterable[tuple[str, object]], key: str) -> list[Example]:
                 copies += 1
                 continue
             problems.add(problem)
-        examples.append(parse_row(row, source, len(examples)))
+        try:
+            examples.append(parse_row(row, source, len(examples)))
+        except UserError as error:
+            if on_bad_row == "raise":
+                raise
+            bad.append(str(error))
+    if bad:
+        rank_zero_warn(f"{key}: {len(bad)} bad rows left out (data.on_bad_row: skip), {len(examples)} kept: {bad[0]}")
     if copies:
         rank_zero_info(f"{key}: dropped {copies} copies of problems; {len(examples)} rows remain")
     return examples
@@ -68,6 +84,8 @@ def parse_row(row: object, source: str, index: int) -> Example:
     Raises:
         UserError: names the source and the field.
     """
+    if isinstance(row, UserError):
+        raise row
     if not isinstance(row, dict):
         raise UserError(f"{source}: a row must be an object, not {_kind(row)}; {ACCEPTED}")
     if _is_dapo(row):
@@ -130,6 +148,7 @@ def _message(value: object, where: str) -> Message:
     message = {str(name): item for name, item in value.items() if item is not None}
     if message.keys() != {"role", "content"} or not isinstance(message["content"], str):
         raise UserError(f"{where} must have a role and a content, both text, and no more; it has {sorted(message)}")
+    check_text(message["content"], f"{where}.content")
     if message["role"] not in ROLES:
         raise UserError(f"{where} has the role {message['role']!r}; known are {', '.join(ROLES)}")
     return message
@@ -151,6 +170,7 @@ def _text(value: object, source: str, name: str, expected: str = "text") -> str 
         raise UserError(f"{source}: {name} must be {expected}, not {_kind(value)}")
     if not value.strip():
         raise UserError(f"{source}: {name} is empty; give it text, or leave it out where it is optional")
+    check_text(value, f"{source}: {name}")
     return value
 
 

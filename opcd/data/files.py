@@ -3,10 +3,13 @@
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from opcd.errors import UserError
+
+LONGEST = 5_000_000
+"""Most characters of a text: about a million tokens."""
 
 
 def require_file(source: str, key: str) -> Path:
@@ -56,15 +59,34 @@ def read_jsonl(path: Path, key: str) -> Iterator[tuple[str, object]]:
     """(source, value) of each line that is not blank; source is "file:line".
 
     Raises:
-        UserError: a line is not valid JSON.
+        UserError: a line is not valid UTF-8 or JSON.
     """
-    for number, line in enumerate(read_text(path, key).split("\n"), start=1):
+    return raising(jsonl_lines(path, key))
+
+
+def raising(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
+    """The same rows; one that is an error is raised."""
+    for source, value in rows:
+        if isinstance(value, UserError):
+            raise value
+        yield source, value
+
+
+def jsonl_lines(path: Path, key: str) -> Iterator[tuple[str, object]]:
+    """(source, value) of each line that is not blank.
+
+    A line that is no valid UTF-8 or JSON gives the UserError that says so as its value, to raise or to count.
+    """
+    for number, line in enumerate(read_bytes(path, key).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
+        value: object
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
+            value = parse_json(line.decode(), f"{path}:{number}")
+        except UnicodeDecodeError as error:
+            value = UserError(f"{path}:{number}: not valid UTF-8 ({error.reason}); save the file as UTF-8")
+        except UserError as error:
+            value = error
         yield f"{path}:{number}", value
 
 
@@ -74,18 +96,74 @@ def read_json(path: Path, key: str) -> object:
     Raises:
         UserError: it is not valid JSON (with the line).
     """
+    return parse_json(read_text(path, key), str(path))
+
+
+def parse_json(text: str, source: str) -> object:
+    """The value of a JSON text. A name that an object has twice, NaN and infinities are no JSON here.
+
+    Raises:
+        UserError: names the source, and the line in it where it has several.
+    """
     try:
-        value: object = json.loads(read_text(path, key))
+        value: object = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+        line = f":{error.lineno}" if "\n" in text else ""
+        raise UserError(f"{source}{line}: not valid JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not valid JSON: {error}") from error
     return value
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse text that no tokenizer takes as what it says.
+
+    Raises:
+        UserError: it holds a NUL character or half a surrogate pair, or is longer than any model's window.
+    """
+    if "\0" in text:
+        raise UserError(f"{where} holds a NUL character, its {text.index(chr(0)) + 1}th; remove it")
+    if len(text) > LONGEST:
+        raise UserError(f"{where} has {len(text)} characters; more than {LONGEST} fit into no model: cut it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"{text[error.start]!a}, its {error.start + 1}th character"
+        raise UserError(f"{where} holds half of a surrogate pair ({half}); remove it") from error
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has {twice!r} twice")
+    return value
+
+
+def _no_number(name: str) -> object:
+    raise ValueError(f"{name} is no number")
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is whole or not there, also after a crash of the machine."""
     scratch = path.with_name(f".{path.name}-being-written")
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(path)
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Let the names in a folder survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,16 +1,18 @@
 """The data of a run: examples from files, two views of each, batches."""
 
-from typing import cast
+import warnings
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from opcd.data.batch import Batch
 from opcd.data.budgets import LengthBudgets, OverlongContext, OverlongQuery
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
 from opcd.data.examples import Example
 from opcd.data.lengths import longest_prompts
+from opcd.data.sampler import ResumableSampler
 from opcd.data.sources import read_examples
 from opcd.data.views import STUDENT, TEACHER, Placement, Views, split_template
 from opcd.data.vocabulary import check_same_vocabulary
@@ -46,6 +48,7 @@ class ContextQueryDataModule(LightningDataModule):
             cut the context's beginning (cut_left) or end (cut_right).
         max_query_tokens: most tokens of a student's prompt.
         overlong_query: what happens to a row with a longer one.
+        on_bad_row: raise an error for the first malformed row, or skip all such rows and warn of their number.
         shuffle: a new order of the training rows in each epoch, which depends on the seed and the epoch only.
         seed: seed of that order and of the drawn contexts.
         num_workers: processes that load rows. Rows are in memory and tokenized in the main process: 0 is rarely slower.
@@ -71,6 +74,7 @@ class ContextQueryDataModule(LightningDataModule):
         overlong_context: OverlongContext = "raise",
         max_query_tokens: int | None = None,
         overlong_query: OverlongQuery = "raise",
+        on_bad_row: Literal["raise", "skip"] = "raise",
         shuffle: bool = True,
         seed: int = 0,
         num_workers: int = 0,
@@ -86,7 +90,7 @@ class ContextQueryDataModule(LightningDataModule):
         eval_size = batch_size if eval_batch_size is None else eval_batch_size
         self.eval_batch_size = _at_least(1, eval_size, "eval_batch_size")
         self.budgets = LengthBudgets(max_context_tokens, overlong_context, max_query_tokens, overlong_query)
-        self.shuffle, self.seed = shuffle, seed
+        self.on_bad_row, self.shuffle, self.seed = on_bad_row, shuffle, seed
         self.num_workers = _at_least(0, num_workers, "num_workers")
         self.student = student or ModelConfig()
         self.teacher = teacher or self.student
@@ -98,6 +102,7 @@ class ContextQueryDataModule(LightningDataModule):
         self._contexts: ContextSource | None = None
         self._views: Views | None = None
         self._taught = True
+        self._begin = {"epoch": 0, "samples": 0}
 
     def setup(self, stage: str) -> None:
         """Read the rows of a stage (fit, validate, test, predict), and check all that needs no model.
@@ -109,7 +114,7 @@ class ContextQueryDataModule(LightningDataModule):
         if self.sources[splits[0]] is None:
             raise UserError(f"data.{splits[0]} is not set; `{stage}` needs it: name a file or a hub data set")
         rows = {
-            split: read_examples(source, f"data.{split}")
+            split: read_examples(source, f"data.{split}", self.on_bad_row)
             for split in splits
             if (source := self.sources[split]) is not None and split not in self._examples
         }
@@ -156,12 +161,25 @@ class ContextQueryDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Example]:
         """Batches of training rows. Under several ranks, rows are repeated until all ranks have as many."""
         dataset = cast("Dataset[Example]", self.examples("train"))
-        # The order is a function of (seed, epoch): a resumed epoch has the order that it began with.
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        sampler: DistributedSampler[Example] = DistributedSampler(
-            dataset, shuffle=self.shuffle, seed=self.seed, **ranks
-        )
-        return self._loader("train", self.batch_size, sampler)
+        begin, self._begin = self._begin, {"epoch": 0, "samples": 0}
+        start = begin["samples"] // ranks["num_replicas"]
+        order = {"shuffle": self.shuffle, "seed": self.seed, "epoch": begin["epoch"], "start": start}
+        return self._loader("train", self.batch_size, ResumableSampler(dataset, **ranks, **order))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands: the epoch, and the rows of all ranks that were trained on in it."""
+        if self.trainer is None or self.trainer.num_training_batches in (0, float("inf")):
+            return {}  # nothing is trained
+        done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        epoch, batches = divmod(done.processed, int(self.trainer.num_training_batches))
+        return {"epoch": epoch, "samples": batches * self.batch_size * self.trainer.world_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader begin there."""
+        self._begin = state_dict
+        # Lightning looks for a loader that can be set to a place; here it is the sampler.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
 
     def val_dataloader(self) -> DataLoader[Example]:
         """Batches of validation rows."""
@@ -210,15 +228,14 @@ class ContextQueryDataModule(LightningDataModule):
         kwargs = (self.student.chat_template_kwargs, config.chat_template_kwargs)
         return Views(student, teacher, self.placement, self.template, *kwargs)
 
-    def _loader(
-        self, split: str, batch_size: int, sampler: DistributedSampler[Example] | None = None
-    ) -> DataLoader[Example]:
+    def _loader(self, split: str, batch_size: int, sampler: ResumableSampler | None = None) -> DataLoader[Example]:
         return DataLoader(
             cast("Dataset[Example]", self.examples(split)),
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=as_list,
+            generator=torch.Generator(),  # each new iterator draws a seed, and must not from training's generator
         )
 
 

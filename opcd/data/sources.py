@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from opcd.data.examples import Example, parse_rows
-from opcd.data.files import read_json, read_jsonl, require_file
+from opcd.data.files import jsonl_lines, raising, read_json, require_file
 from opcd.errors import UserError
 from opcd.hub import hub_reachable
 
@@ -14,18 +15,21 @@ Rows = Iterator[tuple[str, object]]
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<split>.+))?")
 
 
-def read_examples(source: str, key: str = "data.train") -> list[Example]:
+def read_examples(
+    source: str, key: str = "data.train", on_bad_row: Literal["raise", "skip"] = "raise"
+) -> list[Example]:
     """All examples of a source.
 
     Args:
         source: a .jsonl, .json or .parquet file, or a hub data set "org/name" or "org/name:split" (split: train;
             slices of `datasets`, such as train[:1000], are allowed).
         key: the config key that holds the source, for messages.
+        on_bad_row: raise an error for the first wrong row, or leave all such rows out with one warning.
 
     Raises:
         UserError: the source cannot be read, has no rows, or a row is wrong.
     """
-    examples = parse_rows(read_rows(source, key), key)
+    examples = parse_rows(_rows(source, key), key, on_bad_row)
     if not examples:
         raise UserError(f"{key}: {source} has no rows")
     return examples
@@ -35,12 +39,17 @@ def read_rows(source: str, key: str) -> Rows:
     """(where, raw row) of each row of a source, such as ("train.jsonl:12", {...}); arguments as for `read_examples`.
 
     Raises:
-        UserError: the source cannot be read.
+        UserError: the source cannot be read, or a line of it is no JSON.
     """
-    readers = {".jsonl": read_jsonl, ".json": _json_rows, ".parquet": _parquet_rows}
+    return raising(_rows(source, key))
+
+
+def _rows(source: str, key: str) -> Rows:
+    """The same; a line that is no JSON is the UserError that says so."""
+    readers = {".jsonl": jsonl_lines, ".json": _json_rows, ".parquet": _parquet_rows}
     path = Path(source).expanduser()
     if path.suffix in readers or path.is_dir():
-        return readers.get(path.suffix, read_jsonl)(require_file(source, key), key)
+        return readers.get(path.suffix, jsonl_lines)(require_file(source, key), key)
     hub = HUB_ID.fullmatch(source)
     if hub is None or path.exists():
         raise UserError(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from opcd.interruption import check
+
 
 def decode(
     model: Any,  # a PreTrainedModel: transformers types its methods as tensors or modules
@@ -23,6 +25,7 @@ def decode(
 ) -> Tensor:
     """Prompts [B, T] -> [B, T + R]: what `generate` returns for one sampled or greedy sequence a row.
 
+    A signal that asks the run to end is noticed between two tokens (`Interrupted`).
     With `synced_gpus` (FSDP) a rank that is done runs on, its results unread, until every rank is.
     """
     longest = generation_config.max_length - input_ids.shape[1]
@@ -34,6 +37,7 @@ def decode(
         inputs = model._update_model_kwargs_for_generation(outputs, inputs)
         scores = logits_processor(input_ids, outputs.logits[:, -1].float())
         tokens = draw(scores) if generation_config.do_sample else scores.argmax(-1)
+        check()
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
         if not done:
             written[rows, step] = tokens

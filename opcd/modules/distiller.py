@@ -12,6 +12,7 @@ How a step works:
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +25,16 @@ from torchmetrics import MeanMetric
 
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
+from opcd.interruption import check, leaving_together
 from opcd.losses import Divergence, ReverseKL, SampledReverseKL
 from opcd.memory import KEPT, give_back
 from opcd.models import ModelConfig
+from opcd.modules.bad_numbers import FOLDER, BadNumbers, BadSteps, keep_batch, what_is_bad
 from opcd.modules.checks import check_positive, check_sampled, check_windows
 from opcd.modules.generation import Sampling, eval_mode, own_precision
-from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib
+from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib, repetition
 from opcd.modules.objective import Objective
+from opcd.modules.out_of_memory import naming_the_knob
 from opcd.modules.prefix import Mode, SharedPrefix
 from opcd.modules.rollouts import Rollout, StudentRollout
 from opcd.modules.student import Student
@@ -63,6 +67,7 @@ class Distiller(LightningModule):
             first and falls back with one message; always does neither; never runs the whole context for every row.
         prefix_memory_mib: most MiB of keys and values that are kept; the least recently used context goes first.
         gradient_clip_val: most norm of the gradient of a step; null clips nothing.
+        bad_numbers: what happens where loss, teacher or gradients are not finite; the optimizer never steps then.
         answer: how answers are drawn that are shown or written (predict, samples); greedy by default.
     """
 
@@ -82,6 +87,7 @@ class Distiller(LightningModule):
         shared_prefix: Mode = "auto",
         prefix_memory_mib: int = 2048,
         gradient_clip_val: float | None = 1.0,
+        bad_numbers: BadNumbers = BadNumbers(),  # noqa: B008
         answer: Sampling = Sampling(temperature=0.0),  # noqa: B008
     ) -> None:
         super().__init__()
@@ -102,7 +108,7 @@ class Distiller(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.reduction, self.micro_batch_tokens, self.answer = reduction, micro_batch_tokens, answer
         self.gradient_checkpointing, self.gradient_clip_val = gradient_checkpointing, gradient_clip_val
-        self.held_out_divergence = MeanMetric()
+        self.held_out_divergence, self.bad_steps = MeanMetric(), BadSteps(bad_numbers)
 
     def setup(self, stage: str) -> None:
         """Check what can be known before a model is loaded."""
@@ -132,14 +138,24 @@ class Distiller(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step on one batch of queries."""
-        start, clock, means = time.perf_counter(), Stopwatch(self.device), TokenMeans()
-        with clock("sync"):
-            self.rollout.synchronise(self.student)
-        with clock("rollout"):
-            trajectories = self.rollout.sample(self.student, self.teacher, batch)
+        start, clock = time.perf_counter(), Stopwatch(self.device)
+        with naming_the_knob(clock, alone=self.trainer.world_size == 1):
+            with clock("sync"):
+                self.rollout.synchronise(self.student)
+            with clock("rollout"), leaving_together(self._largest):
+                trajectories = self.rollout.sample(self.student, self.teacher, batch)
+            means = self._gradients(trajectories, clock)
+            with clock("optimizer"):
+                gradient_norm = self._optimizer_step(batch, trajectories, means.compute())
+        self._log_step(trajectories, means, clock, time.perf_counter() - start, gradient_norm)
+
+    def _gradients(self, trajectories: Trajectories, clock: Stopwatch) -> TokenMeans:
+        """Teacher, student and loss over all responses, a micro-batch at a time; gradients add up in the student."""
+        means = TokenMeans()
         weights = token_weights(trajectories.lengths, self.reduction, self._all_sum)
         micro_batches = trajectories.micro_batches(self.micro_batch_tokens)
         for number, rows in enumerate(micro_batches, start=1):
+            check()
             part = trajectories.select(rows)
             with clock("teacher"):
                 target = self.teacher.score(part, self.micro_batch_tokens)
@@ -151,9 +167,7 @@ class Distiller(LightningModule):
                 means.add(values)
             with clock("student"):
                 self._backward((values["divergence"] * share).sum(), last=number == len(micro_batches))
-        with clock("optimizer"):
-            gradient_norm = self._optimizer_step()
-        self._log_step(trajectories, means, clock, time.perf_counter() - start, gradient_norm)
+        return means
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Divergence on rollouts of held-out queries."""
@@ -190,9 +204,13 @@ class Distiller(LightningModule):
         give_back()  # Lightning builds the file in memory: a copy of weights and optimizer
         if state := self.teacher.state_dict():
             checkpoint["teacher"] = state
+        checkpoint["bad_steps"] = [self.bad_steps.total, self.bad_steps.in_a_row]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the teacher its state back."""
+        """Give the teacher its state back, and let the student take float64 weights as they are (`64-true`)."""
+        saved = next(iter(checkpoint["state_dict"].values())).dtype
+        self.student.to(torch.promote_types(self.student.model.dtype, saved))  # Lightning converts after it has loaded
+        self.bad_steps.total, self.bad_steps.in_a_row = checkpoint.get("bad_steps", (0, 0))
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
 
@@ -210,10 +228,17 @@ class Distiller(LightningModule):
             with strategy.block_backward_sync():
                 self.manual_backward(loss)
 
-    def _optimizer_step(self) -> Tensor:
+    def _optimizer_step(self, batch: Batch, trajectories: Trajectories, means: dict[str, float]) -> Tensor:
+        """Step where all numbers are finite; the norm of the gradients."""
         optimizer = self.optimizers()
         limit = float("inf") if self.gradient_clip_val is None else self.gradient_clip_val
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit)
+        problem = what_is_bad(means, norm)
+        if self._largest(problem is not None):
+            optimizer.zero_grad()  # type: ignore[union-attr]
+            self._refuse_step(batch, trajectories, means, problem or "not finite on another rank")
+            return norm
+        self.bad_steps.good()
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
         if self.lr_scheduler is not None:
@@ -222,6 +247,12 @@ class Distiller(LightningModule):
         self.answering.clear()
         give_back(beyond=KEPT)
         return norm
+
+    def _refuse_step(self, batch: Batch, trajectories: Trajectories, means: dict[str, float], problem: str) -> None:
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / FOLDER
+        file = folder / f"step={self.trainer.global_step}-bad={self.bad_steps.total}-rank={self.global_rank}.json"
+        keep_batch(file, batch, trajectories, problem, means)
+        self.bad_steps.bad(self.trainer.global_step, problem, file)
 
     @torch.no_grad()
     def _held_out_step(self, batch: Batch, batch_idx: int, split: str) -> None:
@@ -247,10 +278,18 @@ class Distiller(LightningModule):
         }
         kept = {f"train/{name}": value for name, value in means.compute().items() if name != "divergence"}
         kept |= {f"seconds/{part}": value for part, value in clock.seconds.items()} | {"seconds/step": seconds}
+        kept |= {"train/repetition": repetition(trajectories.responses), "train/bad_steps": self.bad_steps.total}
+        kept |= {"train/empty": trajectories.empty / len(trajectories)}
         kept |= {"train/gradient_norm": float(gradient_norm), "memory/peak_mib": peak_memory_mib(self.device)}
         several = self.trainer.world_size > 1
         self.log_dict(shown, prog_bar=True, batch_size=len(trajectories), sync_dist=several)
         self.log_dict(kept, batch_size=len(trajectories), sync_dist=several)
+
+    def _largest(self, number: int) -> int:
+        """The largest of all ranks' numbers; every rank must ask."""
+        if self.trainer.world_size == 1:
+            return number
+        return int(self.trainer.strategy.reduce(torch.tensor(number, device=self.device), reduce_op="max"))
 
     def _all_sum(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")

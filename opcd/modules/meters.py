@@ -15,16 +15,21 @@ class Stopwatch:
     """Seconds spent in named parts, each part summed over its visits.
 
     On a GPU a part ends with a synchronisation, so that the seconds are those of the kernels it launched.
+
+    Attributes:
+        seconds: of each part.
+        part: the one that was begun last.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.part = ""
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Count the time inside the `with` block to `part`."""
-        start = time.perf_counter()
+        self.part, start = part, time.perf_counter()
         try:
             yield
         finally:
@@ -50,6 +55,15 @@ class TokenMeans:
     def compute(self) -> dict[str, float]:
         """Mean of every value over all tokens."""
         return {name: float(total) / self.tokens for name, total in self._sums.items()}
+
+
+def repetition(responses: list[Tensor], length: int = 4) -> float:
+    """Share of a response's runs of `length` tokens that it has said before, the mean over responses [R]; 0 to 1."""
+    shares = []
+    for response in responses:
+        runs = list(zip(*(response.tolist()[start:] for start in range(length)), strict=False))
+        shares.append(1 - len(set(runs)) / len(runs) if runs else 0.0)
+    return sum(shares) / max(len(shares), 1)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """One prefix for everyone: the keys and values of a context, computed once and shared by all that follows it."""
 
 from collections import OrderedDict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -36,10 +36,24 @@ class SharedPrefix:
         self._entries: OrderedDict[tuple[int, ...], EncodedPrefix] = OrderedDict()
         self._seen: set[int] = set()  # hashes: contexts may be as many as rows
         self._agrees: bool | None = {"auto": None, "always": True, "never": False}[mode]
+        self._missing: list[tuple[int, ...]] = []  # kept when the run was stopped; the next pass computes them
 
     def clear(self) -> None:
         """Forget all keys and values: the weights have changed."""
         self._entries.clear()
+        self._missing.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which rows are packed: packed and full passes round differently. No keys and values."""
+        kept = self._missing or self._entries
+        return {"kept": list(kept), "seen": sorted(self._seen), "agrees": self._agrees}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it up again; keys and values that are there stay."""
+        kept, there = state["kept"], self._entries
+        self._missing = [] if all(ids in there for ids in kept) else list(kept)
+        self._entries = OrderedDict((ids, there[ids]) for ids in kept if not self._missing)
+        self._seen, self._agrees = set(state["seen"]), state["agrees"]
 
     def score(
         self, model: PreTrainedModel, prefixes: list[Tensor], rows: list[tuple[Tensor, Tensor]], max_tokens: int
@@ -54,6 +68,7 @@ class SharedPrefix:
         """
         if self._agrees is False:
             return {}
+        self._compute_missing(model)
         shared: dict[tuple[int, ...], list[int]] = {}
         for number, (prefix, (prompt, _)) in enumerate(zip(prefixes, rows, strict=True)):
             length = min(_common(prefix, prompt), len(prompt) - 1)  # the last token's state predicts the response
@@ -82,6 +97,7 @@ class SharedPrefix:
             prefixes: B tensors of the token ids that may come first in a prompt.
             prompts: B tensors [Q] of token ids.
         """
+        self._compute_missing(model)
         pairs = list(zip(prefixes, prompts, strict=True))
         ids = [tuple(a[: min(_common(a, b), len(b) - 1)].tolist()) for a, b in pairs]
         shapes = {(len(prefix), len(prompt)) for prefix, prompt in zip(ids, prompts, strict=True)}
@@ -93,6 +109,11 @@ class SharedPrefix:
         if self._agrees is None:  # compare first: two rows that end one token early
             self.score(model, [prefixes[0]] * 2, [(prompts[0][:-1], prompts[0][-1:])] * 2, len(prompts[0]))
         return [self._entry(model, prefix) for prefix in ids] if self._agrees else None
+
+    def _compute_missing(self, model: PreTrainedModel) -> None:
+        missing, self._missing = self._missing, []
+        for ids in missing:
+            self._entry(model, ids)
 
     def _alone(self, ids: tuple[int, ...], numbers: list[int]) -> bool:
         """Whether nothing is known to share the prefix: its first row, alone in the batch, gains nothing."""

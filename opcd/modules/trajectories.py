@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opcd.data import Batch
+from opcd.errors import UserError
 
 Reduction = Literal["token", "sequence"]
 
@@ -39,7 +40,14 @@ class Trajectories:
 
     @classmethod
     def of(cls, batch: Batch, responses: list[Tensor], eos_ids: set[int]) -> Trajectories:
-        """Join a batch with a response an example; what follows a response's first end-of-sequence token is cut."""
+        """Join a batch with a response an example; what follows a response's first end-of-sequence token is cut.
+
+        Raises:
+            UserError: a response has no token at all, so that there is nothing to compare.
+        """
+        for example, response in zip(batch.examples, responses, strict=True):
+            if not len(response):
+                raise UserError(f"{example.source}: the rollout wrote no token, not even an end-of-sequence token")
         cut = [first_sequence(response, eos_ids) for response in responses]
         ended = [int(response[-1]) in eos_ids for response in cut]
         return cls(batch.student_prompts, batch.teacher_prompts, batch.teacher_prefixes, cut, ended)
@@ -57,6 +65,11 @@ class Trajectories:
     def lengths(self) -> Tensor:
         """Tokens of each response, [B] int64."""
         return torch.tensor([len(response) for response in self.responses])
+
+    @property
+    def empty(self) -> int:
+        """How many responses are an end-of-sequence token and nothing else."""
+        return sum(len(response) == 1 and over for response, over in zip(self.responses, self.ended, strict=True))
 
     def select(self, rows: list[int]) -> Trajectories:
         """The trajectories at `rows`, in that order."""

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from opcd.changes import plain_config
 from opcd.data import ContextQueryDataModule
 from opcd.data.files import require_file
 from opcd.errors import UserError
@@ -66,7 +66,7 @@ class ConfigChecker:
             self._read_rows(objects.data, config)
         except (ValueError, UserError, MisconfigurationException) as error:
             raise UserError(f"{where}: {error}") from error
-        return _plain(self.parser, config)
+        return plain_config(self.parser, config)
 
     def _parse(self, words: list[str], where: str, settings: dict[str, Any] | None = None) -> Any:
         words = words or self.words({})
@@ -108,24 +108,6 @@ class ConfigChecker:
         return f"; did you mean {found[0]}?" if found else "; `opcd fit --print_config` shows all"
 
 
-def _plain(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False, format="yaml"))
-    plain["trainer"].pop("default_root_dir")
-    return plain
-
-
 def _leaves(config: Any) -> Iterable[str]:
     """Dotted keys of all values of a parsed config, those inside class arguments included."""
     yield from config.keys()
-
-
-def changed_keys(old: Any, new: Any, above: str = "") -> list[str]:
-    """Dotted keys at which two plain values differ."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return [] if old == new else [above]
-    changed = []
-    for key in dict.fromkeys((*old, *new)):
-        name = f"{above}.{key}".strip(".")
-        both = key in old and key in new
-        changed += changed_keys(old[key], new[key], name) if both else [name]
-    return changed

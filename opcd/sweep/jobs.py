@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd.changes import changed_keys
 from opcd.data.files import write_whole
 from opcd.errors import UserError
-from opcd.sweep.checks import changed_keys
 
 RUN = "runs/version_0"  # where `opcd` writes in a job's folder: the former attempt is gone before it starts
 
@@ -27,7 +27,7 @@ class Job:
     config: dict[str, Any]
     """What the result depends on: a finished job is not run again while this stays the same."""
     proof: str
-    """A path in its folder that exists once the work is done: a run that is stopped by a signal exits with 0 too."""
+    """A path in its folder that exists once the work is done."""
     after: tuple[str, ...] = ()
     """Names of jobs that must finish before."""
 

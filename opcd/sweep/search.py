@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from opcd.changes import changed_keys
 from opcd.data.files import write_whole
 from opcd.errors import UserError
-from opcd.sweep.checks import changed_keys
 from opcd.sweep.plan import Arm, Search, SweepFile, label
 from opcd.sweep.summary import ArmResult
 

@@ -79,7 +79,7 @@ def test_training_is_bit_for_bit_the_same(opcd, words, tmp_path, precision):
     assert len(list((with_evaluation / "eval").iterdir())) == 2 * 5
     one, other = (load_file(folder / "student" / "model.safetensors") for folder in (without, with_evaluation))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    states = [torch.load(folder / "checkpoints" / "last.ckpt") for folder in (without, with_evaluation)]
+    states = [torch.load(folder / "checkpoints" / "step=20.ckpt") for folder in (without, with_evaluation)]
     moments = [list(state["optimizer_states"][0]["state"].values()) for state in states]
     assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*moments, strict=True))
     assert (without / "samples.jsonl").read_text() == (with_evaluation / "samples.jsonl").read_text()
@@ -123,7 +123,7 @@ def test_two_callbacks_and_a_run_that_goes_on(words, opcd, tmp_path, caplog):
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     assert opcd(*arguments)[0] == 0
     assert len(list((tmp_path / "runs" / "version_0" / "other").iterdir())) == 2 * 3
-    last = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
+    last = tmp_path / "runs" / "version_0" / "checkpoints" / "step=2.ckpt"
     code, text = opcd(*arguments, "--trainer.max_steps", 3, "--ckpt_path", last)
     assert code == 0, text
     assert "other/dapo_math/accuracy: 0.000 at the last step, 3; most: 0.000 at step 0" in caplog.text

@@ -2,11 +2,13 @@
 
 from itertools import pairwise, product
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from opcd.errors import UserError
 from opcd.modules.trajectories import PASS, Trajectories, first_sequence, length_groups, token_weights
 
 
@@ -16,6 +18,13 @@ def test_nothing_after_the_first_end_of_sequence_counts(batch):
     assert trajectories.responses[0].tolist() == [7, 8, 2]
     assert trajectories.ended == [True] + [False] * 7
     assert trajectories.lengths.tolist() == [3] + [2] * 7
+
+
+def test_empty_responses_are_counted_and_none_at_all_is_named(batch):
+    trajectories = Trajectories.of(batch, [torch.tensor([2])] * 3 + [torch.tensor([5])] * 5, {2})
+    assert trajectories.empty == 3
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the rollout wrote no token"):
+        Trajectories.of(batch, [torch.tensor([], dtype=torch.long)] * 8, {2})
 
 
 def test_any_of_several_end_tokens_ends():

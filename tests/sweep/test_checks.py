@@ -2,9 +2,10 @@
 
 import pytest
 
+from opcd.changes import changed_keys
 from opcd.cli import fit_parser
 from opcd.errors import UserError
-from opcd.sweep.checks import ConfigChecker, changed_keys
+from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.plan import Base
 from tests.sweep.conftest import QUICKSTART
 

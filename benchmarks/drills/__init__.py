@@ -1,0 +1,1 @@
+"""Drills: what kills runs, done to runs on purpose (docs/survival.md)."""

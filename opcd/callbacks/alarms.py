@@ -1,0 +1,72 @@
+"""Alarms for runs that go wrong with finite numbers: answers without end, repetition, a student that collapses."""
+
+import math
+from collections import deque
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+class Alarms(Callback):
+    """Warns, once each, of what the means over a window of steps say. Nothing is changed: look at samples.jsonl.
+
+    Args:
+        window: steps of a window.
+        ended: runaway length: fewer than this share of responses end by themselves, and twice as many did in the first
+            window.
+        repetition: this share of a response's runs of four tokens has been said before in it.
+        entropy: collapse: the student's entropy is below this share of what it was in the first window.
+    """
+
+    def __init__(self, window: int = 20, ended: float = 0.1, repetition: float = 0.5, entropy: float = 0.1) -> None:
+        if window < 1 or not all(0 <= share <= 1 for share in (ended, repetition, entropy)):
+            raise ValueError(
+                f"Alarms wants window >= 1 and shares from 0 to 1, got {window}, {ended}, {repetition}, {entropy}"
+            )
+        self.window, self.ended, self.repetition, self.entropy = window, ended, repetition, entropy
+        self._recent: deque[dict[str, float]] = deque(maxlen=window)
+        self._first: dict[str, float] = {}
+        self._rung: list[str] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Look at the last window."""
+        names = ("ended", "repetition", "student_entropy", "response_tokens")
+        measured = {name: float(trainer.callback_metrics[f"train/{name}"]) for name in names}
+        if not all(map(math.isfinite, measured.values())):
+            return  # a bad step, which has a message of its own
+        self._recent.append(measured)
+        if len(self._recent) < self.window:
+            return
+        now = {name: sum(step[name] for step in self._recent) / self.window for name in names}
+        self._first = self._first or now
+        for alarm, said in self._said(now).items():
+            if alarm not in self._rung:
+                self._rung.append(alarm)
+                rank_zero_warn(f"step {trainer.global_step}, mean of {self.window} steps: {said} (samples.jsonl)")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs."""
+        return {"recent": list(self._recent), "first": self._first, "rung": self._rung}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up again."""
+        self._recent.extend(state_dict["recent"])
+        self._first, self._rung = state_dict["first"], state_dict["rung"]
+
+    def _said(self, now: dict[str, float]) -> dict[str, str]:
+        """What is wrong with the means of a window."""
+        first, said = self._first, {}
+        if now["ended"] < self.ended and first["ended"] >= 2 * self.ended:
+            said["ended"] = (
+                f"{now['ended']:.0%} of the responses end by themselves, {first['ended']:.0%} did at first; they have "
+                f"{now['response_tokens']:.0f} tokens, {first['response_tokens']:.0f} at first"
+            )
+        if now["repetition"] > self.repetition:
+            said["repetition"] = f"{now['repetition']:.0%} of the responses' runs of four tokens are repeated"
+        if now["student_entropy"] < self.entropy * first["student_entropy"]:
+            said["entropy"] = (
+                f"the student's entropy is {now['student_entropy']:.3f} nats a token, {first['student_entropy']:.3f} "
+                "at first: it collapses"
+            )
+        return said

@@ -1,0 +1,16 @@
+"""Checkpoints that cannot be lost: whole or not there, proven by a manifest, found again after a kill."""
+
+from opcd.checkpoints.files import BrokenCheckpoint, DiskFull, read_checkpoint, verify, write_checkpoint
+from opcd.checkpoints.io import SafeCheckpointIO
+from opcd.checkpoints.last import check_config, newest_whole
+
+__all__ = [
+    "BrokenCheckpoint",
+    "DiskFull",
+    "SafeCheckpointIO",
+    "check_config",
+    "newest_whole",
+    "read_checkpoint",
+    "verify",
+    "write_checkpoint",
+]

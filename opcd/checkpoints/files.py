@@ -1,0 +1,205 @@
+"""A checkpoint file and its manifest.
+
+How a checkpoint is written: `.NAME-being-written` beside the target, flushed and fsynced; then the manifest, which
+accepts the new file and, where one of the same name is there, that too; then the name. Whenever the process or the
+machine dies, what has the name is whole, and the manifest says so. Nothing is removed before.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from opcd.data.files import fsync_folder, write_whole
+from opcd.errors import UserError
+
+SPARE = 4 * 2**20
+"""Bytes for what a checkpoint holds beside its tensors."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskFull(UserError):
+    """There is no room for a checkpoint. What was saved before is untouched."""
+
+
+class BrokenCheckpoint(UserError):
+    """A file is not the checkpoint that was written."""
+
+
+def manifest_of(path: Path) -> Path:
+    """The manifest of a checkpoint: what its file may be (bytes, sha256), step and config, and a SHA-256 of its own."""
+    return path.with_name(f"{path.name}.json")
+
+
+def scratch_of(path: Path) -> Path:
+    """Where a checkpoint lies until it is whole."""
+    return path.with_name(f".{path.name}-being-written")
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint of Lightning's so that it is whole or not there, also after a crash of the machine.
+
+    Raises:
+        DiskFull: before anything is written where that can be known.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(checkpoint, path)
+    scratch = scratch_of(path)
+    with _explained(scratch, path):
+        digest = _write(checkpoint, scratch)
+        former = []
+        with suppress(BrokenCheckpoint, FileNotFoundError):
+            former = verify(path)["accepts"]
+        step, config = checkpoint.get("global_step"), checkpoint.get("config")
+        manifest = {"accepts": [digest, *former], "step": step, "config": config}
+        whole = {"manifest": manifest, "sha256": _own_digest(manifest)}
+        write_whole(manifest_of(path), json.dumps(whole, indent=1))
+        scratch.replace(path)
+        fsync_folder(path.parent)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, verified, on the CPU; no code from the file runs.
+
+    Raises:
+        UserError: it does not exist, is broken, or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise UserError(f"ckpt_path: no checkpoint {path.absolute()}")
+    if manifest_of(path).exists():
+        verify(path)
+    else:
+        rank_zero_warn(f"{path} has no manifest ({manifest_of(path).name}): that it is whole cannot be verified")
+    try:
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise BrokenCheckpoint(f"{path} is no checkpoint that can be loaded: {str(error).splitlines()[0]}") from error
+    return loaded
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole; `accepts` is what it is then.
+
+    Raises:
+        BrokenCheckpoint: it is not, or has no manifest.
+    """
+    manifest = read_manifest(path)
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = {"bytes": stream.tell(), "sha256": digest}
+    if found not in manifest["accepts"]:
+        written = manifest["accepts"][0]["bytes"]
+        why = "its SHA-256 differs" if written == found["bytes"] else f"{found['bytes']} bytes, not {written}"
+        raise BrokenCheckpoint(f"{path} is not what was written ({why})")
+    return {**manifest, "accepts": [found]}
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, its manifest last."""
+    path.unlink(missing_ok=True)
+    manifest_of(path).unlink(missing_ok=True)
+
+
+class _Hashing:
+    """A stream that takes the SHA-256 of what is written through it, and keeps the error that torch would hide."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.digest, self.bytes = stream, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`, a buffer of bytes."""
+        if self.error is None:
+            try:
+                self.stream.write(data)
+            except OSError as error:
+                self.error = error
+        self.digest.update(data)
+        size = memoryview(data).nbytes
+        self.bytes += size
+        return size
+
+    def flush(self) -> None:
+        """For `torch.save`."""
+
+
+def _write(checkpoint: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    with scratch.open("wb") as stream:
+        hashing = _Hashing(stream)
+        torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it writes and flushes, no more
+        if hashing.error is not None:
+            raise hashing.error
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
+
+
+@contextmanager
+def _explained(scratch: Path, path: Path) -> Iterator[None]:
+    """Leave nothing half-written behind, and say what a full disk is."""
+    try:
+        yield
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        if error.errno in FULL:
+            raise DiskFull(_no_room(path, f"{error.strerror} while it was written")) from error
+        raise
+
+
+def _check_space(checkpoint: dict[str, Any], path: Path) -> None:
+    needed, free = tensor_bytes(checkpoint) + SPARE, shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise DiskFull(_no_room(path, f"it takes {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free"))
+
+
+def _no_room(path: Path, why: str) -> str:
+    return (
+        f"no room for the checkpoint {path}: {why}; earlier ones are untouched. Free some room or set "
+        "trainer.default_root_dir to another disk, and go on with --ckpt_path last"
+    )
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts, lists and tuples; a storage that several share counts once."""
+    storages: dict[int, int] = {}
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            pending += item.values()
+        elif isinstance(item, list | tuple):
+            pending += item
+    return sum(storages.values())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, which need not be whole itself.
+
+    Raises:
+        BrokenCheckpoint: there is none, or it is not what was written.
+    """
+    try:
+        whole = json.loads(manifest_of(path).read_bytes())
+        manifest: dict[str, Any] = whole["manifest"]
+        if whole["sha256"] != _own_digest(manifest):
+            raise ValueError("its SHA-256 is not that of what was written")
+    except FileNotFoundError as error:
+        raise BrokenCheckpoint(f"{path} has no manifest ({manifest_of(path).name})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrokenCheckpoint(f"{manifest_of(path)} is broken: {error}") from error
+    return manifest
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

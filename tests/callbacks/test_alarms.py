@@ -1,0 +1,53 @@
+"""Alarms on the means of a window, once each."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opcd.callbacks import Alarms
+from opcd.modules.meters import repetition
+
+GOOD = {"ended": 0.9, "repetition": 0.1, "student_entropy": 2.0, "response_tokens": 20.0}
+
+
+def step(alarms: Alarms, **changed: float) -> None:
+    metrics = {f"train/{name}": value for name, value in (GOOD | changed).items()}
+    alarms.on_train_batch_end(SimpleNamespace(callback_metrics=metrics, global_step=7), None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"ended": 0.05, "response_tokens": 99.0},
+            "5% of the responses end by themselves, 90% did at first; they have 99",
+        ),
+        ({"repetition": 0.8}, "80% of the responses' runs of four tokens are repeated"),
+        ({"student_entropy": 0.1}, "entropy is 0.100 nats a token, 2.000 at first: it collapses"),
+    ],
+)
+def test_an_alarm_rings_once(changed, message):
+    alarms = Alarms(window=2)
+    for _ in range(3):
+        step(alarms)
+    step(alarms, **{name: float("nan") for name in changed})  # not a window of its own
+    with pytest.warns(UserWarning, match=message):
+        for _ in range(2):
+            step(alarms, **changed)
+    resumed = Alarms(window=2)
+    resumed.load_state_dict(alarms.state_dict())
+    step(resumed, **changed)  # warnings are errors here
+
+
+def test_responses_that_never_ended_are_no_news():
+    alarms = Alarms(window=1)
+    for _ in range(3):
+        step(alarms, ended=0.0)
+
+
+def test_repetition():
+    said_once, again = torch.arange(10), torch.tensor([1, 2, 3, 4] * 3)
+    assert repetition([said_once]) == 0
+    assert repetition([again]) == pytest.approx(1 - 4 / 9)
+    assert repetition([said_once, again, torch.tensor([2])]) == pytest.approx((1 - 4 / 9) / 3)

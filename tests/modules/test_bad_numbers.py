@@ -1,0 +1,36 @@
+"""Numbers that are not finite: how the run is configured, and what is said. What happens to the weights: the drill."""
+
+import pytest
+import torch
+
+from opcd.errors import StepAbandoned
+from opcd.modules.bad_numbers import BadNumbers, BadSteps, what_is_bad
+
+FINE = {"divergence": 0.5, "student_entropy": 2.0, "teacher_entropy": 1.0}
+
+
+def test_what_is_bad():
+    assert what_is_bad(FINE, torch.tensor(3.0)) is None
+    assert what_is_bad(FINE, torch.tensor(float("inf"))) == "not finite: the gradients"
+    bad = FINE | {"divergence": float("nan"), "teacher_entropy": float("nan")}
+    assert what_is_bad(bad, torch.tensor(float("nan"))) == "not finite: the teacher's states, the loss, the gradients"
+
+
+def test_stop_and_skip(tmp_path):
+    with pytest.raises(StepAbandoned, match=r"after 4 optimizer steps: p; the weights are unchanged"):
+        BadSteps(BadNumbers()).bad(4, "p", tmp_path)
+    steps = BadSteps(BadNumbers("skip", 2))
+    with pytest.warns(UserWarning, match="The step is skipped"):
+        for _ in range(2):
+            steps.bad(4, "p", tmp_path)
+        steps.good()
+        for _ in range(2):
+            steps.bad(5, "p", tmp_path)
+    with pytest.raises(StepAbandoned, match="3 in a row"):
+        steps.bad(5, "p", tmp_path)
+    assert steps.total == 5
+
+
+def test_an_option_without_effect():
+    with pytest.raises(ValueError, match="no effect"):
+        BadNumbers("stop", 3)

@@ -1,0 +1,65 @@
+"""A failed allocation names the settings of the part of the step that asked for too much."""
+
+import pytest
+import torch
+from lightning import Trainer
+
+from opcd.data import ContextQueryDataModule
+from opcd.errors import StepAbandoned, UserError
+from opcd.models import ModelConfig
+from opcd.modules import Distiller, Sampling, SelfTeacher, Student, StudentRollout
+
+
+@pytest.fixture
+def fit(tmp_path, tiny, rows, context):
+    """One step of a tiny student."""
+
+    def run() -> None:
+        distiller = Distiller(
+            ModelConfig(name=tiny),
+            SelfTeacher(),
+            rollout=StudentRollout(Sampling(max_new_tokens=2)),
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        )
+        trainer = Trainer(
+            max_steps=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(distiller, datamodule=ContextQueryDataModule(train=str(rows), context=str(context)))
+
+    return run
+
+
+def too_much(*args: object, **kwargs: object) -> None:
+    torch.empty(2**50)  # 4 PiB
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "kind", "message"),
+    [
+        (StudentRollout, "sample", StepAbandoned, "in a step's rollout .*lower data.batch_size, or max_new_tokens"),
+        (SelfTeacher, "score", StepAbandoned, "in a step's teacher .*lower model.micro_batch_tokens, data.max_context"),
+        (Student, "score", StepAbandoned, "in a step's student .*model.gradient_checkpointing: true"),
+        (torch.optim.SGD, "step", UserError, "in a step's optimizer .*smaller state"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_the_knob_is_named(monkeypatch, fit, owner, name, kind, message):
+    monkeypatch.setattr(owner, name, too_much)
+    with pytest.raises(UserError, match=f"out of memory {message}") as raised:
+        fit()
+    assert type(raised.value) is kind
+
+
+def test_other_errors_stay_as_they_are(monkeypatch, fit):
+    def broken(*args: object) -> None:
+        raise RuntimeError("the size of tensor a must match")
+
+    monkeypatch.setattr(Student, "score", broken)
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        fit()
