@@ -16,7 +16,8 @@ from lm_eval.models.utils import Collator, postprocess_generated_text
 
 from opcd.data import Example, Views
 from opcd.evaluation.batches import rows_that_fit
-from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
+from opcd.modules.answering import respond
+from opcd.modules.generation import Sampling
 from opcd.modules.prefix import SharedPrefix
 from opcd.modules.student import Student
 
@@ -105,15 +106,8 @@ class AnsweringModel(LM):  # type: ignore[misc]
         return list(order.get_original(answers))
 
     def _batch(self, ids: list[list[int]], until: list[str] | None) -> list[Answer]:
-        prompts = [torch.tensor(row) for row in ids]
-        prefixes = None
-        model = self.student.model
-        if self.context is not None:
-            shared = torch.tensor(self.views.teacher_prefix(self.context))
-            with torch.no_grad(), eval_mode(model), own_precision(model):
-                prefixes = self.prefix.encoded(model, [shared] * len(prompts), prompts)
+        responses = respond(self.student, self.views, ids, self.context, self.sampling, self.prefix)
         ends = self.student.eos_ids
-        responses = generate(model, prompts, self.sampling, ends, self.student.pad_id, prefixes)
         return [self._answer(response.tolist(), ends, until) for response in responses]
 
     def _answer(self, ids: list[int], ends: set[int], until: list[str] | None) -> Answer:
