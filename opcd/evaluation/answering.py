@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import torch
 from accelerate.utils import find_executable_batch_size
 
 from opcd.data import Example, Views
 from opcd.evaluation.batches import rows_that_fit
-from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
+from opcd.modules.answering import respond
+from opcd.modules.generation import Sampling
 from opcd.modules.prefix import SharedPrefix
 from opcd.modules.student import Student
 
@@ -66,16 +66,8 @@ class Answering:
 
     def batch(self, prompts: list[list[int]]) -> list[Answer]:
         """An answer to each prompt of token ids, all at once."""
-        rows = [torch.tensor(row) for row in prompts]
-        prefixes = None
-        model = self.student.model
-        if self.context is not None:
-            shared = torch.tensor(self.views.teacher_prefix(self.context))
-            with torch.no_grad(), eval_mode(model), own_precision(model):
-                prefixes = self.prefix.encoded(model, [shared] * len(rows), rows)
-        ends = self.student.eos_ids
-        responses = generate(model, rows, self.sampling, ends, self.student.pad_id, prefixes)
-        return [self._answer(response.tolist(), ends) for response in responses]
+        responses = respond(self.student, self.views, prompts, self.context, self.sampling, self.prefix)
+        return [self._answer(response.tolist(), self.student.eos_ids) for response in responses]
 
     def _answer(self, ids: list[int], ends: set[int]) -> Answer:
         answer = Answer(str(self.student.tokenizer.decode(ids, skip_special_tokens=True)))

@@ -51,7 +51,7 @@ def main(args: list[str]) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     others = _other_rows(output.against, evaluation.tasks)
-    device = _device(output.device)
+    device = torch_device(output.device)
     if output.out is not None:
         refuse_results(Path(output.out), "out")
     student = Student(load_model(model, key="model").to(device), load_tokenizer(model, "model"))  # type: ignore[arg-type]
@@ -88,7 +88,8 @@ def _in_full(args: list[str]) -> list[str]:
     return full
 
 
-def _device(name: str | None) -> torch.device:
+def torch_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU where there is one. UserError where it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

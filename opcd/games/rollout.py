@@ -46,13 +46,11 @@ class GameRollout(Rollout):
 
         def respond(running: list[Game]) -> list[str]:
             rows = [number for number, game in enumerate(games) if game.success is None]
+            turn = batch.select(rows).asking([game.question for game in running])
             self.rollout.synchronise(student)
-            turns.append(
-                self.rollout.sample(student, teacher, batch.select(rows).asking([g.question for g in running]))
-            )
-            return [
-                str(student.tokenizer.decode(response, skip_special_tokens=True)) for response in turns[-1].responses
-            ]
+            written = self.rollout.sample(student, teacher, turn)
+            turns.append(written)
+            return [str(student.tokenizer.decode(ids, skip_special_tokens=True)) for ids in written.responses]
 
         play(games, respond)
         return Trajectories.joined(turns)

@@ -1,0 +1,8 @@
+"""Experience: solve problems, extract lessons, accumulate them, select the best list on held-out problems.
+
+What is attempted is a `Problems`, who attempts it a `Writer`.
+"""
+
+from opcd.experience.problems import Attempt, Problems, Writer, Written
+
+__all__ = ["Attempt", "Problems", "Writer", "Written"]
