@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 import shutil
 import sys
 import traceback
@@ -206,8 +207,21 @@ def main(args: list[str] | None = None) -> int:
 def _refused(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"opcd: error: {message}", file=sys.stderr)
+    print(f"opcd: error: {_without_alternatives(message)}", file=sys.stderr)
     return 2
+
+
+# Of a value that may be text or a class, jsonargparse says for each what is wrong, and shows the value.
+ALTERNATIVES = re.compile(
+    r"Does not validate against any of the Union subtypes\n\s*Subtypes: .*\n\s*Errors:\n(?P<errors>(.*\n)*?)"
+    r"\s*Given value type: .*\n\s*Given value: .*"
+)
+OTHER_KIND = re.compile(r"\s*- Expected a .*\n")
+
+
+def _without_alternatives(message: str) -> str:
+    """The message without what a class is refused for as text."""
+    return ALTERNATIVES.sub(lambda found: OTHER_KIND.sub("", found["errors"]).strip(" -\n") or found[0], message)
 
 
 def _quiet() -> None:
