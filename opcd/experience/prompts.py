@@ -28,7 +28,9 @@ class Prompt:
     def __init__(self, name: str, file: str | None, key: str, known: set[str], needed: set[str]) -> None:
         path = FOLDER / name if file is None else require_file(file, key)
         self.text = read_text(path, key)
-        environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # plain text, no HTML
+        environment = Environment(
+            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )  # plain text, no HTML
         try:
             used = meta.find_undeclared_variables(environment.parse(self.text))
             self._template = environment.from_string(self.text)
