@@ -33,10 +33,12 @@ from opcd.sweep.command import INTERRUPTED
 from opcd.sweep.engine import Engine, explain, locked
 from opcd.sweep.launchers import LocalLauncher
 
-DESCRIPTION = """Make a list of lessons: solve problems, extract lessons from the attempts, accumulate them in lists, and
-select the list that helps most on validation problems. With rounds, distil it into the student, and go on with that.
+DESCRIPTION = """Make a list of lessons: solve problems, extract lessons from the attempts, accumulate them in lists,
+and select the list that helps most on validation problems. With rounds, distil it into the student, and go on with that.
 
 --model NAME and --student NAME are short for --model.name NAME and --student.name NAME."""
+
+MakeWriters = Callable[[Experience, torch.device], Writers]
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Output:
 def main(
     args: list[str],
     fit_parser: Callable[[], LightningArgumentParser],
-    writers: Callable[[Experience, torch.device], Writers] = ModelWriters,
+    writers: MakeWriters = ModelWriters,
 ) -> int:
     """Run the loop, or rounds of it. Returns 0, or 1 where a distillation failed.
 
@@ -116,19 +118,14 @@ def _in_full(args: list[str]) -> list[str]:
 class _Run:
     """What all rounds share. All checks that need no weights are made here."""
 
-    def __init__(
-        self,
-        config: Experience,
-        out: Path,
-        device: torch.device,
-        writers: Callable[[Experience, torch.device], Writers],
-    ) -> None:
+    def __init__(self, config: Experience, out: Path, device: torch.device, writers: MakeWriters) -> None:
         self.out, self._device, self._make_writers = out, device, writers
         stage = config.extract
         known = {"transcript", "outcome", "lessons", "marker"}
-        shown = {"outcome"} * stage.show_outcome | {"lessons"} * stage.show_earlier
+        hidden = {"outcome": not stage.show_outcome, "lessons": not stage.show_earlier}
+        needed = {name for name in known if not hidden.get(name)}
         self.prompts = {
-            "extract": Prompt("extract.txt", stage.prompt, "extract.prompt", known, {"transcript", "marker"} | shown),
+            "extract": Prompt("extract.txt", stage.prompt, "extract.prompt", known, needed),
             "context": Prompt("context.txt", config.lessons.prompt, "lessons.prompt", {"lessons"}, {"lessons"}),
         }
         self.inputs = _checked_items(config) | {

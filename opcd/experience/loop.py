@@ -116,9 +116,8 @@ class Loop:
                 for batch in _batches(places, stage.batch_size):
                     if batch[0] in found:
                         continue
-                    records = [
-                        self._extraction(p, attempts[p], text) for p, text in self._texts(batch, attempts, lists)
-                    ]
+                    texts = self._texts(batch, attempts, lists)
+                    records = [self._extraction(place, attempts[place], text) for place, text in texts]
                     journal.append(records)
                     found |= {(record["list"], record["step"]): record["lessons"] for record in records}
                     progress.advance(len(batch))
@@ -160,9 +159,8 @@ class Loop:
         write_records(self.folder / CONTEXTS, [{"context": texts[score.id]} for score in best_of_each(scores)])
         write_whole(self.folder / CONTEXT, str(texts[selected.id]) + "\n")
         without = {f"{name}_without": getattr(scores[0], name) for name in ("right", "success", "low", "high")}
-        write_whole(
-            self.folder / SELECTION, json.dumps(asdict(selected) | without, indent=1) + "\n"
-        )  # last: all is there
+        # Last: where this one is, all of them are.
+        write_whole(self.folder / SELECTION, json.dumps(asdict(selected) | without, indent=1) + "\n")
         return selected
 
     def student_score(self) -> Score:

@@ -131,7 +131,7 @@ def fit_settings(first: Experience, now: Experience, context: Path, checker: Con
         UserError: the teacher of that config cannot be what fit.teacher asks for.
     """
     assert first.fit is not None
-    settings = {"model.student.name": now.student.name, "data.context": str(context)}
+    settings: dict[str, Any] = {"model.student.name": now.student.name, "data.context": str(context)}
     teacher = checker.resolve(settings, "fit")["model"]["teacher"]
     frozen = teacher["class_path"].endswith(".FrozenTeacher")
     named = frozen and teacher["init_args"]["model"] is not None

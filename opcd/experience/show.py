@@ -1,4 +1,4 @@
-"""`opcd show RUN`: the lessons of an experience run, their scores as the lists grew, and attempts, as text and as a page.
+"""`opcd show RUN`: lessons of an experience run, their scores as the lists grew, and attempts, as text and as a page.
 
 opcd show runs/experience
 """
@@ -162,14 +162,8 @@ def make_page(run: Path) -> str:
 
 
 ROUND_HEADER = (
-    "round",
-    "student before",
-    "without list",
-    "with list",
-    "lessons",
-    "tokens",
-    "divergence",
-    "student after",
+    *("round", "student before", "without list", "with list"),
+    *("lessons", "tokens", "divergence", "student after"),
 )
 SCORE_HEADER = ("list", "step", "lessons", "tokens", "right", "success (95 % interval)")
 
