@@ -29,7 +29,9 @@ DESCRIPTION = """On-policy context distillation: put a context into a language m
 
 opcd evaluate asks any model the questions of DAPO-Math, IFEval and other tasks, and scores its answers with lm-eval.
 opcd doctor shows what is installed here, which devices and models there are, and what is missing.
-opcd sweep SWEEP.yaml runs many fits from one file."""
+opcd sweep SWEEP.yaml runs many fits from one file.
+opcd experience makes a context: lessons from attempts at problems, the best list chosen on held-out ones.
+opcd show RUN prints what an experience run has made, and writes it as a page."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -194,6 +196,14 @@ def main(args: list[str] | None = None) -> int:
             from opcd.sweep import command as sweep
 
             return sweep.main(args[1:], fit_parser())
+        if args[:1] == ["experience"]:
+            from opcd.experience import command as experience
+
+            return experience.main(args[1:], fit_parser)
+        if args[:1] == ["show"]:
+            from opcd.experience import show
+
+            return show.main(args[1:])
         run(args)
     except (UserError, MisconfigurationException, ArgumentError) as error:
         return _refused(str(error), debug)

@@ -3,6 +3,7 @@
 What is attempted is a `Problems`, who attempts it a `Writer`.
 """
 
+from opcd.experience.maths import MathProblems
 from opcd.experience.problems import Attempt, Problems, Writer, Written
 
-__all__ = ["Attempt", "Problems", "Writer", "Written"]
+__all__ = ["Attempt", "MathProblems", "Problems", "Writer", "Written"]

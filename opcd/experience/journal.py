@@ -20,13 +20,17 @@ class Journal:
 
     Args:
         path: the file; made by the first `append`.
+        keep: fields of a record that stay in memory; None: all.
+
+    Attributes:
+        records: what stays in memory of each record.
 
     Raises:
         UserError: a line that is not the last is no record: somebody has changed the file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, keep: Sequence[str] | None = None) -> None:
+        self.path, self.keep = path, keep
         self.records: list[Record] = []
         if path.exists():
             self._read()
@@ -38,27 +42,32 @@ class Journal:
             stream.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in batch).encode())
             stream.flush()
             os.fsync(stream.fileno())
-        self.records += batch
+        self.records += map(self._kept, batch)
+
+    def _kept(self, record: Record) -> Record:
+        return record if self.keep is None else {name: record[name] for name in self.keep}
 
     def _read(self) -> None:
-        content = self.path.read_bytes()
         whole, read = 0, 0
         found: list[Record] = []
-        for number, line in enumerate(content.splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = json.loads(line)
-                place, size = record["batch"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self.path}:{number}: no record of this run; delete the file to compute it anew"
-                ) from error
-            found.append(record)
-            read += len(line)
-            if place + 1 == size:
-                whole, self.records = read, [*self.records, *found]
-                found = []
-        if whole < len(content):
-            with self.path.open("r+b") as stream:
-                stream.truncate(whole)
+        with self.path.open("r+b") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                record, (place, size) = self._parsed(line, number)
+                found.append(record)
+                read += len(line)
+                if place + 1 == size:
+                    self.records += found
+                    whole, found = read, []
+            stream.truncate(whole)
+
+    def _parsed(self, line: bytes, number: int) -> tuple[Record, tuple[int, int]]:
+        try:
+            record = json.loads(line)
+            place, size = record["batch"]
+            return self._kept(record), (place, size)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path}:{number}: no record of this run; delete the file, and it is computed anew"
+            ) from error

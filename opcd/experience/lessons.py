@@ -126,5 +126,6 @@ def _words(text: str) -> list[str]:
 
 def _alike(one: list[str], other: list[str], least: float) -> bool:
     """Whether difflib's ratio over words (twice the words in common over all words) is at least `least`."""
-    matcher = SequenceMatcher(None, *sorted((one, other)), autojunk=False)  # not symmetric: the order is fixed
+    first, second = sorted((one, other))  # the ratio is not symmetric
+    matcher = SequenceMatcher(None, first, second, autojunk=False)
     return all(ratio() >= least for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))

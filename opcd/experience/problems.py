@@ -1,4 +1,4 @@
-"""What is attempted: the seam between the experience loop and mathematics, games, or anything else that can be tried."""
+"""What is attempted: the seam between the experience loop and mathematics, games, or anything else one can try."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, TemplateError, meta
+from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from opcd.data.files import read_text, require_file
 from opcd.errors import UserError
@@ -28,9 +29,7 @@ class Prompt:
     def __init__(self, name: str, file: str | None, key: str, known: set[str], needed: set[str]) -> None:
         path = FOLDER / name if file is None else require_file(file, key)
         self.text = read_text(path, key)
-        environment = Environment(
-            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )  # plain text, no HTML
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         try:
             used = meta.find_undeclared_variables(environment.parse(self.text))
             self._template = environment.from_string(self.text)

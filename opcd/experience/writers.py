@@ -18,6 +18,7 @@ from opcd.modules.prefix import SharedPrefix
 from opcd.modules.student import Student
 
 STAGES: tuple[StageName, ...] = ("solve", "extract", "select")
+STUDENT: StageName = "student"
 
 
 class Writers(Protocol):
@@ -62,8 +63,8 @@ class ModelWriter(Writer):
         most = self.sampling.max_new_tokens
         if self.window is not None and len(ids) + most > self.window:
             raise UserError(
-                f"{self.name} takes {self.window} tokens, but a prompt has {len(ids)} and up to {most} are added: lower "
-                f"max_new_tokens of this stage, of solve (an extractor reads whole attempts), or lessons.max_tokens; "
+                f"{self.name} takes {self.window} tokens, but a prompt has {len(ids)} and up to {most} are added: "
+                f"lower max_new_tokens of this stage, of solve (an extractor reads whole attempts), or lessons.max_tokens; "
                 f"the prompt begins with {messages[-1]['content'][:80]!r}"
             )
         return ids
@@ -86,7 +87,8 @@ class ModelWriters:
 
     def __init__(self, config: Experience, device: torch.device) -> None:
         self.config, self.device = config, device
-        self._views = {stage: self._make_views(stage) for stage in (*STAGES, *(["student"] if config.rounds else []))}
+        stages = (*STAGES, STUDENT) if config.rounds else STAGES
+        self._views = {stage: self._make_views(stage) for stage in stages}
         self._loaded: tuple[ModelConfig, Student] | None = None
 
     def open(self, stage: StageName) -> Writer:
