@@ -33,6 +33,8 @@ opcd sweep SWEEP.yaml runs many fits from one file.
 opcd experience makes a context: lessons from attempts at problems, the best list chosen on held-out ones.
 opcd show RUN prints what an experience run has made, and writes it as a page."""
 
+SOURCES = ("data.train", "data.val", "data.test", "data.predict")
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -47,6 +49,9 @@ class Command(LightningCLI):
                 "model.rollout": {"class_path": f"opcd.modules.{StudentRollout.__name__}"},
             }
         )
+        for action in parser._actions:
+            if action.dest in SOURCES:
+                action._enable_path = False  # jsonargparse would read the file of rows as YAML: it might be a class's
         parser.link_arguments("model.student", "data.student")
         parser.link_arguments("model.teacher", "data.teacher", compute_fn=_teacher_model)
 

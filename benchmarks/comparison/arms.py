@@ -45,9 +45,10 @@ class Measure:
     """The metric that the table shows, such as accuracy or prompt_level_strict_acc."""
     title: str
     """What the table calls it."""
-    data: str | dict[str, Any] | None = None
-    """File or hub data set with the rows, or opcd.games.GameSeeds as class_path and init_args, which makes it a game;
-    null takes the task's own."""
+    data: str | None = None
+    """File or hub data set with the rows; null takes the task's own."""
+    games: dict[str, Any] = field(default_factory=dict)
+    """In place of data, for a game: opcd.games.GameSeeds, as class_path and init_args."""
     options: dict[str, Any] = field(default_factory=dict)
     """More options of `opcd evaluate`: limit, greedy, samples, max_new_tokens, ..."""
 
@@ -89,6 +90,9 @@ class Benchmark:
                 raise UserError(f"{key} must be one or more, each once, not {values}")
         if self.task.name == SAMPLES and not any(name in TRAINED for name in self.arms):
             raise UserError("task.name: samples are written by a fit, and no arm is trained; add one")
+        for key, measure in (("task", self.task), ("forgetting", self.forgetting)):
+            if measure.games and measure.data:
+                raise UserError(f"{key}.data has no effect beside {key}.games; remove one of the two")
         if self.forgetting.name == SAMPLES:
             raise UserError("forgetting.name: must be a task of `opcd evaluate`")
 
@@ -167,7 +171,8 @@ class Plan:
         self, arm: str, measure: Measure, model: dict[str, Any], context: str | None, seed: int, fit: Job | None
     ) -> Job:
         what = {"tasks": measure.name, "seed": seed, **measure.options}
-        what |= {f"data.{measure.name}": measure.data} if measure.data else {}
+        rows = measure.games or measure.data
+        what |= {f"data.{measure.name}": rows} if rows else {}
         what |= {"context": context, "placement": self.config["data"]["placement"]} if context else {}
         what |= {"template": self.config["data"]["template"]} if context and self.config["data"]["template"] else {}
         known = {f"model.{key}": value for key, value in model.items() if value is not None and value != {}}

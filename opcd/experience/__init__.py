@@ -3,7 +3,8 @@
 What is attempted is a `Problems`, who attempts it a `Writer`.
 """
 
+from opcd.experience.games import GameProblems
 from opcd.experience.maths import MathProblems
 from opcd.experience.problems import Attempt, Problems, Writer, Written
 
-__all__ = ["Attempt", "MathProblems", "Problems", "Writer", "Written"]
+__all__ = ["Attempt", "GameProblems", "MathProblems", "Problems", "Writer", "Written"]

@@ -72,7 +72,7 @@ class Game:
 
     @property
     def transcript(self) -> str:
-        """The situations, the player's whole replies, and how it ended."""
+        """The situations and the player's whole replies, less how it ended."""
         replies = iter(turn.reply for turn in self.turns)
         told = [line if line.startswith("GAME: ") else f"PLAYER: {next(replies)}" for line in self._said]
         return "\n".join(told)
@@ -87,9 +87,11 @@ class Game:
         if self.success is None and len(self.turns) == self.example.max_turns:
             self.success = False
             said += f"\nThe game is over: no more than {self.example.max_turns} moves are allowed."
-        if self.success is not None:
+        self._said.append(f"YOU: [{action}]" if action else "YOU: (no move in square brackets)")
+        if self.success is None:
+            self._said.append(f"GAME: {said}")
+        else:
             self.feedback = said
-        self._said += [f"YOU: [{action}]" if action else "YOU: (no move in square brackets)", f"GAME: {said}"]
 
 
 def last_action(reply: str) -> str | None:

@@ -73,7 +73,9 @@ def test_shipped_configs_are_whole(file, monkeypatch):
     from comparison.arms import SAMPLES, Benchmark
 
     from opcd.cli import fit_parser
-    from opcd.evaluation.command import make_parser
+    from opcd.evaluation.command import parse
+    from opcd.evaluation.games import GameRows
+    from opcd.games import GameSeeds
     from opcd.sweep.checks import ConfigChecker
     from opcd.sweep.plan import overrides
 
@@ -83,8 +85,13 @@ def test_shipped_configs_are_whole(file, monkeypatch):
     ConfigChecker(fit_parser(), benchmark.base)
     for measure in (benchmark.task, benchmark.forgetting):
         if measure.name != SAMPLES:
-            make_parser().parse_args(["--model.name", "x", "--tasks", measure.name, *overrides(measure.options)])
-            assert measure.metric in (ROOT / "opcd" / "tasks" / f"{measure.name}.yaml").read_text()
+            data = {f"data.{measure.name}": measure.games} if measure.games else {}
+            words = overrides(measure.options | data)
+            _, evaluation, _ = parse(["--model.name", "x", "--tasks", measure.name, *words])
+            if isinstance(evaluation.data.get(measure.name), GameSeeds):
+                assert measure.metric in GameRows("", "", []).metrics
+            else:
+                assert measure.metric in (ROOT / "opcd" / "tasks" / f"{measure.name}.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +101,8 @@ def test_shipped_configs_are_whole(file, monkeypatch):
         ({"arms": ["base"]}, "no arm is trained"),
         ({"seeds": [0, 0]}, "seeds must be one or more, each once"),
         ({"seeds": []}, "seeds must be one or more"),
+        ({"task": GAME | {"data": "rows.jsonl"}}, "task.data has no effect beside task.games"),
+        ({"task": GAME, "base": TRAINED_ON}, "FrozenLake: its data and data.train share seed 9 of FrozenLake"),
         ({"forgetting": {"name": "samples", "metric": "accuracy", "title": "x"}}, "must be a task of"),
     ],
 )
