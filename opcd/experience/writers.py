@@ -64,8 +64,8 @@ class ModelWriter(Writer):
         if self.window is not None and len(ids) + most > self.window:
             raise UserError(
                 f"{self.name} takes {self.window} tokens, but a prompt has {len(ids)} and up to {most} are added: "
-                f"lower max_new_tokens of this stage, of solve (an extractor reads whole attempts), or lessons.max_tokens; "
-                f"the prompt begins with {messages[-1]['content'][:80]!r}"
+                f"lower max_new_tokens of this stage or of solve (an extractor reads whole attempts), or "
+                f"lessons.max_tokens; the prompt begins with {messages[-1]['content'][:80]!r}"
             )
         return ids
 
