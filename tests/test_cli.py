@@ -250,7 +250,8 @@ def test_every_recipe_parses(opcd, capsys):
     for file in sorted(CONFIGS.glob("*.yaml")):
         base = ["--config", CONFIGS / "cross_size.yaml"] if file.stem == "cross_size_cpu" else []
         with pytest.raises(SystemExit) as raised:
-            opcd("fit", *base, "--config", file, "--print_config")
+            command = "experience" if file.stem.startswith("experience_") else "fit"
+            opcd(command, *base, "--config", file, "--print_config")
         assert raised.value.code == 0, capsys.readouterr().err
 
 

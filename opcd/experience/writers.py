@@ -116,5 +116,12 @@ class ModelWriters:
         place, template = ("user", None)
         if stage == "select":
             place, template = self.config.placement, self.config.template
+        window, most = context_window(config, key), self.config.stage(stage).sampling.max_new_tokens
+        if window is not None and most >= window:
+            where = "select" if stage == STUDENT else stage
+            raise UserError(
+                f"{where}.sampling.max_new_tokens: {most} leaves no room for a prompt: {config.name} ({key}.name) takes "
+                f"{window} tokens"
+            )
         kwargs = config.chat_template_kwargs
         return Views(tokenizer, tokenizer, place, template, kwargs, kwargs, (key, key, ""))  # type: ignore[arg-type]

@@ -51,15 +51,14 @@ def test_the_teacher_of_the_second_round(fit, tiny):
     assert "model.teacher.init_args.model.name" not in settings(fit, tiny, "renewed")  # the student's own weights
     named = fit | {"model.teacher": {"class_path": "FrozenTeacher", "init_args": {"model": {"name": "smollm2-135m"}}}}
     assert "model.teacher.init_args.model.name" not in settings(named, tiny)
-    with pytest.raises(UserError, match="fit.teacher: renewed takes each round's student"):
+    with pytest.raises(UserError, match=r"fit.teacher: renewed takes each round's student"):
         settings(named, tiny, "renewed")
     own = fit | {"model.teacher": {"class_path": "SelfTeacher"}}
-    with pytest.raises(UserError, match="fit.teacher: fixed needs a FrozenTeacher"):
+    with pytest.raises(UserError, match=r"fit.teacher: fixed needs a FrozenTeacher"):
         settings(own, tiny)
     assert "model.teacher.init_args.model.name" not in settings(own, tiny, rounds=1)
 
 
-@pytest.mark.slow
 def test_two_rounds(scripted, fit, tiny, tmp_path, capsys):
     config = tmp_path / "rounds.yaml"
     config.write_text(yaml.safe_dump({"rounds": 2, "student": {"name": tiny}, "fit": {"set": fit, "context": "each"}}))
