@@ -120,7 +120,7 @@ class ModelWriters:
         if window is not None and most >= window:
             where = "select" if stage == STUDENT else stage
             raise UserError(
-                f"{where}.sampling.max_new_tokens: {most} leaves no room for a prompt: {config.name} ({key}.name) takes "
+                f"{where}.sampling.max_new_tokens: {most} leaves no room for a prompt; {config.name} ({key}.name) has "
                 f"{window} tokens"
             )
         kwargs = config.chat_template_kwargs

@@ -51,7 +51,7 @@ def test_the_first_batch_after_a_kill_is_as_it_was(tiny):
 
 
 def test_windows(tiny):
-    with pytest.raises(UserError, match=r"solve.sampling.max_new_tokens: 512 leaves no room .*model.name\) takes 512"):
+    with pytest.raises(UserError, match=r"solve.sampling.max_new_tokens: 512 leaves no room .*model.name\) has 512"):
         writers(tiny, Sampling(max_new_tokens=512))
     writer = writers(tiny, Sampling(max_new_tokens=480)).open("solve")
     with pytest.raises(UserError, match=r"takes 512 tokens, but a prompt has \d+ and up to 480 are added"):
