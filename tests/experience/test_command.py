@@ -80,6 +80,7 @@ def test_the_packaged_model_writes_no_marked_line(opcd, paths, tmp_path):
         (["--rounds=1", "--fit.set={data.context: a}"], "fit.set: data.context is the rounds' own to set"),
         (["--rounds=1", "--fit.set={data.trian: a}"], "'data.trian' is no config key; did you mean data.train?"),
         (["--rounds=1", "--fit.set={trainer.max_steps: 1}"], "data.train is not set"),
+        (["--rounds=1", "--placement=user", "--fit.set={data.train: SAME}"], "data.placement of fit is 'system'"),
         (["--device=cuda:99"], "device: cuda:99"),
         (["--solve.sampling.temperature=-1"], "temperature >= 0"),
         (["--solve.smpling.temperature=1"], "smpling"),
