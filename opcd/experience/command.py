@@ -34,7 +34,7 @@ from opcd.sweep.engine import Engine, explain, locked
 from opcd.sweep.launchers import LocalLauncher
 
 DESCRIPTION = """Make a list of lessons: solve problems, extract lessons from the attempts, accumulate them in lists,
-and select the list that helps most on validation problems. With rounds, distil it into the student, and go on with that.
+and select the list that helps most on validation problems. With rounds, distil it into the student, and go on.
 
 --model NAME and --student NAME are short for --model.name NAME and --student.name NAME."""
 

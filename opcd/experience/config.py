@@ -54,7 +54,7 @@ class Lessons:
     max_tokens: int = 4096
     """Most tokens of a list's text, by the student's tokenizer; beyond it the oldest lessons go, each as a whole."""
     near: float | None = 0.9
-    """Join a lesson with an earlier one that resembles it this much (0 to 1, difflib); null: with the same words only."""
+    """Join a lesson with an earlier one that resembles it this much (0 to 1, difflib); null: the same words only."""
     prompt: str | None = None
     """A text file (Jinja) that makes a list's text of `lessons`; replaces opcd/experience/prompts/context.txt."""
 

@@ -218,7 +218,10 @@ class Loop:
         return zip(places, map(asdict, written), strict=True)
 
     def _extraction(self, place: Place, attempt: Attempt, written: Record) -> Record:
-        lessons = read_lessons(written["text"], self.config.extract.marker)
+        text = written["text"]
+        if written["cut_off"]:  # in the middle of its last line
+            text = text.rpartition("\n")[0]
+        lessons = read_lessons(text, self.config.extract.marker)
         return {"list": place[0], "step": place[1], "item": attempt.item, "lessons": lessons, **written}
 
     def _groups(self, attempts: Iterable[Place]) -> list[list[Place]]:

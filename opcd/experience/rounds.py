@@ -166,7 +166,13 @@ def check_rounds(config: Experience, checker: ConfigChecker) -> None:
         file = Path(folder) / "lessons.txt"
         file.write_text("A lesson.", encoding="utf-8")
         settings = fit_settings(config, config, file, checker)
-        checker.resolve(settings, "fit")
+        data = checker.resolve(settings, "fit")["data"]
+    for key in ("placement", "template"):
+        if data[key] != getattr(config, key):
+            raise UserError(
+                f"{key}: lists are selected with {getattr(config, key)!r}, but data.{key} of fit is {data[key]!r}; "
+                "make them agree"
+            )
 
 
 def read_rounds(out: Path) -> list[Round]:

@@ -7,7 +7,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from opcd.data.files import read_json, write_whole
 from opcd.errors import UserError
 from opcd.experience.folder import ATTEMPTS, EXTRACTIONS, IDENTITY, LISTS, SCORES, SELECTION, VALIDATION
 from opcd.experience.rounds import Round, read_rounds
+from opcd.experience.selection import Score, best_of_each
 from opcd.sweep.plots import curves, drawn
 from opcd.sweep.results import read_jsonl
 
@@ -98,15 +99,22 @@ class Part:
         return list(zip(chosen["lessons"], chosen["seen"], strict=True))
 
     @property
+    def best_scores(self) -> list[dict[str, Any]]:
+        """The score without a list, and the best of every list."""
+        without, *scores = (Score(**score) for score in self.scores)
+        return [asdict(score) for score in (without, *best_of_each(scores))]
+
+    @property
     def title(self) -> str:
         """What came of the pass, in one line."""
         if self.selection is None:
             return "not finished: " + ", ".join(f"{count} lines in {file}" for file, count in self.counts.items())
         s = self.selection
+        helps = "" if s["right"] > s["right_without"] else "; no list was better than none"
         return (
             f"list {s['number']} after {s['step']} steps ({s['lessons']} lessons, {s['tokens']} tokens): "
             f"{s['right']} of {s['items']} right ({_share(s)}); without lessons {s['right_without']} "
-            f"({_share({name: s[f'{name}_without'] for name in ('success', 'low', 'high')})})"
+            f"({_share({name: s[f'{name}_without'] for name in ('success', 'low', 'high')})}){helps}"
         )
 
 
@@ -135,7 +143,7 @@ def print_run(run: Path, console: Console | None = None) -> None:
         for lesson, seen in part.lessons:
             console.print(escape(f"  - {lesson}" + (f" (written {seen} times)" if seen > 1 else "")), highlight=False)
         if part.scores:
-            console.print(_table(SCORE_HEADER, [score_cells(score) for score in part.scores]))
+            console.print(_table(SCORE_HEADER, [score_cells(score) for score in part.best_scores]))
     if parts[-1].examples:
         first = parts[-1].examples[0]
         console.print(f"an attempt:\n{escape(first['transcript'])}", highlight=False)

@@ -64,8 +64,8 @@ class ModelWriter(Writer):
         if self.window is not None and len(ids) + most > self.window:
             raise UserError(
                 f"{self.name} takes {self.window} tokens, but a prompt has {len(ids)} and up to {most} are added: "
-                f"lower max_new_tokens of this stage, of solve (an extractor reads whole attempts), or lessons.max_tokens; "
-                f"the prompt begins with {messages[-1]['content'][:80]!r}"
+                f"lower max_new_tokens of this stage or of solve (an extractor reads whole attempts), or "
+                f"lessons.max_tokens; the prompt begins with {messages[-1]['content'][:80]!r}"
             )
         return ids
 
@@ -116,5 +116,12 @@ class ModelWriters:
         place, template = ("user", None)
         if stage == "select":
             place, template = self.config.placement, self.config.template
+        window, most = context_window(config, key), self.config.stage(stage).sampling.max_new_tokens
+        if window is not None and most >= window:
+            where = "select" if stage == STUDENT else stage
+            raise UserError(
+                f"{where}.sampling.max_new_tokens: {most} leaves no room for a prompt; {config.name} ({key}.name) has "
+                f"{window} tokens"
+            )
         kwargs = config.chat_template_kwargs
         return Views(tokenizer, tokenizer, place, template, kwargs, kwargs, (key, key, ""))  # type: ignore[arg-type]
