@@ -245,7 +245,10 @@ def test_rows_are_not_read_as_a_config(fit, tmp_path, monkeypatch):
     import yaml
 
     read = []
-    monkeypatch.setattr(yaml, "load", lambda stream, *args, load=yaml.load: read.append(stream) or load(stream, *args))
+    load = yaml.load
+    monkeypatch.setattr(
+        yaml, "load", lambda stream, *args, **kwargs: read.append(stream) or load(stream, *args, **kwargs)
+    )
     file = tmp_path / "rows.json"
     file.write_text('[{"query": "What is one?"}]')
     assert fit("--data.train", file)[0] == 0
