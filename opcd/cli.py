@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 import shutil
 import signal
 import sys
@@ -47,6 +48,8 @@ DESCRIPTION = """On-policy context distillation: put a context into a language m
 opcd evaluate asks any model the questions of DAPO-Math, IFEval and other tasks, and scores its answers with lm-eval.
 opcd doctor shows what is installed here, which devices and models there are, and what is missing.
 opcd sweep SWEEP.yaml runs many fits from one file.
+opcd experience makes a context: lessons from attempts at problems, the best list chosen on held-out ones.
+opcd show RUN prints what an experience run has made, and writes it as a page.
 
 --debug shows the traceback of an error. --allow-imports A.B,C lets a class_path name what jsonargparse denies, such as
 what is under os or subprocess: a config can run any other code that is installed."""
@@ -54,8 +57,9 @@ what is under os or subprocess: a config can run any other code that is installe
 # An empty addition to jsonargparse's list of denied imports (os, subprocess, ...) has it enforced: else it only warns.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=[])
 
-
 ALLOW = "--allow-imports"
+
+SOURCES = ("data.train", "data.val", "data.test", "data.predict")
 
 
 class Command(LightningCLI):
@@ -72,6 +76,9 @@ class Command(LightningCLI):
                 "model.rollout": {"class_path": f"opcd.modules.{StudentRollout.__name__}"},
             }
         )
+        for action in parser._actions:
+            if action.dest in SOURCES:
+                action._enable_path = False  # jsonargparse would read the file of rows as YAML: it might be a class's
         parser.link_arguments("model.student", "data.student")
         parser.link_arguments("model.teacher", "data.teacher", compute_fn=_teacher_model)
 
@@ -252,6 +259,14 @@ def main(args: list[str] | None = None) -> int:
             from opcd.sweep import command as sweep
 
             return sweep.main(args[1:], fit_parser())
+        if args[:1] == ["experience"]:
+            from opcd.experience import command as experience
+
+            return experience.main(args[1:], fit_parser)
+        if args[:1] == ["show"]:
+            from opcd.experience import show
+
+            return show.main(args[1:])
         with _plain_ctrl_c():
             run(args)
     except Interrupted as leaving:
@@ -298,8 +313,21 @@ def _plain_ctrl_c() -> Iterator[None]:
 def _refused(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"opcd: error: {message}", file=sys.stderr)
+    print(f"opcd: error: {_without_alternatives(message)}", file=sys.stderr)
     return 2
+
+
+# Of a value that may be text or a class, jsonargparse says for each what is wrong, and shows the value.
+ALTERNATIVES = re.compile(
+    r"Does not validate against any of the Union subtypes\n\s*Subtypes: .*\n\s*Errors:\n(?P<errors>(.*\n)*?)"
+    r"\s*Given value type: .*\n\s*Given value: .*"
+)
+OTHER_KIND = re.compile(r"\s*- Expected a .*\n")
+
+
+def _without_alternatives(message: str) -> str:
+    """The message without what a class is refused for as text."""
+    return ALTERNATIVES.sub(lambda found: OTHER_KIND.sub("", found["errors"]).strip(" -\n") or found[0], message)
 
 
 def _quiet() -> None:

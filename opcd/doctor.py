@@ -20,6 +20,7 @@ REQUIRED = ("lightning", "torch", "transformers", "torchmetrics", "jsonargparse"
 OPTIONAL = {
     "lm-eval": ("evaluation with lm-eval", "evaluation"),
     "math-verify": ("checking of mathematical answers", "evaluation"),
+    "textarena": ("text games", "games"),
     "bitsandbytes": ("4-bit and 8-bit teachers", "bitsandbytes"),
     "vllm": ("rollouts with vLLM", "vllm"),
 }

@@ -260,6 +260,21 @@ def test_vocabularies_that_do_not_match(fit, tiny, tmp_path):
     assert "model.student.name" in text and "model.teacher.init_args.model.name" in text
 
 
+def test_rows_are_not_read_as_a_config(fit, tmp_path, monkeypatch):
+    """jsonargparse reads the file of a value that may be a class, as YAML: slow, and an empty one is then no value."""
+    import yaml
+
+    read = []
+    load = yaml.load
+    monkeypatch.setattr(
+        yaml, "load", lambda stream, *args, **kwargs: read.append(stream) or load(stream, *args, **kwargs)
+    )
+    file = tmp_path / "rows.json"
+    file.write_text('[{"query": "What is one?"}]')
+    assert fit("--data.train", file)[0] == 0
+    assert not any("What is one?" in str(stream) for stream in read)
+
+
 def test_debug_shows_the_traceback(fit):
     code, text = fit("--debug", "--data.train", "missing.jsonl")
     assert code == 2
@@ -270,7 +285,8 @@ def test_every_recipe_parses(opcd, capsys):
     for file in sorted(CONFIGS.glob("*.yaml")):
         base = ["--config", CONFIGS / "cross_size.yaml"] if file.stem == "cross_size_cpu" else []
         with pytest.raises(SystemExit) as raised:
-            opcd("fit", *base, "--config", file, "--print_config")
+            command = "experience" if file.stem.startswith("experience_") else "fit"
+            opcd(command, *base, "--config", file, "--print_config")
         assert raised.value.code == 0, capsys.readouterr().err
 
 

@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
+
+from opcd.data import ExampleSource
 from opcd.data.files import require_file
 from opcd.errors import UserError
-from opcd.evaluation.command import make_parser
-from opcd.evaluation.config import Evaluation
+from opcd.evaluation.command import make_parser, parse
 from opcd.evaluation.run import Evaluator
-from opcd.models import ModelConfig
+from opcd.games import GameSeeds
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.jobs import Job, fit_job
 from opcd.sweep.plan import Base, file_name, overrides
@@ -45,6 +47,8 @@ class Measure:
     """What the table calls it."""
     data: str | None = None
     """File or hub data set with the rows; null takes the task's own."""
+    games: dict[str, Any] = field(default_factory=dict)
+    """In place of data, for a game: opcd.games.GameSeeds, as class_path and init_args."""
     options: dict[str, Any] = field(default_factory=dict)
     """More options of `opcd evaluate`: limit, greedy, samples, max_new_tokens, ..."""
 
@@ -61,6 +65,8 @@ class Benchmark:
     """The config of all fits."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """How rollouts draw: max_new_tokens, temperature, top_p, top_k."""
+    around: str | None = None
+    """class_path of a rollout that takes each arm's rollout as its `rollout`: opcd.games.GameRollout, for games."""
     arms: list[str] = field(default_factory=lambda: [*UNTRAINED, *TRAINED])
     """Which arms, in the order of the table."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -84,6 +90,9 @@ class Benchmark:
                 raise UserError(f"{key} must be one or more, each once, not {values}")
         if self.task.name == SAMPLES and not any(name in TRAINED for name in self.arms):
             raise UserError("task.name: samples are written by a fit, and no arm is trained; add one")
+        for key, measure in (("task", self.task), ("forgetting", self.forgetting)):
+            if measure.games and measure.data:
+                raise UserError(f"{key}.data has no effect beside {key}.games; remove one of the two")
         if self.forgetting.name == SAMPLES:
             raise UserError("forgetting.name: must be a task of `opcd evaluate`")
 
@@ -123,11 +132,13 @@ class Plan:
 
     def _fit(self, name: str, seed: int) -> Job:
         rollout, loss, init_args = TRAINED[name]
+        who: dict[str, Any] = {
+            "class_path": f"opcd.modules.{rollout}",
+            "init_args": {"sampling": self.benchmark.sampling},
+        }
+        around = self.benchmark.around
         settings = {
-            "model.rollout": {
-                "class_path": f"opcd.modules.{rollout}",
-                "init_args": {"sampling": self.benchmark.sampling},
-            },
+            "model.rollout": {"class_path": around, "init_args": {"rollout": who}} if around else who,
             "model.loss": {"class_path": f"opcd.losses.{loss}", "init_args": init_args},
             "seed_everything": seed,
             "data.seed": seed,
@@ -160,7 +171,8 @@ class Plan:
         self, arm: str, measure: Measure, model: dict[str, Any], context: str | None, seed: int, fit: Job | None
     ) -> Job:
         what = {"tasks": measure.name, "seed": seed, **measure.options}
-        what |= {f"data.{measure.name}": measure.data} if measure.data else {}
+        rows = measure.games or measure.data
+        what |= {f"data.{measure.name}": rows} if rows else {}
         what |= {"context": context, "placement": self.config["data"]["placement"]} if context else {}
         what |= {"template": self.config["data"]["template"]} if context and self.config["data"]["template"] else {}
         known = {f"model.{key}": value for key, value in model.items() if value is not None and value != {}}
@@ -186,11 +198,20 @@ class Plan:
                     continue
                 seen.add((measure.name, context, str(model)))
                 job = self._evaluate(name, measure, model, context, 0, None)
-                parsed = make_parser().parse_args(job.words[1:])
                 try:
-                    evaluation = Evaluation(**{key: parsed[key] for key in Evaluation.__dataclass_fields__})
-                    Evaluator(
-                        evaluation, ModelConfig(**{key: parsed.model[key] for key in ModelConfig.__dataclass_fields__})
-                    )
-                except ValueError as error:
+                    parsed, evaluation, _ = parse(job.words[1:])
+                except UserError as error:
                     raise UserError(f"{measure.name}: {error}") from error
+                self._refuse_trained(measure.name, evaluation.data.get(measure.name))
+                Evaluator(evaluation, parsed)
+
+    def _refuse_trained(self, name: str, measured: str | GameSeeds | None) -> None:
+        """Games that are measured must not be those that are trained on."""
+        train = self.config["data"]["train"]
+        if not isinstance(train, dict) or not isinstance(measured, GameSeeds):
+            return
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--train", type=ExampleSource)
+        shared = parser.instantiate(parser.parse_object({"train": train})).train.overlap(measured)
+        if shared is not None:
+            raise UserError(f"{name}: its data and data.train share {shared}; give each its own")

@@ -206,7 +206,7 @@ def notes(outcome: Outcome) -> list[str]:
     for measure in outcome.measures:
         count = max((arm.scores[measure.name].questions for arm in outcome.arms), default=0)
         rule = "right where the answer contains the reference" if measure.name == SAMPLES else measure.metric
-        rows = measure.data or ("data.val" if measure.name == SAMPLES else "the hub")
+        rows = measure.games.get("init_args") or measure.data or ("data.val" if measure.name == SAMPLES else "the hub")
         lines.append(f"{measure.title}: {count} questions, {measure.name} ({rule}), rows of {rows}.")
     return lines
 

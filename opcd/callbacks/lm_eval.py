@@ -7,9 +7,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from opcd.callbacks.folder import run_folder
+from opcd.data import ContextQueryDataModule, ExampleSource
 from opcd.errors import UserError
 from opcd.evaluation import Evaluation, Evaluator
 from opcd.evaluation.report import write_rows
+from opcd.games import GameSeeds
 from opcd.memory import give_back
 from opcd.modules import Distiller
 from opcd.modules.generation import cast_copy
@@ -65,10 +67,19 @@ class LMEval(Callback):
         assert isinstance(pl_module, Distiller)
         self._folder = run_folder(trainer) / self.name
         prefix = f"{type(self).__name__}.evaluation."
+        self._refuse_trained(getattr(trainer, "datamodule", None), prefix)
         self._evaluator = Evaluator(self.evaluation, pl_module.student_config, "model.student", prefix)
         for task, count in self._evaluator.answers.items():
             if count < trainer.world_size * self.evaluation.samples:
                 raise UserError(f"{prefix}data.{task}: {trainer.world_size} ranks want as many rows at least")
+
+    def _refuse_trained(self, datamodule: Any, prefix: str) -> None:
+        """Games that are measured must not be those that are trained on."""
+        train = datamodule.sources["train"] if isinstance(datamodule, ContextQueryDataModule) else None
+        for task, data in self.evaluation.data.items():
+            shared = train.overlap(data) if isinstance(train, ExampleSource) and isinstance(data, GameSeeds) else None
+            if shared is not None:
+                raise UserError(f"{prefix}data.{task} and data.train share {shared}; give each its own")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the student that training begins with, where asked."""

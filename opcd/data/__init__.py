@@ -4,7 +4,7 @@ from opcd.data.batch import Batch
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
 from opcd.data.examples import Example, parse_row, parse_rows
 from opcd.data.module import ContextQueryDataModule
-from opcd.data.sources import read_examples, read_rows
+from opcd.data.sources import ExampleSource, read_examples, read_rows
 from opcd.data.views import Placement, Views
 from opcd.data.vocabulary import check_same_vocabulary
 
@@ -13,6 +13,7 @@ __all__ = [
     "ContextQueryDataModule",
     "ContextSource",
     "Example",
+    "ExampleSource",
     "Placement",
     "Views",
     "check_same_vocabulary",

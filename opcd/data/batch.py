@@ -1,11 +1,15 @@
 """What a training step gets: examples and both views of them as token ids."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from opcd.data.examples import Example
+from opcd.data.views import Views
 
 
 @dataclass
@@ -19,6 +23,7 @@ class Batch:
         teacher_prompts: [Q] int64 each: the same with the context, where there is one.
         teacher_prefixes: [P] int64 each: what the teacher prompts of its context have in common at their beginning.
         responses: [R] int64 each: the recorded response with its end-of-sequence token; None where there is none.
+        views: what encoded them.
     """
 
     examples: list[Example]
@@ -27,11 +32,28 @@ class Batch:
     teacher_prompts: list[Tensor]
     teacher_prefixes: list[Tensor]
     responses: list[Tensor | None]
+    views: Views
+
+    @classmethod
+    def encoded(cls, examples: Sequence[Example], contexts: list[str | None], views: Views) -> Batch:
+        """Both views of each example, with its context. UserError where a query does not fit the chat template."""
+        return cls(
+            examples=list(examples),
+            contexts=contexts,
+            student_prompts=[torch.tensor(views.student_prompt(example)) for example in examples],
+            teacher_prompts=[
+                torch.tensor(views.student_prompt(e) if c is None else views.teacher_prompt(e, c))
+                for e, c in zip(examples, contexts, strict=True)
+            ],
+            teacher_prefixes=[torch.tensor([] if c is None else views.teacher_prefix(c)).long() for c in contexts],
+            responses=[None if e.response is None else torch.tensor(views.response_ids(e.response)) for e in examples],
+            views=views,
+        )
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Batch:
         """A copy whose tensors are on `device`. Lightning calls this."""
         return replace(
             self,
@@ -41,7 +63,11 @@ class Batch:
             responses=[None if response is None else response.to(device) for response in self.responses],
         )
 
-    def select(self, indices: list[int]) -> "Batch":
+    def asking(self, examples: Sequence[Example]) -> Batch:
+        """Other examples in the place of these, under their contexts and on their device."""
+        return Batch.encoded(examples, self.contexts, self.views).to(self.student_prompts[0].device)
+
+    def select(self, indices: list[int]) -> Batch:
         """The batch of some of its examples, in the order of `indices`."""
         return Batch(
             examples=[self.examples[i] for i in indices],
@@ -50,4 +76,5 @@ class Batch:
             teacher_prompts=[self.teacher_prompts[i] for i in indices],
             teacher_prefixes=[self.teacher_prefixes[i] for i in indices],
             responses=[self.responses[i] for i in indices],
+            views=self.views,
         )

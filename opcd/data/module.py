@@ -1,9 +1,9 @@
 """The data of a run: examples from files, two views of each, batches."""
 
 import warnings
+from itertools import combinations
 from typing import Any, Literal, cast
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
@@ -13,7 +13,7 @@ from opcd.data.contexts import ContextSource, context_hash, read_contexts
 from opcd.data.examples import Example
 from opcd.data.lengths import longest_prompts
 from opcd.data.sampler import ResumableSampler
-from opcd.data.sources import read_examples
+from opcd.data.sources import ExampleSource, read_examples
 from opcd.data.views import STUDENT, TEACHER, Placement, Views, split_template
 from opcd.data.vocabulary import check_same_vocabulary
 from opcd.errors import UserError
@@ -26,7 +26,8 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 class ContextQueryDataModule(LightningDataModule):
     """Queries, and the contexts that the teacher sees with them.
 
-    A source is a .jsonl, .json or .parquet file, or a hub data set (org/name or org/name:split). A row is
+    A source is a .jsonl, .json or .parquet file, a hub data set (org/name or org/name:split), or a class that makes
+    rows (opcd.games.GameSeeds). A row is
     {"query", "context", "response", "reference"} (only the query is required; text or chat messages), TRL's {"prompt",
     "completion", "privileged_context"}, or in the shape of DAPO-Math-17k.
 
@@ -61,10 +62,10 @@ class ContextQueryDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | None = None,
-        val: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: str | ExampleSource | None = None,
+        val: str | ExampleSource | None = None,
+        test: str | ExampleSource | None = None,
+        predict: str | ExampleSource | None = None,
         context: str | None = None,
         placement: Placement = "system",
         template: str | None = None,
@@ -83,6 +84,7 @@ class ContextQueryDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        _refuse_overlaps({"train": train, "val": val, "test": test})
         self.context = context
         split_template(template, placement)  # a wrong one is refused before anything is read
         self.placement, self.template = placement, template
@@ -201,18 +203,7 @@ class ContextQueryDataModule(LightningDataModule):
     def encode(self, examples: list[Example], epoch: int = 0) -> Batch:
         """Both views of each example, with the contexts of an epoch."""
         contexts = [self._context_source().context_for(example, epoch) for example in examples]
-        views = self.views
-        return Batch(
-            examples=list(examples),
-            contexts=contexts,
-            student_prompts=[torch.tensor(views.student_prompt(example)) for example in examples],
-            teacher_prompts=[
-                torch.tensor(views.student_prompt(e) if c is None else views.teacher_prompt(e, c))
-                for e, c in zip(examples, contexts, strict=True)
-            ],
-            teacher_prefixes=[torch.tensor([] if c is None else views.teacher_prefix(c)).long() for c in contexts],
-            responses=[None if e.response is None else torch.tensor(views.response_ids(e.response)) for e in examples],
-        )
+        return Batch.encoded(examples, contexts, self.views)
 
     def _context_source(self) -> ContextSource:
         if self._contexts is None:
@@ -242,6 +233,14 @@ class ContextQueryDataModule(LightningDataModule):
 def as_list(examples: list[Example]) -> list[Example]:
     """Collate nothing: rows of different lengths become tensors one by one."""
     return examples
+
+
+def _refuse_overlaps(sources: dict[str, str | ExampleSource | None]) -> None:
+    """What is measured must not have been trained on; of files, nobody knows before they are read."""
+    made = [(split, source) for split, source in sources.items() if isinstance(source, ExampleSource)]
+    for (split, source), (other, other_source) in combinations(made, 2):
+        if (shared := source.overlap(other_source)) is not None:
+            raise UserError(f"data.{split} and data.{other} share {shared}; give each its own")
 
 
 def _at_least(least: int, value: int, name: str) -> int:

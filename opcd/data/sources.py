@@ -1,6 +1,9 @@
 """Examples from a file (.jsonl, .json, .parquet) or from a data set of the hub."""
 
+from __future__ import annotations
+
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -15,20 +18,34 @@ Rows = Iterator[tuple[str, object]]
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<split>.+))?")
 
 
+class ExampleSource(ABC):
+    """Makes examples that stand in no file. Its `str` names them in messages and in the model card."""
+
+    @abstractmethod
+    def examples(self, key: str) -> list[Example]:
+        """The examples, at least one; `key` is the config key of the source, for their `source` and for messages."""
+
+    @abstractmethod
+    def overlap(self, other: ExampleSource) -> str | None:
+        """What both give, in words for a message; None where they have nothing in common."""
+
+
 def read_examples(
-    source: str, key: str = "data.train", on_bad_row: Literal["raise", "skip"] = "raise"
+    source: str | ExampleSource, key: str = "data.train", on_bad_row: Literal["raise", "skip"] = "raise"
 ) -> list[Example]:
     """All examples of a source.
 
     Args:
-        source: a .jsonl, .json or .parquet file, or a hub data set "org/name" or "org/name:split" (split: train;
-            slices of `datasets`, such as train[:1000], are allowed).
+        source: a .jsonl, .json or .parquet file, a hub data set "org/name" or "org/name:split" (split: train; slices
+            of `datasets`, such as train[:1000], are allowed), or what makes examples itself.
         key: the config key that holds the source, for messages.
         on_bad_row: raise an error for the first wrong row, or leave all such rows out with one warning.
 
     Raises:
         UserError: the source cannot be read, has no rows, or a row is wrong.
     """
+    if isinstance(source, ExampleSource):
+        return source.examples(key)
     examples = parse_rows(_rows(source, key), key, on_bad_row)
     if not examples:
         raise UserError(f"{key}: {source} has no rows")

@@ -9,60 +9,28 @@ from typing import Any
 
 import torch
 import torch.distributed
-from accelerate.utils import find_executable_batch_size
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import Collator, postprocess_generated_text
 
-from opcd.data import Example, Views
-from opcd.evaluation.batches import rows_that_fit
-from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
-from opcd.modules.prefix import SharedPrefix
-from opcd.modules.student import Student
-
-
-class Answer(str):
-    """An answer's text, with what the text does not show.
-
-    Attributes:
-        tokens: tokens that were generated, the end-of-sequence token included.
-        cut_off: whether the limit ended it.
-    """
-
-    tokens: int
-    cut_off: bool
+from opcd.evaluation.answering import Answer, Answering, prompt_ids
 
 
 class AnsweringModel(LM):  # type: ignore[misc]
-    """Answers of a student, with or without a context in its prompt.
+    """Answers of a student to what lm-eval asks.
 
     `seed` seeds torch's generator before the first answer; every rank should have another.
 
     Args:
-        student: model and tokenizer.
-        views: what makes prompts of messages.
-        context: text that stands in every prompt, or None.
-        sampling: how tokens are drawn.
-        batch_size: prompts at once; "auto" takes what fits, and halves it when memory runs out all the same.
-        prefix: what keeps the keys and values of the context.
+        answering: the student, its context, and how it answers.
         show: called with each number of answers that are done.
     """
 
-    def __init__(
-        self,
-        student: Student,
-        views: Views,
-        context: str | None,
-        sampling: Sampling,
-        batch_size: int | str,
-        prefix: SharedPrefix,
-        show: Callable[[int], None],
-    ) -> None:
+    def __init__(self, answering: Answering, show: Callable[[int], None]) -> None:
         super().__init__()
-        self.student, self.views, self.context, self.sampling = student, views, context, sampling
-        self.batch_size, self.prefix, self.show = batch_size, prefix, show
+        self.answering, self.show = answering, show
         self.seed = 0
-        self._device = student.model.device
+        self._device = answering.student.model.device
         self._ids: dict[str, list[int]] = {}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -70,25 +38,23 @@ class AnsweringModel(LM):  # type: ignore[misc]
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt as text. Its ids are kept: in them, what data says is no control token."""
         assert add_generation_prompt, "a task whose answers begin with a given prefix is not among ours"
-        ids = prompt_ids(self.views, chat_history, self.context)
-        text = self.views.context_text(ids)
+        views = self.answering.views
+        ids = prompt_ids(views, chat_history, self.answering.context)
+        text = views.context_text(ids)
         self._ids[text] = ids
         return text
 
     @property
     def tokenizer_name(self) -> str:
         """Names the tokenizer for lm-eval's cache of requests, which is not used."""
-        return str(self.student.tokenizer.name_or_path)
+        return str(self.answering.student.tokenizer.name_or_path)
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
+    def generate_until(self, requests: list[Instance]) -> list[Answer]:
         """An Answer to each request."""
-        if self.batch_size != "auto":
-            return self._answers(int(self.batch_size), requests)
-        longest = max(len(self._ids[request.args[0]]) for request in requests) + self.sampling.max_new_tokens
-        first = rows_that_fit(self.student.model, longest)
-        return list(find_executable_batch_size(self._answers, starting_batch_size=first)(requests))
+        longest = max(len(self._ids[request.args[0]]) for request in requests)
+        return self.answering.in_batches(self._answers, longest, requests)
 
-    def _answers(self, batch_size: int, requests: list[Instance]) -> list[str]:
+    def _answers(self, batch_size: int, requests: list[Instance]) -> list[Answer]:
         torch.manual_seed(self.seed)
         # As lm-eval's HFLM orders them: the longest prompts first, so that batches hold the same rows as there.
         order = Collator(
@@ -97,30 +63,14 @@ class AnsweringModel(LM):  # type: ignore[misc]
             group_fn=lambda args: args[1],
             group_by="gen_kwargs",
         )
-        answers: list[str] = []
+        answers: list[Answer] = []
         for chunk in order.get_batched(n=batch_size):
             texts, settings = zip(*chunk, strict=True)
-            answers += self._batch([self._ids[text] for text in texts], settings[0].get("until"))
+            until = settings[0].get("until")
+            found = self.answering.batch([self._ids[text] for text in texts])
+            answers += [answer.with_text(postprocess_generated_text(answer, until, None)) for answer in found]
             self.show(len(texts))
         return list(order.get_original(answers))
-
-    def _batch(self, ids: list[list[int]], until: list[str] | None) -> list[Answer]:
-        prompts = [torch.tensor(row) for row in ids]
-        prefixes = None
-        model = self.student.model
-        if self.context is not None:
-            shared = torch.tensor(self.views.teacher_prefix(self.context))
-            with torch.no_grad(), eval_mode(model), own_precision(model):
-                prefixes = self.prefix.encoded(model, [shared] * len(prompts), prompts)
-        ends = self.student.eos_ids
-        responses = generate(model, prompts, self.sampling, ends, self.student.pad_id, prefixes)
-        return [self._answer(response.tolist(), ends, until) for response in responses]
-
-    def _answer(self, ids: list[int], ends: set[int], until: list[str] | None) -> Answer:
-        text = str(self.student.tokenizer.decode(ids, skip_special_tokens=True))
-        answer = Answer(postprocess_generated_text(text, until, None))
-        answer.tokens, answer.cut_off = len(ids), ids[-1] not in ends
-        return answer
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """A number of each rank, in their order."""
@@ -150,9 +100,3 @@ class AnsweringModel(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """No task here asks for it."""
         raise NotImplementedError("only tasks that generate are evaluated")
-
-
-def prompt_ids(views: Views, messages: list[dict[str, str]], context: str | None, source: str = "a row") -> list[int]:
-    """Token ids of messages and generation prompt, with the context where there is one."""
-    example = Example(messages, None, None, None, 0, source)
-    return views.student_prompt(example) if context is None else views.teacher_prompt(example, context)

@@ -22,9 +22,10 @@ from opcd.evaluation.run import Evaluator
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.student import Student
 
-Made = TypeVar("Made", ModelConfig, Evaluation, "Output")
+Made = TypeVar("Made", Evaluation, "Output")
 
-DESCRIPTION = """Evaluate a model on tasks of lm-eval: DAPO-Math's shape, IFEval, and the paper's system-prompt tasks.
+DESCRIPTION = """Evaluate a model on tasks of lm-eval: DAPO-Math's shape, IFEval, and the paper's system-prompt tasks;
+and on text games.
 
 --model NAME is short for --model.name NAME: a hub id, a folder (such as a run's student/), a .gguf file, or the
 packaged smollm2-135m. Settings that are not given are the paper's, by task."""
@@ -44,14 +45,10 @@ class Output:
 
 def main(args: list[str]) -> int:
     """Parse `args`, evaluate, write and print. UserError for the user's mistakes."""
-    config = make_parser().parse_args(_in_full(args))
-    try:
-        model, evaluation, output = _made(ModelConfig, config.model), _made(Evaluation, config), _made(Output, config)
-        evaluator = Evaluator(evaluation, model)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    model, evaluation, output = parse(_in_full(args))
+    evaluator = Evaluator(evaluation, model)
     others = _other_rows(output.against, evaluation.tasks)
-    device = _device(output.device)
+    device = torch_device(output.device)
     if output.out is not None:
         refuse_results(Path(output.out), "out")
     student = Student(load_model(model, key="model").to(device), load_tokenizer(model, "model"))  # type: ignore[arg-type]
@@ -63,6 +60,17 @@ def main(args: list[str]) -> int:
         write_results(Path(output.out), results, model.name, evaluation.context, evaluation.seed, settings)
     print_results(results, differences, Console(width=None if Console().is_terminal else 140))
     return 0
+
+
+def parse(args: list[str]) -> tuple[ModelConfig, Evaluation, Output]:
+    """What the words of the command line say. UserError where they do not fit together."""
+    parser = make_parser()
+    config = parser.parse_args(args)
+    try:
+        made = parser.instantiate(config)
+        return made.model, _made(Evaluation, made), _made(Output, made)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def make_parser() -> ArgumentParser:
@@ -88,7 +96,8 @@ def _in_full(args: list[str]) -> list[str]:
     return full
 
 
-def _device(name: str | None) -> torch.device:
+def torch_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU where there is one. UserError where it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

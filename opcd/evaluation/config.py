@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from opcd.data.views import split_template
+from opcd.games import GameSeeds
 from opcd.modules.prefix import Mode
 
 
@@ -12,9 +13,10 @@ class Evaluation:
     """Tasks, their rows, and how the model answers. What is null is what the paper does, by task."""
 
     tasks: list[str] | str
-    """Names of tasks (dapo_math, ifeval, medmcqa, safety): a list, or text with commas."""
-    data: dict[str, str] = field(default_factory=dict)
-    """Rows of a task (data.TASK): a .jsonl, .json or .parquet file, or a hub data set org/name:split."""
+    """Names of tasks (dapo_math, ifeval, medmcqa, safety, or a game's of `data`): a list, or text with commas."""
+    data: dict[str, str | GameSeeds] = field(default_factory=dict)
+    """Rows of a task (data.TASK): a .jsonl, .json or .parquet file, or a hub data set org/name:split. A task whose rows
+    are opcd.games.GameSeeds is a game, and has any name."""
     limit: int | None = None
     """Take the first so many rows of each task; null takes all."""
     samples: int = 1
@@ -36,11 +38,12 @@ class Evaluation:
     top_k: int | None = None
     """Sample among this many likeliest tokens; 0 keeps all."""
     max_new_tokens: int | None = None
-    """Most tokens of an answer. null: as the task says, or what the model's window leaves where that is less."""
+    """Most tokens of an answer, or of a reply in a game. null: as the task says, or what the model's window leaves
+    where that is less."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Extra variables of the chat template; null takes those of the model's config."""
     batch_size: int | Literal["auto"] = 8
-    """Questions that are answered at once; auto takes as many as the free memory holds."""
+    """Questions, or games, that are answered at once; auto takes as many as the free memory holds."""
     shared_prefix: Mode = "auto"
     """Whether the keys and values of the context are computed once for all questions, as in training."""
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -17,16 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from opcd.data import Views, read_contexts
 from opcd.data.contexts import context_hash
 from opcd.errors import UserError
+from opcd.evaluation.answering import Answering, prompt_ids
 from opcd.evaluation.config import Evaluation
+from opcd.evaluation.games import GameRows, game_rows, rank_and_ranks
 from opcd.evaluation.results import Results, Row, TaskResult, summarise
 from opcd.evaluation.tasks import TaskRows, load_tasks
+from opcd.games import GameSeeds
 from opcd.models import ModelConfig, context_window, load_tokenizer
 from opcd.modules.generation import Sampling
 from opcd.modules.prefix import SharedPrefix
 from opcd.modules.student import Student
-
-if TYPE_CHECKING:
-    from opcd.evaluation.answers import AnsweringModel
 
 EVERY_ANSWER = ("cut_off", "response_tokens")
 """Metrics of every task: share of answers that the limit ended, and mean length in tokens."""
@@ -50,9 +50,7 @@ class Evaluator:
     """
 
     def __init__(self, evaluation: Evaluation, model: ModelConfig, key: str = "model", prefix: str = "") -> None:
-        for package in ("lm_eval", "math_verify"):
-            if importlib.util.find_spec(package) is None:
-                raise UserError(f"evaluation needs {package}, which is not installed: pip install 'opcd[evaluation]'")
+        _check_packages(evaluation)
         self.evaluation, self.model, self.key, self.prefix = evaluation, model, key, prefix
         self.context = _read_context(evaluation, prefix)
         with _quiet():
@@ -83,7 +81,7 @@ class Evaluator:
     @property
     def answers(self) -> dict[str, int]:
         """How many answers each task takes."""
-        return {task.name: len(task.questions) * self.evaluation.samples for task in self.tasks}
+        return {task.name: len(task) * self.evaluation.samples for task in self.tasks}
 
     def main_metric(self, task: str) -> str:
         """The first metric of a task."""
@@ -103,32 +101,37 @@ class Evaluator:
             "tasks": {task.name: self._task_settings(task) for task in self.tasks},
         }
 
-    def _task_settings(self, task: TaskRows) -> dict[str, Any]:
+    def _task_settings(self, task: TaskRows | GameRows) -> dict[str, Any]:
         sampling = self._samplings[task.name]
         drawn = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
         return {"data": task.source, **drawn, "chat_template_kwargs": self._kwargs[task.name]}
 
-    def _answers(self, task: TaskRows, number: int, student: Student, prefix: SharedPrefix, show: Show) -> list[Row]:
-        """One answer to each question, scored; nothing on ranks other than the first."""
-        from lm_eval.evaluator import evaluate  # not simple_evaluate: that reports on the machine for 3 s each time
-
-        from opcd.evaluation.answers import AnsweringModel
-
-        model = AnsweringModel(
+    def _answers(
+        self, task: TaskRows | GameRows, number: int, student: Student, prefix: SharedPrefix, show: Show
+    ) -> list[Row]:
+        """One answer to each question, or one play of each game, scored; nothing on ranks other than the first."""
+        answering = Answering(
             student,
             self._views[task.name],
             self.context,
             self._samplings[task.name],
             self.evaluation.batch_size,
             prefix,
-            lambda done: show(task.name, done),
         )
-        model.seed = self._seed(task, number, model)
+        seed = self._seed(task, number)
+        if isinstance(task, GameRows):
+            return game_rows(task, number, answering, seed, lambda done: show(task.name, done))
+        from lm_eval.evaluator import evaluate  # not simple_evaluate: that reports on the machine for 3 s each time
+
+        from opcd.evaluation.answers import AnsweringModel
+
+        model = AnsweringModel(answering, lambda done: show(task.name, done))
+        model.seed = seed
         with _quiet():
             found = evaluate(
                 lm=model,
                 task_dict={"tasks": {task.name: task.task}},
-                limit=len(task.questions),
+                limit=len(task),
                 bootstrap_iters=0,
                 apply_chat_template=True,
                 fewshot_as_multiturn=True,
@@ -136,15 +139,15 @@ class Evaluator:
         samples = found["samples"][task.name] if found else []
         return [_row(task, sample, number) for sample in samples]
 
-    def _seed(self, task: TaskRows, number: int, model: "AnsweringModel") -> int:
+    def _seed(self, task: TaskRows | GameRows, number: int) -> int:
         """Another one for each task, sample and rank; seeds the generators that a task's checks may draw from, too."""
-        entropy = [self.evaluation.seed, zlib.crc32(task.name.encode()), number, model.rank]
+        entropy = [self.evaluation.seed, zlib.crc32(task.name.encode()), number, rank_and_ranks()[0]]
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         return seed
 
-    def _result(self, task: TaskRows, rows: list[Row]) -> TaskResult:
+    def _result(self, task: TaskRows | GameRows, rows: list[Row]) -> TaskResult:
         rows = sorted(rows, key=lambda row: (row["index"], row["sample"]))
         scored = [row | {"response_tokens": row["tokens"]} for row in rows]
         return TaskResult(
@@ -154,21 +157,21 @@ class Evaluator:
             settings=self._task_settings(task),
         )
 
-    def _template_kwargs(self, task: TaskRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def _template_kwargs(self, task: TaskRows | GameRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         chosen = self.evaluation.chat_template_kwargs
         kwargs = dict(self.model.chat_template_kwargs if chosen is None else chosen)
         if task.thinking is not None and "enable_thinking" in str(tokenizer.chat_template):
             kwargs.setdefault("enable_thinking", task.thinking)
         return kwargs
 
-    def _make_views(self, task: TaskRows, tokenizer: PreTrainedTokenizerBase) -> Views:
+    def _make_views(self, task: TaskRows | GameRows, tokenizer: PreTrainedTokenizerBase) -> Views:
         # Without a context its place is not asked for: a template need not have a system role.
         placement = self.evaluation.placement if self.context else "user"
         kwargs = self._kwargs[task.name]
         keys = (self.key, self.key, self.prefix)
         return Views(tokenizer, tokenizer, placement, self.evaluation.template, kwargs, kwargs, keys)
 
-    def _sampling(self, task: TaskRows, window: int | None) -> Sampling:
+    def _sampling(self, task: TaskRows | GameRows, window: int | None) -> Sampling:
         """How the task is answered: as its YAML says, but for what the evaluation says."""
         evaluation = self.evaluation
         most = self._most_tokens(task, window)
@@ -178,11 +181,9 @@ class Evaluator:
         chosen = {name: getattr(evaluation, name) for name in names if getattr(evaluation, name) is not None}
         return Sampling(max_new_tokens=most, **{name: task.generation[name] for name in names} | chosen)
 
-    def _most_tokens(self, task: TaskRows, window: int | None) -> int:
-        from opcd.evaluation.answers import prompt_ids
-
+    def _most_tokens(self, task: TaskRows | GameRows, window: int | None) -> int:
         views = self._views[task.name]
-        longest = max(len(prompt_ids(views, messages, self.context, where)) for where, messages in task.questions)
+        longest = task.longest_prompt(lambda query, where: len(prompt_ids(views, query, self.context, where)))
         chosen = self.evaluation.max_new_tokens
         if window is None:
             return chosen or int(task.generation["max_gen_toks"])
@@ -193,6 +194,14 @@ class Evaluator:
                 f"{longest} and up to {chosen or 1} are added; shorten the context, or set {self.prefix}max_new_tokens"
             )
         return chosen or min(int(task.generation["max_gen_toks"]), left)
+
+
+def _check_packages(evaluation: Evaluation) -> None:
+    if all(isinstance(evaluation.data.get(name), GameSeeds) for name in evaluation.tasks):
+        return
+    for package in ("lm_eval", "math_verify"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"evaluation needs {package}, which is not installed: pip install 'opcd[evaluation]'")
 
 
 def _row(task: TaskRows, sample: dict[str, Any], number: int) -> Row:

@@ -1,12 +1,15 @@
 """The tasks of `opcd/tasks` with their rows, as lm-eval's task objects."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opcd.errors import UserError
 from opcd.evaluation.config import Evaluation
+from opcd.evaluation.games import GameRows
+from opcd.games import GameSeeds
 
 FOLDER = Path(__file__).parent.parent / "tasks"
 
@@ -33,24 +36,46 @@ class TaskRows:
     generation: dict[str, Any]
     thinking: bool | None
 
+    def __len__(self) -> int:
+        return len(self.questions)
 
-def load_tasks(evaluation: Evaluation, prefix: str = "") -> list[TaskRows]:
+    def longest_prompt(self, length: Callable[[list[dict[str, str]], str], int]) -> int:
+        """Tokens of the longest prompt."""
+        return max(length(messages, where) for where, messages in self.questions)
+
+
+def load_tasks(evaluation: Evaluation, prefix: str = "") -> list[TaskRows | GameRows]:
     """The tasks of an evaluation. `prefix` stands before its keys in messages.
 
     Raises:
         UserError: a task is unknown, its rows cannot be read, or rows are given that no task reads.
     """
+    if asked := [name for name in evaluation.tasks if not isinstance(evaluation.data.get(name), GameSeeds)]:
+        _refuse_unknown(asked, prefix)
+    for name in evaluation.data.keys() - set(evaluation.tasks):
+        raise UserError(f"{prefix}data.{name} has no effect: tasks are {', '.join(evaluation.tasks)}; remove it")
+    return [_rows(name, evaluation, prefix) for name in evaluation.tasks]
+
+
+def _refuse_unknown(names: list[str], prefix: str) -> None:
     from lm_eval.tasks import TaskManager
 
     known = TaskManager(include_defaults=False, include_path=FOLDER).all_tasks
-    for name in evaluation.tasks:
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"{prefix}tasks: no task {name!r}; {hint}there are {', '.join(known)}")
-    for name in evaluation.data.keys() - set(evaluation.tasks):
-        raise UserError(f"{prefix}data.{name} has no effect: tasks are {', '.join(evaluation.tasks)}; remove it")
-    return [_load(name, evaluation, prefix) for name in evaluation.tasks]
+            raise UserError(
+                f"{prefix}tasks: no task {name!r}; {hint}there are {', '.join(known)}, and games, whose "
+                f"{prefix}data.{name} is opcd.games.GameSeeds"
+            )
+
+
+def _rows(name: str, evaluation: Evaluation, prefix: str) -> TaskRows | GameRows:
+    data = evaluation.data.get(name)
+    if isinstance(data, GameSeeds):
+        return GameRows.of(name, data, evaluation.limit, f"{prefix}data.{name}")
+    return _load(name, evaluation, prefix)
 
 
 def _load(name: str, evaluation: Evaluation, prefix: str) -> TaskRows:

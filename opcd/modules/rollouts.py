@@ -1,7 +1,7 @@
 """Rollouts: who writes the responses that the student learns on."""
 
 from abc import ABC, abstractmethod
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +17,13 @@ Value = TypeVar("Value")
 
 
 class Rollout(ABC):
-    """Writes one response to each example of a batch."""
+    """Writes one response to each example of a batch, in their order.
+
+    Attributes:
+        several_turns: whether it may write more than one to an example (a game's moves).
+    """
+
+    several_turns: ClassVar[bool] = False
 
     @abstractmethod
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
@@ -139,6 +145,8 @@ class MixedRollout(Rollout):
     def __init__(self, rollouts: list[Rollout], shares: list[float]) -> None:
         if len(rollouts) < 2 or len(rollouts) != len(shares):
             raise ValueError(f"MixedRollout wants two or more rollouts and a share for each, got {len(shares)} shares")
+        if any(rollout.several_turns for rollout in rollouts):
+            raise ValueError("MixedRollout wants one response a row: put it inside the GameRollout, not around it")
         if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"shares must be positive and sum to 1, got {shares}")
         self.rollouts, self.shares = rollouts, shares

@@ -58,7 +58,7 @@ def locked(folder: Path) -> Iterator[int]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                f"{folder} is in use: by another sweep, or by a run that a killed one has left behind; "
+                f"{folder} is in use: by another sweep or experience run, or by what a killed one has left behind; "
                 f"wait for it or end it, or choose another --out"
             ) from error
         yield stream.fileno()

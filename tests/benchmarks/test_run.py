@@ -20,6 +20,13 @@ CONFIGS = sorted((BENCHMARKS / "configs").glob("*.yaml"))
 IFEVAL = BENCHMARKS / "data" / "ifeval_rows.jsonl"
 
 
+def game(start: int) -> dict:
+    """FrozenLake's seeds from `start` on, as what a comparison measures."""
+    seeds = {"environment": {"class_path": "opcd.games.FrozenLake"}, "start": start, "count": 10}
+    games = {"class_path": "opcd.games.GameSeeds", "init_args": seeds}
+    return {"name": "lake", "metric": "success", "title": "lake", "games": games}
+
+
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
     """As `python benchmarks/run.py` sees it."""
@@ -73,7 +80,9 @@ def test_shipped_configs_are_whole(file, monkeypatch):
     from comparison.arms import SAMPLES, Benchmark
 
     from opcd.cli import fit_parser
-    from opcd.evaluation.command import make_parser
+    from opcd.evaluation.command import parse
+    from opcd.evaluation.games import GameRows
+    from opcd.games import GameSeeds
     from opcd.sweep.checks import ConfigChecker
     from opcd.sweep.plan import overrides
 
@@ -83,8 +92,13 @@ def test_shipped_configs_are_whole(file, monkeypatch):
     ConfigChecker(fit_parser(), benchmark.base)
     for measure in (benchmark.task, benchmark.forgetting):
         if measure.name != SAMPLES:
-            make_parser().parse_args(["--model.name", "x", "--tasks", measure.name, *overrides(measure.options)])
-            assert measure.metric in (ROOT / "opcd" / "tasks" / f"{measure.name}.yaml").read_text()
+            data = {f"data.{measure.name}": measure.games} if measure.games else {}
+            words = overrides(measure.options | data)
+            _, evaluation, _ = parse(["--model.name", "x", "--tasks", measure.name, *words])
+            if isinstance(evaluation.data.get(measure.name), GameSeeds):
+                assert measure.metric in GameRows("", "", []).metrics
+            else:
+                assert measure.metric in (ROOT / "opcd" / "tasks" / f"{measure.name}.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +108,7 @@ def test_shipped_configs_are_whole(file, monkeypatch):
         ({"arms": ["base"]}, "no arm is trained"),
         ({"seeds": [0, 0]}, "seeds must be one or more, each once"),
         ({"seeds": []}, "seeds must be one or more"),
+        ({"task": game(0) | {"data": "rows.jsonl"}}, "task.data has no effect beside task.games"),
         ({"forgetting": {"name": "samples", "metric": "accuracy", "title": "x"}}, "must be a task of"),
     ],
 )
@@ -103,6 +118,46 @@ def test_wrong_configs(config, changed, message):
     benchmark = parse_yaml(config(**changed), Benchmark, "config")
     with pytest.raises(UserError, match=message):
         benchmark.apply(None, None, None, None, {})
+
+
+def test_a_game_is_trained_and_measured_on_seeds_of_its_own(config, tmp_path, tiny, context):
+    from comparison.arms import Benchmark, Plan
+
+    from opcd.cli import fit_parser
+    from opcd.evaluation.command import parse
+    from opcd.games import GameSeeds
+    from opcd.sweep.checks import ConfigChecker
+
+    folder = tmp_path / "roomy"
+    shutil.copytree(tiny, folder)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        text.replace('"max_position_embeddings": 512', '"max_position_embeddings": 8192')
+    )
+    settings = {"model.student.name": str(folder), "data.train": game(0)["games"], "data.context": str(context)}
+    settings |= {"data.val": None}
+    base = {"config": [str(ROOT / "configs" / "quickstart.yaml")], "set": settings}
+    forgetting = {"name": "ifeval", "metric": "prompt_level_strict_acc", "title": "x", "data": str(IFEVAL)}
+    forgetting["options"] = {"max_new_tokens": 8}
+
+    def plan(start: int) -> Plan:
+        task = game(start) | {"options": {"max_new_tokens": 8}}
+        file = config(task=task, base=base, forgetting=forgetting, around="opcd.games.GameRollout")
+        benchmark = parse_yaml(file, Benchmark, "config")
+        benchmark.apply(None, None, None, None, {})
+        return Plan(benchmark, ConfigChecker(fit_parser(), benchmark.base), tmp_path / "out")
+
+    made = plan(10)
+    (fit, *_), evaluations = made.fits["OPCD, top-256 drop"], made.evaluations["OPCD, top-256 drop"]
+    rollout = fit.config["model"]["rollout"]
+    assert rollout["class_path"] == "opcd.games.GameRollout"
+    assert rollout["init_args"]["rollout"]["class_path"] == "opcd.modules.StudentRollout"
+    _, evaluation, _ = parse(evaluations[0]["lake"].words[1:])
+    assert isinstance(evaluation.data["lake"], GameSeeds) and evaluation.data["lake"].start == 10
+    with pytest.raises(
+        UserError, match=r"lake: its data and data\.train share seed 9 of FrozenLake; give each its own"
+    ):
+        plan(9)
 
 
 @pytest.mark.parametrize(

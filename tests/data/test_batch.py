@@ -13,6 +13,7 @@ def make(example):
         teacher_prompts=[torch.tensor([4, 1]), torch.tensor([5, 2, 3])],
         teacher_prefixes=[torch.tensor([4]), torch.tensor([5])],
         responses=[None, torch.tensor([6])],
+        views=None,
     )
 
 

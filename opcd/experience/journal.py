@@ -1,0 +1,73 @@
+"""A JSONL file that grows by whole batches and survives kill -9."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opcd.errors import UserError
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """Records of a file, those of former runs first.
+
+    Each record holds `batch`: [its place, how many were appended with it]. What a killed run left of a batch, a torn
+    last line included, is cut off when the file is opened: a batch is there as a whole or not at all, so that what is
+    computed again is the same batch with the same draws.
+
+    Args:
+        path: the file; made by the first `append`.
+        keep: fields of a record that stay in memory; None: all.
+
+    Attributes:
+        records: what stays in memory of each record.
+
+    Raises:
+        UserError: a line that is not the last is no record: somebody has changed the file.
+    """
+
+    def __init__(self, path: Path, keep: Sequence[str] | None = None) -> None:
+        self.path, self.keep = path, keep
+        self.records: list[Record] = []
+        if path.exists():
+            self._read()
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Add a batch, and wait until the disk has it."""
+        batch = [{**record, "batch": [place, len(records)]} for place, record in enumerate(records)]
+        with self.path.open("ab") as stream:
+            stream.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in batch).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.records += map(self._kept, batch)
+
+    def _kept(self, record: Record) -> Record:
+        return record if self.keep is None else {name: record[name] for name in self.keep}
+
+    def _read(self) -> None:
+        whole, read = 0, 0
+        found: list[Record] = []
+        with self.path.open("r+b") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                record, (place, size) = self._parsed(line, number)
+                found.append(record)
+                read += len(line)
+                if place + 1 == size:
+                    self.records += found
+                    whole, found = read, []
+            stream.truncate(whole)
+
+    def _parsed(self, line: bytes, number: int) -> tuple[Record, tuple[int, int]]:
+        try:
+            record = json.loads(line)
+            place, size = record["batch"]
+            return self._kept(record), (place, size)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path}:{number}: no record of this run; delete the file, and it is computed anew"
+            ) from error

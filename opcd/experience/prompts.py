@@ -1,0 +1,45 @@
+"""The prompts: text files (Jinja) in `opcd/experience/prompts`, each of which a file of the user's can replace."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from opcd.data.files import read_text, require_file
+from opcd.errors import UserError
+
+FOLDER = Path(__file__).parent / "prompts"
+
+
+class Prompt:
+    """A text with places to fill. What is filled in is never read as a template.
+
+    Args:
+        name: the file of the package, such as "extract.txt".
+        file: a file that replaces it, or None.
+        key: the config key of that file, for messages.
+        known: names that may be filled in.
+        needed: those of them that the text must use.
+
+    Raises:
+        UserError: the file cannot be read, is no template, or uses a name that is not known or lacks one.
+    """
+
+    def __init__(self, name: str, file: str | None, key: str, known: set[str], needed: set[str]) -> None:
+        path = FOLDER / name if file is None else require_file(file, key)
+        self.text = read_text(path, key)
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        try:
+            used = meta.find_undeclared_variables(environment.parse(self.text))
+            self._template = environment.from_string(self.text)
+        except TemplateError as error:
+            raise UserError(f"{key}: {path}: {error}") from error
+        for wrong, why in ((used - known, "unknown name"), (needed - used, "lacks")):
+            if wrong:
+                there = ", ".join(f"{{{{ {each} }}}}" for each in sorted(known))
+                raise UserError(f"{key}: {path}: {why} {', '.join(sorted(wrong))}; a prompt is made of {there}")
+
+    def __call__(self, **values: Any) -> str:
+        """The text, filled in, without white space around it."""
+        return self._template.render(values).strip()

@@ -1,0 +1,232 @@
+"""`opcd show RUN`: lessons of an experience run, their scores as the lists grew, and attempts, as text and as a page.
+
+opcd show runs/experience
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from opcd.data.files import read_json, write_whole
+from opcd.errors import UserError
+from opcd.experience.folder import ATTEMPTS, EXTRACTIONS, IDENTITY, LISTS, SCORES, SELECTION, VALIDATION
+from opcd.experience.rounds import Round, read_rounds
+from opcd.experience.selection import Score, best_of_each
+from opcd.sweep.plots import curves, drawn
+from opcd.sweep.results import read_jsonl
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+EXAMPLES = 4
+PAGE = "report.html"
+
+
+def main(args: list[str]) -> int:
+    """Print a run, and write its page.
+
+    Raises:
+        UserError: the folder holds no run of `opcd experience`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="opcd show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the --out of an `opcd experience`")
+    parser.add_argument("--page", type=Path, help=f"the page to write; default: RUN/{PAGE}")
+    options = parser.parse_args(args)
+    page = options.page or options.run / PAGE
+    print_run(options.run)
+    write_whole(page, make_page(options.run))
+    print(f"page: {page}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What there is of one pass of the loop.
+
+    Attributes:
+        name: "" for a run without rounds.
+        selection: the line of selection.json; None where the pass has not come so far.
+        scores: lines of scores.jsonl.
+        lists: lines of lists.jsonl.
+        examples: the first attempts, each with what was extracted from it.
+        counts: lines of the files that grow.
+    """
+
+    name: str
+    selection: dict[str, Any] | None
+    scores: list[dict[str, Any]]
+    lists: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
+    counts: dict[str, int]
+
+    @classmethod
+    def read(cls, folder: Path, name: str = "") -> "Part":
+        """From the folder of a pass."""
+        selection = folder / SELECTION
+        extractions = {(r["list"], r["step"]): r for r in _first_records(folder / EXTRACTIONS, EXAMPLES)}
+        attempts = _first_records(folder / ATTEMPTS, EXAMPLES)
+        return cls(
+            name=name,
+            selection=json.loads(selection.read_text(encoding="utf-8")) if selection.exists() else None,
+            scores=read_jsonl(folder / SCORES),
+            lists=read_jsonl(folder / LISTS),
+            examples=[
+                attempt | {"extracted": extractions.get((attempt["list"], attempt["step"]), {}).get("text")}
+                for attempt in attempts
+            ],
+            counts={file: _lines(folder / file) for file in (ATTEMPTS, EXTRACTIONS, VALIDATION)},
+        )
+
+    @property
+    def lessons(self) -> list[tuple[str, int]]:
+        """The selected list: each lesson, and how often it was written."""
+        if self.selection is None:
+            return []
+        place = (self.selection["number"], self.selection["step"])
+        chosen = next(one for one in self.lists if (one["number"], one["step"]) == place)
+        return list(zip(chosen["lessons"], chosen["seen"], strict=True))
+
+    @property
+    def best_scores(self) -> list[dict[str, Any]]:
+        """The score without a list, and the best of every list."""
+        without, *scores = (Score(**score) for score in self.scores)
+        return [asdict(score) for score in (without, *best_of_each(scores))]
+
+    @property
+    def title(self) -> str:
+        """What came of the pass, in one line."""
+        if self.selection is None:
+            return "not finished: " + ", ".join(f"{count} lines in {file}" for file, count in self.counts.items())
+        s = self.selection
+        helps = "" if s["right"] > s["right_without"] else "; no list was better than none"
+        return (
+            f"list {s['number']} after {s['step']} steps ({s['lessons']} lessons, {s['tokens']} tokens): "
+            f"{s['right']} of {s['items']} right ({_share(s)}); without lessons {s['right_without']} "
+            f"({_share({name: s[f'{name}_without'] for name in ('success', 'low', 'high')})}){helps}"
+        )
+
+
+def read_run(run: Path) -> tuple[list[Round], list[Part]]:
+    """The rounds that have finished, and each pass of the loop.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not (run / IDENTITY).exists():
+        raise UserError(f"{run.resolve()} holds no run of `opcd experience`: it has no {IDENTITY}")
+    folders = sorted((f for f in run.glob("round-*") if (f / ATTEMPTS).exists()), key=lambda f: int(f.name[6:]))
+    if not folders:
+        return [], [Part.read(run)]
+    return read_rounds(run), [Part.read(folder, folder.name.replace("-", " ")) for folder in folders]
+
+
+def print_run(run: Path, console: Console | None = None) -> None:
+    """Print rounds, lessons, scores and attempts."""
+    console = console or Console(width=None if Console().is_terminal else 140)
+    rounds, parts = read_run(run)
+    if rounds:
+        console.print(_table(ROUND_HEADER, [round_cells(one) for one in rounds]))
+    for part in parts:
+        console.print(escape(f"{part.name}: {part.title}" if part.name else part.title), highlight=False)
+        for lesson, seen in part.lessons:
+            console.print(escape(f"  - {lesson}" + (f" (written {seen} times)" if seen > 1 else "")), highlight=False)
+        if part.scores:
+            console.print(_table(SCORE_HEADER, [score_cells(score) for score in part.best_scores]))
+    if parts[-1].examples:
+        first = parts[-1].examples[0]
+        console.print(f"an attempt:\n{escape(first['transcript'])}", highlight=False)
+        console.print(f"what was extracted from it:\n{escape(first['extracted'] or 'nothing yet')}", highlight=False)
+
+
+def make_page(run: Path) -> str:
+    """The run as one HTML file that needs no network."""
+    rounds, parts = read_run(run)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("page.html.j2").render(
+        title=f"Experience: {run.resolve().name}",
+        round_header=ROUND_HEADER,
+        rounds=[round_cells(one) for one in rounds],
+        parts=[
+            {"part": part, "plot": _plot(part, f"{run.name}{number}"), "scores": [score_cells(s) for s in part.scores]}
+            for number, part in enumerate(parts)
+        ],
+        score_header=SCORE_HEADER,
+        run=json.dumps(read_json(run / IDENTITY, "run"), indent=1, ensure_ascii=False),
+    )
+
+
+ROUND_HEADER = (
+    *("round", "student before", "without list", "with list"),
+    *("lessons", "tokens", "divergence", "student after"),
+)
+SCORE_HEADER = ("list", "step", "lessons", "tokens", "right", "success (95 % interval)")
+
+
+def round_cells(one: Round) -> tuple[str, ...]:
+    """A row of the table of rounds; shares of the validation items."""
+    shares = [f"{share:.3f}" for share in (one.student_before, one.without, one.selected)]
+    divergence = "" if one.divergence is None else f"{one.divergence:.4f}"
+    return (str(one.round), *shares, str(one.lessons), str(one.tokens), divergence, f"{one.student_after:.3f}")
+
+
+def score_cells(score: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table of scores."""
+    place = ("none", "") if score["number"] is None else (str(score["number"]), str(score["step"]))
+    return (*place, str(score["lessons"]), str(score["tokens"]), f"{score['right']} of {score['items']}", _share(score))
+
+
+def _share(score: dict[str, Any]) -> str:
+    return f"{score['success']:.3f}, {score['low']:.3f} to {score['high']:.3f}"
+
+
+def _plot(part: Part, seed: str) -> Markup | None:
+    """Success over the steps of each list, or None where nothing is scored yet, or matplotlib is missing."""
+    if not part.scores:
+        return None
+    baseline, *scores = part.scores
+    by_list = itertools.groupby(scores, key=lambda score: score["number"])
+    groups = {f"list {number}": [[(s["step"], s["success"]) for s in group]] for number, group in by_list}
+
+    def draw(axes: "Axes") -> None:
+        curves(axes, groups)
+        axes.axhline(baseline["success"], color="black", linestyle="--", linewidth=1, label="without lessons")
+
+    try:
+        return Markup(drawn(draw, "Success with the list as it grew", "training items learnt from", "share", seed))
+    except UserError:
+        return None
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _first_records(file: Path, count: int) -> Iterator[dict[str, Any]]:
+    """The first whole lines of a file that may be growing."""
+    if file.exists():
+        with file.open(encoding="utf-8") as stream:
+            yield from (json.loads(line) for line in itertools.islice(stream, count) if line.endswith("\n"))
+
+
+def _lines(file: Path) -> int:
+    if not file.exists():
+        return 0
+    with file.open("rb") as stream:
+        return sum(line.endswith(b"\n") for line in stream)

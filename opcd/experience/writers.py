@@ -1,0 +1,127 @@
+"""The loop's models: loaded when a stage first needs one, one at a time."""
+
+import gc
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from opcd.data import Example, Views
+from opcd.data.examples import Message
+from opcd.errors import UserError
+from opcd.experience.config import Experience, StageName
+from opcd.experience.problems import Writer, Written
+from opcd.models import ModelConfig, context_window, load_model, load_tokenizer
+from opcd.modules.answering import respond
+from opcd.modules.generation import Sampling
+from opcd.modules.prefix import SharedPrefix
+from opcd.modules.student import Student
+
+STAGES: tuple[StageName, ...] = ("solve", "extract", "select")
+STUDENT: StageName = "student"
+
+
+class Writers(Protocol):
+    """Who writes in each stage."""
+
+    def open(self, stage: StageName) -> Writer:
+        """The writer of a stage, ready to write."""
+
+    def close(self) -> None:
+        """Give back the memory of models: another process needs it."""
+
+
+class ModelWriter(Writer):
+    """A model on this machine.
+
+    Args:
+        student: model and tokenizer.
+        views: what makes prompts of conversations.
+        sampling: how tokens are drawn.
+        window: most tokens of prompt and answer together; None where the model states none.
+        name: config key and name of the model, for messages.
+    """
+
+    def __init__(self, student: Student, views: Views, sampling: Sampling, window: int | None, name: str) -> None:
+        self.student, self.views, self.sampling, self.window, self.name = student, views, sampling, window, name
+        self._prefix = SharedPrefix()
+        self._context: str | None = None
+
+    def write(self, conversations: Sequence[list[Message]], context: str | None = None) -> list[Written]:
+        """One continuation of each conversation, all in one batch."""
+        if context != self._context:
+            self._prefix.clear()  # lists come one after the other, each for all of its items
+            self._context = context
+        prompts = [self._prompt(messages, context) for messages in conversations]
+        responses = respond(self.student, self.views, prompts, context, self.sampling, self._prefix)
+        return [self._written(response.tolist()) for response in responses]
+
+    def _prompt(self, messages: list[Message], context: str | None) -> list[int]:
+        example = Example(messages, None, None, None, 0, "a conversation")
+        views = self.views
+        ids = views.student_prompt(example) if context is None else views.teacher_prompt(example, context)
+        most = self.sampling.max_new_tokens
+        if self.window is not None and len(ids) + most > self.window:
+            raise UserError(
+                f"{self.name} takes {self.window} tokens, but a prompt has {len(ids)} and up to {most} are added: "
+                f"lower max_new_tokens of this stage or of solve (an extractor reads whole attempts), or "
+                f"lessons.max_tokens; the prompt begins with {messages[-1]['content'][:80]!r}"
+            )
+        return ids
+
+    def _written(self, ids: list[int]) -> Written:
+        text = str(self.student.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return Written(text, len(ids), ids[-1] not in self.student.eos_ids)
+
+
+class ModelWriters:
+    """The models that the config names. Tokenizers and chat templates are checked when it is made.
+
+    Args:
+        config: the run.
+        device: where the models work.
+
+    Raises:
+        UserError: a model is not there, or its chat template does not take a list where `placement` puts it.
+    """
+
+    def __init__(self, config: Experience, device: torch.device) -> None:
+        self.config, self.device = config, device
+        stages = (*STAGES, STUDENT) if config.rounds else STAGES
+        self._views = {stage: self._make_views(stage) for stage in stages}
+        self._loaded: tuple[ModelConfig, Student] | None = None
+
+    def open(self, stage: StageName) -> Writer:
+        """The writer of a stage; its model replaces another one that was loaded before."""
+        config, key = self.config.model_of(stage)
+        if self._loaded is None or self._loaded[0] != config:
+            self.close()
+            model = load_model(config, key=key).to(self.device)  # type: ignore[arg-type]
+            self._loaded = (config, Student(model, load_tokenizer(config, key)))
+        window = context_window(config, key)
+        name = f"{key}.name: {config.name}"
+        return ModelWriter(self._loaded[1], self._views[stage], self.config.stage(stage).sampling, window, name)
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._loaded = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _make_views(self, stage: StageName) -> Views:
+        config, key = self.config.model_of(stage)
+        tokenizer = load_tokenizer(config, key)
+        # Only lists have a place in a prompt: a template without a system role serves a stage that never sees one.
+        place, template = ("user", None)
+        if stage == "select":
+            place, template = self.config.placement, self.config.template
+        window, most = context_window(config, key), self.config.stage(stage).sampling.max_new_tokens
+        if window is not None and most >= window:
+            where = "select" if stage == STUDENT else stage
+            raise UserError(
+                f"{where}.sampling.max_new_tokens: {most} leaves no room for a prompt; {config.name} ({key}.name) has "
+                f"{window} tokens"
+            )
+        kwargs = config.chat_template_kwargs
+        return Views(tokenizer, tokenizer, place, template, kwargs, kwargs, (key, key, ""))  # type: ignore[arg-type]
