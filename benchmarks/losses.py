@@ -6,7 +6,7 @@
 Every cell runs in a process of its own. Memory is the peak of a round above inputs and gradients (the finished ones, of
 hidden states and matrix; `.grad` is None before a round, as after an optimizer's `zero_grad`), over all rounds; time is
 the median of the rounds after a first one. `dense` is plain PyTorch: both logits [N, V], log_softmax, the definition.
-`trl` is the generalized JSD of TRL's GKD trainer on dense logits, `liger` the fused linear JSD of Liger-Kernel (compiled
+`trl` is the generalized JSD of TRL's GKD trainer on dense logits, `liger` the linear JSD of Liger-Kernel (compiled
 on a GPU only), where they are installed. The last column divides by the dense path's numbers of the same divergence.
 """
 

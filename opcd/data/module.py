@@ -4,6 +4,7 @@ import warnings
 from itertools import combinations
 from typing import Any, Literal, cast
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
