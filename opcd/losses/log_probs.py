@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opcd.losses.kernels import blocks
+
 NEVER = -math.inf
 """The log-probability of a token that cannot occur."""
 
@@ -55,13 +57,15 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+@torch.no_grad()
 def entropy(log_p: Tensor) -> Tensor:
     """−Σ_v p_v log p_v, [..., V] -> [...] in nats, without gradient."""
-    with torch.no_grad():
-        value = -(log_p.exp().mul_(log_p)).sum(-1)
-        if bool(value.isfinite().all()):
-            return value
-        return -(log_p.exp().mul_(log_p.masked_fill(torch.isneginf(log_p), 0.0))).sum(-1)
+    value = log_p.new_empty(log_p.shape[:-1])
+    for values, rows in blocks(value, log_p):
+        values[:] = -(rows.exp().mul_(rows)).sum(-1)
+        if not bool(values.isfinite().all()):  # 0 · −inf
+            values[:] = -(rows.exp().mul_(rows.masked_fill(torch.isneginf(rows), 0.0))).sum(-1)
+    return value
 
 
 def log_total(log_p: Tensor) -> Tensor:
