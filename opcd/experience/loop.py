@@ -252,13 +252,12 @@ class Loop:
             return
         samples = "\n".join(f"    {record['text'][:300]!r}" for record in records[:2])
         cut = sum(record["cut_off"] for record in records)
-        key = self.config.model_of("extract")[1]
         raise UserError(
             f"no lessons: none of the {len(records)} answers of the extractor has a line that begins with "
             f"{self.config.extract.marker!r} ({cut} were cut off by extract.sampling.max_new_tokens). Two of them:\n"
             f"{samples}\n"
-            f"Take a stronger model ({key}.name, extract.model.name), another prompt (extract.prompt), or more tokens, "
-            f"and another --out; all answers are in {self.folder / EXTRACTIONS}"
+            f"Take a stronger model (extract.model.name), another prompt (extract.prompt), or more tokens, and another "
+            f"--out; all answers are in {self.folder / EXTRACTIONS}"
         )
 
 

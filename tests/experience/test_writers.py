@@ -18,7 +18,7 @@ QUESTIONS = [[{"role": "user", "content": f"What is {n} + {n}?"}] for n in (1, 2
 def writers(tiny: str, sampling: Sampling, **settings: object) -> ModelWriters:
     stage = Stage(model=ModelConfig(tiny, dtype="float32"), sampling=sampling)
     config = Experience(problems=MathProblems("a.jsonl", "b.jsonl"), model=stage.model, solve=stage, **settings)
-    config.select.sampling = sampling
+    config.extract.sampling = config.select.sampling = sampling
     return ModelWriters(config, torch.device("cpu"))
 
 
