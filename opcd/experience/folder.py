@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opcd.changes import changed_keys
 from opcd.data.files import read_json, write_whole
 from opcd.errors import UserError
-from opcd.sweep.checks import changed_keys
 
 IDENTITY = "run.json"
 ATTEMPTS, EXTRACTIONS, VALIDATION = "attempts.jsonl", "extractions.jsonl", "validation.jsonl"
