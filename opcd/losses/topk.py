@@ -135,9 +135,9 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The values, and what the gradient needs."""
-        rest = log_p.new_empty(log_p.shape[:-1])
-        for mass, values, ids in blocks(rest, log_p, tokens):
-            mass[:] = _without_(values.clone(), ids, NEVER).logsumexp(-1)
+        rest, without = log_p.new_empty(log_p.shape[:-1]), _Without(tokens, log_p.shape[-1])
+        for mass, values, ids in blocks(rest, log_p, without.tokens):
+            mass[:] = without(values.clone(), ids, NEVER).logsumexp(-1)
         ctx.save_for_backward(log_p, tokens, rest)
         return _gather(log_p, tokens), rest
 
@@ -150,11 +150,11 @@ class _Split(torch.autograd.Function):
         rest, rest_upstream = rest.masked_fill(empty, 0.0), rest_upstream.masked_fill(empty, 0.0)
         kept_upstream = kept_upstream.masked_fill(tokens == vocabulary, 0.0)
         gradient = torch.empty_like(log_p, memory_format=torch.contiguous_format)
-        columns = (rest_upstream[..., None], kept_upstream)
-        for mass, values, room, ids, of_rest, of_kept in blocks(rest, log_p, gradient, tokens, *columns):
+        without = _Without(tokens, vocabulary)
+        for mass, values, room, ids, of_rest in blocks(rest, log_p, gradient, without.tokens, rest_upstream[..., None]):
             share = torch.sub(values, mass[:, None], out=room).exp_().mul_(of_rest)
-            _without_(share, ids, 0.0).scatter_add_(-1, ids.clamp(max=vocabulary - 1), of_kept)
-        return gradient, None
+            without(share, ids, 0.0)
+        return gradient.scatter_add_(-1, tokens.clamp(max=vocabulary - 1), kept_upstream), None
 
 
 def _gather(log_p: Tensor, tokens: Tensor) -> Tensor:
@@ -163,13 +163,18 @@ def _gather(log_p: Tensor, tokens: Tensor) -> Tensor:
     return log_p.gather(-1, tokens.clamp(max=vocabulary - 1)).masked_fill(tokens == vocabulary, NEVER)
 
 
-def _without_(values: Tensor, tokens: Tensor, fill: float) -> Tensor:
-    """The values with ``fill`` written at the tokens, [n, V] and [n, m] -> [n, V]; the id V is ignored."""
-    vocabulary = values.shape[-1]
-    tokens = torch.where(tokens == vocabulary, tokens.amin(-1, keepdim=True), tokens)  # one of the row's own again
-    if bool((tokens < vocabulary).all()):
-        return values.scatter_(-1, tokens, fill)
-    return values.masked_fill_(_members(tokens, vocabulary), fill)
+class _Without:
+    """Writes over the numbers of chosen tokens, [..., n] of a vocabulary; the id V, which fills places, is ignored."""
+
+    def __init__(self, tokens: Tensor, vocabulary: int) -> None:
+        self.tokens = torch.where(tokens == vocabulary, tokens.amin(-1, keepdim=True), tokens)  # one of the row's again
+        self._complete = bool((self.tokens < vocabulary).all())
+
+    def __call__(self, values: Tensor, tokens: Tensor, fill: float) -> Tensor:
+        """The values, with `fill` at some rows of `self.tokens`, [n, V] and [n, m] -> [n, V]."""
+        if self._complete:
+            return values.scatter_(-1, tokens, fill)
+        return values.masked_fill_(_members(tokens, values.shape[-1]), fill)
 
 
 def _members(tokens: Tensor, vocabulary: int) -> Tensor:
