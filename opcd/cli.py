@@ -78,7 +78,8 @@ class Command(LightningCLI):
         )
         for action in parser._actions:
             if action.dest in SOURCES:
-                action._enable_path = False  # jsonargparse would read the file of rows as YAML: it might be a class's
+                # jsonargparse would read the file of rows as YAML: it might be a class's.
+                action._enable_path = False  # type: ignore[attr-defined]
         parser.link_arguments("model.student", "data.student")
         parser.link_arguments("model.teacher", "data.teacher", compute_fn=_teacher_model)
 

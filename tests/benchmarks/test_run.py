@@ -120,6 +120,7 @@ def test_wrong_configs(config, changed, message):
         benchmark.apply(None, None, None, None, {})
 
 
+@pytest.mark.filterwarnings("ignore:tail=.drop. is not a divergence")
 def test_a_game_is_trained_and_measured_on_seeds_of_its_own(config, tmp_path, tiny, context):
     from comparison.arms import Benchmark, Plan
 
