@@ -44,7 +44,9 @@ def _judged(child: Child, root: Path, mode: int, what: str) -> str | None:
     if unchanged != ["True"] * bad:
         return f"{what}: weights unchanged: {unchanged}, instead of {bad} times True"
     kept = [json.loads(file.read_text()) for file in root.rglob("bad_batches/*.json")]
-    if len(kept) != bad or not all(len(one["rows"]) == 2 and one["problem"] in text for one in kept):
+    if len(kept) != bad or not all(
+        len(one["rows"]) == len(one["responses"]) == 2 and one["problem"] in text for one in kept
+    ):
         return f"{what}: {len(kept)} batches are kept"
     return None
 

@@ -50,6 +50,7 @@ class GameRows:
         """Tokens of the longest prompt; those of later moves are estimated."""
 
         def of(example: GameExample) -> int:
+            """Tokens of its first prompt."""
             return length(example.query, example.source)
 
         return max(map(of, self.examples)) + history_tokens(self.examples, of)
@@ -78,6 +79,7 @@ def game_rows(task: GameRows, number: int, answering: Answering, seed: int, show
     ended = 0
 
     def respond(running: list[Game]) -> list[str]:
+        """The next move of each game."""
         nonlocal ended
         show(len(games) - len(running) - ended)
         ended = len(games) - len(running)
@@ -102,6 +104,7 @@ def _replies(answering: Answering, games: list[Game]) -> list[Answer]:
     prompts = [prompt_ids(answering.views, query, answering.context, source) for query, source in questions]
 
     def answers(batch_size: int) -> list[Answer]:
+        """All replies, so many games at once."""
         starts = range(0, len(prompts), batch_size)
         return [answer for start in starts for answer in answering.batch(prompts[start : start + batch_size])]
 

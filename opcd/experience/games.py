@@ -41,6 +41,7 @@ class GameProblems(Problems):
         replies: dict[int, list[Written]] = {id(game): [] for game in games}
 
         def respond(running: list[Game]) -> list[str]:
+            """The next move of each game."""
             written = writer.write([_conversation(game) for game in running], context)
             for game, reply in zip(running, written, strict=True):
                 replies[id(game)].append(reply)

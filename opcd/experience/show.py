@@ -202,6 +202,7 @@ def _plot(part: Part, seed: str) -> Markup | None:
     groups = {f"list {number}": [[(s["step"], s["success"]) for s in group]] for number, group in by_list}
 
     def draw(axes: "Axes") -> None:
+        """The curves over the baseline."""
         curves(axes, groups)
         axes.axhline(baseline["success"], color="black", linestyle="--", linewidth=1, label="without lessons")
 

@@ -6,9 +6,10 @@ from typing import Protocol
 
 import torch
 
-from opcd.data import Example, Views
+from opcd.data import Views
 from opcd.data.examples import Message
 from opcd.errors import UserError
+from opcd.evaluation.answering import prompt_ids
 from opcd.experience.config import Experience, StageName
 from opcd.experience.problems import Writer, Written
 from opcd.models import ModelConfig, context_window, load_model, load_tokenizer
@@ -57,9 +58,7 @@ class ModelWriter(Writer):
         return [self._written(response.tolist()) for response in responses]
 
     def _prompt(self, messages: list[Message], context: str | None) -> list[int]:
-        example = Example(messages, None, None, None, 0, "a conversation")
-        views = self.views
-        ids = views.student_prompt(example) if context is None else views.teacher_prompt(example, context)
+        ids = prompt_ids(self.views, messages, context, "a conversation")
         most = self.sampling.max_new_tokens
         if self.window is not None and len(ids) + most > self.window:
             raise UserError(

@@ -45,6 +45,7 @@ class GameRollout(Rollout):
         turns: list[Trajectories] = []
 
         def respond(running: list[Game]) -> list[str]:
+            """The next move of each game, kept as a row for both views."""
             rows = [number for number, game in enumerate(games) if game.success is None]
             turn = batch.select(rows).asking([game.question for game in running])
             self.rollout.synchronise(student)

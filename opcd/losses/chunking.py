@@ -28,7 +28,7 @@ LIVE = 3
 """How many tensors [n, V] in float32 live at once in a chunk: both log-probabilities and a gradient."""
 
 MOST_ROWS = 320
-"""The most tokens of a chunk: with more of them its products take no less time a token (docs/losses.md)."""
+"""The most tokens of a chunk: with more of them its products take hardly less time a token (docs/log.md)."""
 
 
 def chunked(

@@ -45,7 +45,7 @@ class Head:
             _check_matrix(self.projection, self.bias)
         elif not callable(self.projection):
             raise TypeError(f"a head is a Head, a matrix [V, H], a module or a function, not {type(self.projection)}")
-        elif self.bias is not None and not isinstance(self.projection, AccumulatingProduct):
+        elif self.bias is not None:
             raise ValueError("bias goes with a projection that is a matrix; a module or function adds its own")
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Head:
         plain = self._plain()
         if plain is None or not sums or not plain[0].requires_grad:
             return self
-        return replace(self, projection=AccumulatingProduct(plain[0], sums[0]), bias=plain[1])
+        return replace(self, projection=AccumulatingProduct(*plain, sums[0]), bias=None)
 
     @property
     def is_plain(self) -> bool:
@@ -100,8 +100,7 @@ class Head:
             return _product(hidden, self.projection, self.bias)
         if isinstance(self.projection, nn.Module):
             hidden = hidden.to(_compute_dtype(self.projection, hidden.dtype))
-        logits = self.projection(hidden)
-        return logits if self.bias is None else logits + self.bias
+        return self.projection(hidden)
 
 
 def as_head(head: Head | Projection) -> Head:

@@ -7,21 +7,22 @@ from torch import Tensor
 
 
 class AccumulatingProduct:
-    """``hidden @ matrixᵀ``, [n, H] -> [n, V], whose backward pass adds the matrix's gradient to ``total`` [V, H].
+    """``hidden @ matrixᵀ + bias``, [n, H] -> [n, V]; its backward pass adds the matrix's gradient to ``total`` [V, H].
 
     Autograd would make a tensor of that size for every chunk and then add it: at 150,000 x 900 half a gigabyte each.
     The matrix is cast once to the type that autocast asks for. Every product overwrites the one before.
     """
 
-    def __init__(self, matrix: Tensor, total: Tensor) -> None:
+    def __init__(self, matrix: Tensor, bias: Tensor | None, total: Tensor) -> None:
         kind = matrix.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else matrix.dtype
-        self.matrix, self.total = matrix.detach().to(dtype), total
+        self.matrix, self.bias, self.total = matrix.detach().to(dtype), bias, total
         self._memory = self.matrix.new_empty(0).untyped_storage()
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """The product in the matrix's dtype."""
-        return _Product.apply(hidden.to(self.matrix.dtype), self)  # type: ignore[no-any-return, no-untyped-call]
+        """The product in the matrix's dtype; the bias, added in its own, gets its gradient from autograd."""
+        product: Tensor = _Product.apply(hidden.to(self.matrix.dtype), self)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias
 
     def room(self, rows: int) -> Tensor:
         """The block [rows, V] that every product is written to: no view, so that autograd lets it be overwritten."""

@@ -79,19 +79,15 @@ def what_is_bad(means: dict[str, float], gradient_norm: Tensor) -> str | None:
 
 
 def keep_batch(file: Path, batch: Batch, trajectories: Trajectories, problem: str, means: dict[str, float]) -> None:
-    """Write the rows, the responses and what was measured as JSON."""
+    """Write the rows, the responses (of a game, one a move) and what was measured as JSON."""
     rows: list[dict[str, Any]] = [
-        {
-            "source": example.source,
-            "query": example.query,
-            "context": context,
-            "response_ids": response.tolist(),
-            "ended": ended,
-        }
-        for example, context, response, ended in zip(
-            batch.examples, batch.contexts, trajectories.responses, trajectories.ended, strict=True
-        )
+        {"source": example.source, "query": example.query, "context": context}
+        for example, context in zip(batch.examples, batch.contexts, strict=True)
     ]
+    views = zip(trajectories.student_prompts, trajectories.teacher_prompts, trajectories.responses, strict=True)
+    names = ("student_prompt_ids", "teacher_prompt_ids", "response_ids")
+    responses = [dict(zip(names, (ids.tolist() for ids in view), strict=True)) for view in views]
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"problem": problem, "means": {name: str(value) for name, value in means.items()}, "rows": rows}
+    measured = {name: str(value) for name, value in means.items()}
+    whole = {"problem": problem, "means": measured, "rows": rows, "responses": responses}
     write_whole(file, json.dumps(whole, ensure_ascii=False, indent=1))

@@ -9,6 +9,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.drills.fits import differences
 from opcd.callbacks import ExactResume
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
@@ -63,16 +64,9 @@ def fit(folder: Path, student: str, ckpt_path: Path | None = None, workers: int 
     return torch.load(folder / f"step={STEPS}.ckpt", weights_only=True)
 
 
-def differences(one: object, other: object, path: str = "") -> list[str]:
+def unlike(one: object, other: object) -> list[str]:
     """Where two checkpoints differ, but for the folder that they lie in."""
-    if isinstance(one, torch.Tensor):
-        return [] if isinstance(other, torch.Tensor) and torch.equal(one, other) else [path]
-    if isinstance(one, dict) and isinstance(other, dict):
-        names = one.keys() | other.keys()
-        return [d for name in names for d in differences(one.get(name), other.get(name), f"{path}/{name}")]
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
-        return [d for n, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{path}/{n}")]
-    return [] if one == other or "ModelCheckpoint" in path else [path]
+    return [path for path in differences(one, other) if "ModelCheckpoint" not in path]
 
 
 @pytest.mark.filterwarnings("ignore:.*pre-optimization state was saved", "ignore:The dirpath has changed")
@@ -81,10 +75,10 @@ def test_a_resumed_run_is_bit_equal(dropout, tmp_path, workers):
     whole = fit(tmp_path / "whole", dropout)
     for step in (1, 3, 6) if workers == 0 else (3, 5):
         checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
-        assert differences(whole, fit(tmp_path / f"from_{step}", dropout, checkpoint, workers)) == []
+        assert unlike(whole, fit(tmp_path / f"from_{step}", dropout, checkpoint, workers)) == []
     for step in (4, 6) if workers == 0 else ():  # again, within the epoch that the run went on in, and at its end
         checkpoint = tmp_path / "from_3" / f"step={step}.ckpt"
-        assert differences(whole, fit(tmp_path / f"from_3_and_{step}", dropout, checkpoint, workers)) == []
+        assert unlike(whole, fit(tmp_path / f"from_3_and_{step}", dropout, checkpoint, workers)) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*pre-optimization state was saved", "ignore:The dirpath has changed")

@@ -1,10 +1,13 @@
 """Numbers that are not finite: how the run is configured, and what is said. What happens to the weights: the drill."""
 
+import json
+
 import pytest
 import torch
 
 from opcd.errors import StepAbandoned
-from opcd.modules.bad_numbers import BadNumbers, BadSteps, what_is_bad
+from opcd.modules.bad_numbers import BadNumbers, BadSteps, keep_batch, what_is_bad
+from opcd.modules.trajectories import Trajectories
 
 FINE = {"divergence": 0.5, "student_entropy": 2.0, "teacher_entropy": 1.0}
 
@@ -34,3 +37,15 @@ def test_stop_and_skip(tmp_path):
 def test_an_option_without_effect():
     with pytest.raises(ValueError, match="no effect"):
         BadNumbers("stop", 3)
+
+
+def test_a_kept_batch_has_all_responses_of_a_game(tmp_path, batch):
+    """A game has a row for every move: there may be more responses than rows of the data."""
+    games = batch.select([0, 1])
+    moves = [Trajectories.of(games, [torch.tensor([5, 6]), torch.tensor([7])], eos_ids={7}) for _ in range(2)]
+    keep_batch(tmp_path / "new" / "bad.json", games, Trajectories.joined(moves), "p", {"divergence": float("nan")})
+    kept = json.loads((tmp_path / "new" / "bad.json").read_text())
+    assert [row["query"] for row in kept["rows"]] == [example.query for example in games.examples]
+    assert [one["response_ids"] for one in kept["responses"]] == [[5, 6], [7]] * 2
+    assert kept["responses"][3]["teacher_prompt_ids"] == games.teacher_prompts[1].tolist()
+    assert (kept["problem"], kept["means"]) == ("p", {"divergence": "nan"})
