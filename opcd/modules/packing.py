@@ -1,11 +1,14 @@
 """Several rows packed into one, behind a prefix that all of them see."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
+
+from opcd.modules.packed_attention import attends_by_rows, attention_by_rows
 
 Mask = Tensor | BlockMask
 Rule = Callable[[Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
@@ -33,6 +36,23 @@ def sliding_window(model: PreTrainedModel) -> int | None:
     return None if set(getattr(config, "layer_types", None) or []) == {"full_attention"} else window
 
 
+@contextmanager
+def packed_rows(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Iterator[Mask | dict[str, Mask] | None]:
+    """Within, a pass of the model takes Q packed tokens behind a prefix, with the attention mask that this gives.
+
+    Raises:
+        ValueError: the model has layers that keep no keys and values.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layers of kind {', '.join(sorted(unknown))} keep no keys and values of each token")
+    if attends_by_rows(model):
+        with attention_by_rows(model, prefix, lengths):
+            yield None
+    else:
+        yield packed_masks(model, prefix, lengths)
+
+
 def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Mask | dict[str, Mask]:
     """Who sees whom among Q packed tokens behind a prefix: every token the whole prefix and its own row's past.
 
@@ -41,9 +61,6 @@ def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Mas
     BlockMask, of which nothing of that size is ever made on a GPU.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layers of kind {', '.join(sorted(unknown))} keep no keys and values of each token")
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(model.device)
     position = torch.cat([torch.arange(prefix, prefix + length) for length in lengths]).to(model.device)
     make = _block_mask if config._attn_implementation == "flex_attention" else _dense_mask
@@ -51,7 +68,7 @@ def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Mas
     if window is None:
         return make(_rule(prefix, row, position), *sizes)
     near = make(_rule(prefix, row, position, window), *sizes)
-    if len(kinds) < 2:
+    if len(set(getattr(config, "layer_types", None) or [])) < 2:
         return near
     return {"full_attention": make(_rule(prefix, row, position), *sizes), "sliding_attention": near}
 

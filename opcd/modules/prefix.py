@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opcd.modules.generation import EncodedPrefix, joined_cache
-from opcd.modules.packing import pack_groups, packed_masks, sliding_window
+from opcd.modules.packing import pack_groups, packed_rows, sliding_window
 from opcd.modules.scoring import last_hidden
 
 Mode = Literal["auto", "always", "never"]
@@ -155,13 +155,15 @@ class SharedPrefix:
         rows = [torch.cat([prompt, response[:-1]]) for prompt, response in suffixes]
         lengths = [len(row) for row in rows]
         positions = torch.cat([torch.arange(len(ids), len(ids) + length) for length in lengths])
-        hidden = model.base_model(
-            input_ids=torch.cat(rows)[None].to(model.device),
-            position_ids=positions[None].to(model.device),
-            attention_mask=packed_masks(model, len(ids), lengths),
-            cache=joined_cache([self._entry(model, ids)]),
-            use_cache=True,
-        ).last_hidden_state[0]
+        entry = self._entry(model, ids)
+        with packed_rows(model, len(ids), lengths) as mask:
+            hidden = model.base_model(
+                input_ids=torch.cat(rows)[None].to(model.device),
+                position_ids=positions[None].to(model.device),
+                attention_mask=mask,
+                cache=joined_cache([entry]),
+                use_cache=True,
+            ).last_hidden_state[0]
         return [states[len(prompt) - 1 :] for states, (prompt, _) in zip(hidden.split(lengths), suffixes, strict=True)]
 
     def _entry(self, model: PreTrainedModel, ids: tuple[int, ...]) -> EncodedPrefix:

@@ -1,5 +1,7 @@
 """The shared prefix against the full pass, on a small random model of each family; families that cannot fall back."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from opcd.models import ModelConfig
-from opcd.modules import FrozenTeacher, MovingAverageTeacher, SelfTeacher
+from opcd.modules import FrozenTeacher, MovingAverageTeacher, SelfTeacher, packed_attention, packing
 from opcd.modules.generation import Sampling, generate
 from opcd.modules.prefix import SharedPrefix
 from opcd.modules.student import Student
@@ -96,6 +98,22 @@ def test_the_shared_prefix_changes_nothing(family, mixed, max_tokens) -> None:
     assert len(teacher.prefix._entries) == 3  # the row that leaves early has a prefix of its own by the second time
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sdpa_with_a_mask(family, mixed, monkeypatch) -> None:
+    """What a GPU takes without FlexAttention."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    monkeypatch.setattr(packing, "attends_by_rows", lambda model: False)
+    fast, full = Teaches(model).score(mixed, 4096), Teaches(model, "never").score(mixed, 4096)
+    assert_close(fast.hidden, full.hidden, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral, sliding window"])
+def test_a_row_whose_scores_come_in_several_parts(family, mixed, monkeypatch) -> None:
+    monkeypatch.setattr(packed_attention, "SCORES", 300)
+    test_the_shared_prefix_changes_nothing(family, mixed, 4096)
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch and transformers, that FlexAttention should be compiled
 @pytest.mark.parametrize("family", ["llama", "gemma3, both kinds of layer"])
 def test_flex_attention_with_a_block_mask(family, mixed) -> None:
@@ -137,14 +155,8 @@ def test_families_without_keys_and_values_fall_back_with_one_message(family, mix
 
 
 def test_a_wrong_mask_is_noticed(mixed, monkeypatch) -> None:
-    from opcd.modules import packing, prefix
-
-    def forgets_a_token(model, length, lengths):
-        mask = packing.packed_masks(model, length, lengths)
-        mask[..., -1, 2] = False
-        return mask
-
-    monkeypatch.setattr(prefix, "packed_masks", forgets_a_token)
+    right = packed_attention._hide
+    monkeypatch.setattr(packed_attention, "_hide", lambda scores, query, *rest: right(scores, query - 1, *rest))
     teacher = Teaches(FAMILIES["llama"]())
     full = Teaches(teacher.model, "never").score(mixed, 4096)
     with pytest.warns(UserWarning, match="hidden states differ by"):
@@ -218,3 +230,15 @@ def test_prompts_that_share_nothing_are_generated_whole() -> None:
     with torch.no_grad():
         assert SharedPrefix("always").encoded(model, contexts, prompts) is None
         assert SharedPrefix("never").encoded(model, contexts[:1] * 2, prompts[:1] * 2) is None
+
+
+def test_keys_with_a_large_bias_lose_nothing_in_low_precision(mixed) -> None:
+    """Qwen2's keys: their scores are large all over, and only differences count."""
+    torch.manual_seed(0)
+    model = FAMILIES["qwen2"]()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data.fill_(100.0)
+    exact = Teaches(copy.deepcopy(model).double(), "never").score(mixed, 4096).hidden
+    model.bfloat16()
+    whole, packed = (Teaches(model, mode).score(mixed, 4096).hidden for mode in ("never", "always"))
+    assert (packed - exact).norm() < 1.5 * (whole - exact).norm()

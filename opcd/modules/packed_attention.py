@@ -1,0 +1,116 @@
+"""Attention of rows that are packed behind a prefix, one row after the other and without a mask, on a CPU.
+
+torch's kernel with a mask computes what the mask then hides and leaves its fast path: three to four times the time of
+this (docs/log.md). On a GPU, FlexAttention does the same with blocks (`packing.py`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "opcd_packed_rows"
+"""What transformers calls it."""
+
+SCORES = 2**21
+"""Attention scores at a time: 4 MiB in bfloat16, so that they stay in a cache."""
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values, [K, D] each."""
+
+
+def attends_by_rows(model: PreTrainedModel) -> bool:
+    """Whether it stands in for the model's own attention: on a CPU, for SDPA."""
+    return model.device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+@contextmanager
+def attention_by_rows(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Iterator[None]:
+    """Within, every layer attends from packed rows of `lengths` tokens to themselves and to `prefix` tokens before."""
+    config = model.config.get_text_config()
+    AttentionInterface.register(NAME, partial(_attention, prefix, lengths))
+    before, config._attn_implementation = config._attn_implementation, NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@torch.no_grad()
+def _attention(
+    prefix: int,
+    lengths: list[int],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: [1, heads, Q, D], keys and values [1, groups, prefix + Q, D] -> [1, Q, heads, D].
+
+    Raises:
+        ValueError: for what few families ask of their attention; every row is then passed through whole.
+    """
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]:
+        raise ValueError(f"attention with {', '.join(unknown)} cannot be had row by row")
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(device, enabled=False):
+        # Attention only sees differences of keys. Families with a bias on theirs (Qwen2) have scores that are large all
+        # over, and bfloat16 would round off what tells them apart.
+        centre = key[0, :, :prefix].to(torch.promote_types(key.dtype, torch.float32)).mean(1, keepdim=True)
+        queries, keys, values = (query[0] * scale).to(dtype), (key[0] - centre).to(dtype), value[0].to(dtype)
+        rows = queries.unflatten(0, (len(keys), -1)).split(lengths, dim=2)  # each [groups, heads of a group, L, D]
+        own = [x[:, prefix:].split(lengths, dim=1) for x in (keys, values)]
+        results = [
+            torch.stack(
+                [
+                    _row(row[g], (keys[g, :prefix], values[g, :prefix]), (own_keys[g], own_values[g]), sliding_window)
+                    for g in range(len(keys))
+                ]
+            )
+            for row, own_keys, own_values in zip(rows, *own, strict=True)
+        ]
+    return torch.cat(results, dim=2).flatten(0, 1).transpose(0, 1)[None], None
+
+
+def _row(queries: Tensor, shared: Pair, own: Pair, window: int | None) -> Tensor:
+    """One row's heads over one pair of keys and values: [heads, L, D] -> [heads, L, D], some queries at a time."""
+    heads, length, _ = queries.shape
+    step = max(1, SCORES // (heads * (len(shared[0]) + length)))
+    parts = [
+        _some(part, shared, own, first, window)
+        for first, part in zip(range(0, length, step), queries.split(step, 1), strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _some(queries: Tensor, shared: Pair, own: Pair, first: int, window: int | None) -> Tensor:
+    """The same for the queries from `first` on: [heads, n, D] -> [heads, n, D]."""
+    heads, count, size = queries.shape
+    prefix, last = len(shared[0]), first + count
+    begin = 0 if window is None else min(prefix, max(0, prefix + first - window + 1))  # the first that any of them sees
+    keys, values, own_keys, own_values = shared[0][begin:], shared[1][begin:], own[0][:last], own[1][:last]
+    flat = queries.reshape(-1, size)
+    scores = flat.new_empty(len(flat), len(keys) + last)
+    torch.mm(flat, keys.T, out=scores[:, : len(keys)])
+    torch.mm(flat, own_keys.T, out=scores[:, len(keys) :])
+    _hide(scores.view(heads, count, -1)[..., 0 if window else len(keys) :], prefix + first, prefix + last, window)
+    torch.softmax(scores, -1, out=scores)  # every row is summed up before its first number is written
+    result = scores[:, : len(keys)] @ values
+    return result.addmm_(scores[:, len(keys) :], own_values).view(heads, count, -1)
+
+
+def _hide(scores: Tensor, query: int, end: int, window: int | None) -> None:
+    """-inf for keys after their query or too far before it: [..., n, K], queries from `query` on, keys up to `end`."""
+    keys = torch.arange(end - scores.shape[-1], end)
+    distance = torch.arange(query, query + scores.shape[-2])[:, None] - keys
+    scores.masked_fill_((distance < 0) if window is None else (distance < 0) | (distance >= window), -torch.inf)
