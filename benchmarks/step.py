@@ -62,7 +62,7 @@ def opcd_side(options: argparse.Namespace) -> dict[str, Any]:
         config,
         teacher,
         ReverseKL(),
-        StudentRollout(sampling, release=options.gradient_checkpointing),
+        StudentRollout(sampling),
         gradient_checkpointing=options.gradient_checkpointing,
     )
     data = ContextQueryDataModule(
@@ -168,9 +168,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=2, help="first steps that are not counted")
-    parser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="and opcd's rollout gives its copy's memory back"
-    )
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, help=argparse.SUPPRESS)

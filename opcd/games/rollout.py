@@ -37,7 +37,12 @@ class GameRollout(Rollout):
         return added + self.rollout.longest_response(data, split)
 
     def synchronise(self, student: Student) -> None:
-        """Comes before every turn, in `sample`."""
+        """Once for all turns."""
+        self.rollout.synchronise(student)
+
+    def release(self) -> None:
+        """After the last turn."""
+        self.rollout.release()
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Play. Rows come turn by turn, and within a turn in the order of the batch."""
@@ -48,7 +53,6 @@ class GameRollout(Rollout):
             """The next move of each game, kept as a row for both views."""
             rows = [number for number, game in enumerate(games) if game.success is None]
             turn = batch.select(rows).asking([game.question for game in running])
-            self.rollout.synchronise(student)
             written = self.rollout.sample(student, teacher, turn)
             turns.append(written)
             return [str(student.tokenizer.decode(ids, skip_special_tokens=True)) for ids in written.responses]

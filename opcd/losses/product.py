@@ -18,6 +18,7 @@ class AccumulatingProduct:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else matrix.dtype
         self.matrix, self.bias, self.total = matrix.detach().to(dtype), bias, total
         self._memory = self.matrix.new_empty(0).untyped_storage()
+        self.share = self.matrix.new_empty(0)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The product in the matrix's dtype; the bias, added in its own, gets its gradient from autograd."""
@@ -49,5 +50,5 @@ class _Product(torch.autograd.Function):
         if product.total.dtype == hidden.dtype:
             product.total.addmm_(upstream.T, hidden)
         else:  # low precision is added up in float32
-            product.total.add_(upstream.T @ hidden)
+            product.total.add_(torch.mm(upstream.T, hidden, out=product.share))
         return (upstream @ product.matrix if ctx.needs_input_grad[0] else None), None

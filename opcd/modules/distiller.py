@@ -144,6 +144,7 @@ class Distiller(LightningModule):
                 self.rollout.synchronise(self.student)
             with clock("rollout"), leaving_together(self._largest):
                 trajectories = self.rollout.sample(self.student, self.teacher, batch)
+                self.rollout.release()
             means = self._gradients(trajectories, clock)
             with clock("optimizer"):
                 gradient_norm = self._optimizer_step(batch, trajectories, means.compute())
@@ -261,6 +262,7 @@ class Distiller(LightningModule):
             torch.manual_seed(batch_idx)
             self.rollout.synchronise(self.student)
             trajectories = self.rollout.sample(self.student, self.teacher, batch)
+            self.rollout.release()
         for rows in trajectories.micro_batches(self.micro_batch_tokens):
             part = trajectories.select(rows)
             target = self.teacher.score(part, self.micro_batch_tokens)

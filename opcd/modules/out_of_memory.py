@@ -9,7 +9,7 @@ from opcd.errors import StepAbandoned, UserError
 from opcd.modules.meters import Stopwatch
 
 KNOBS = {
-    "sync": "model.rollout's dtype: bfloat16, and release: true",
+    "sync": "model.rollout's dtype: bfloat16",
     "rollout": "data.batch_size, or max_new_tokens in model.rollout's sampling",
     "teacher": "model.micro_batch_tokens, data.max_context_tokens, or model.prefix_memory_mib",
     "student": "model.micro_batch_tokens, or set model.gradient_checkpointing: true",

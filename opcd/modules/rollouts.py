@@ -37,29 +37,29 @@ class Rollout(ABC):
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Responses as data: token ids without gradient."""
 
+    def release(self) -> None:  # noqa: B027
+        """Give back what only `sample` needs; `synchronise` comes before the next one."""
+
 
 class StudentRollout(Rollout):
     """On-policy: y ~ p_S(. | x), the student answers without the context.
 
     Args:
         sampling: how tokens are drawn.
-        dtype: type of the weights that generate. Where it differs from the student's, a copy is kept and overwritten
-            in place from the master weights by `synchronise`.
-        release: give the memory of that copy back after every `sample`, to the gradients that follow: less memory, and
-            its pages are mapped anew at every step.
+        dtype: type of the weights that generate. Where it differs from the student's, `synchronise` fills a copy from
+            the master weights; its memory is given back after the rollout.
     """
 
     def __init__(
         self,
         sampling: Sampling = Sampling(),  # noqa: B008
         dtype: str = "bfloat16",
-        release: bool = False,
     ) -> None:
         if dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
-        self.sampling, self.release = sampling, release
+        self.sampling = sampling
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self._model: PreTrainedModel | None = None
+        self._copy: PreTrainedModel | None = None
 
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """As many as are sampled at most."""
@@ -71,28 +71,24 @@ class StudentRollout(Rollout):
         """Overwrite the copy, where one is needed."""
         master = student.model
         if master.dtype == self.dtype:
-            if self.release:
-                raise UserError(
-                    "model.rollout: release has no effect where the student's weights generate themselves; remove it, "
-                    f"or choose a dtype that is not the student's ({self.dtype})"
-                )
-            self._model = master
             return
-        if self._model is None or self._model.device != master.device:
-            self._model = cast_copy(master, self.dtype)
-        if self.release:
-            for parameter in self._model.parameters():
-                parameter.untyped_storage().resize_(parameter.nbytes)
-        torch._foreach_copy_(list(self._model.parameters()), list(master.parameters()))
+        if self._copy is None or self._copy.device != master.device:
+            self._copy = cast_copy(master, self.dtype)
+        for parameter in self._copy.parameters():
+            parameter.untyped_storage().resize_(parameter.nbytes)
+        torch._foreach_copy_(list(self._copy.parameters()), list(master.parameters()))
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Generate with the student of this step."""
-        assert self._model is not None, "synchronise() comes first"
-        responses = generate(self._model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
-        if self.release:
-            for parameter in self._model.parameters():
-                parameter.untyped_storage().resize_(0)
+        model = student.model if student.model.dtype == self.dtype else self._copy
+        assert model is not None, "synchronise() comes first"
+        responses = generate(model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
         return Trajectories.of(batch, responses, student.eos_ids)
+
+    def release(self) -> None:
+        """The memory of the copy's weights goes to the gradients that follow."""
+        for parameter in self._copy.parameters() if self._copy else ():
+            parameter.untyped_storage().resize_(0)
 
 
 class TeacherRollout(Rollout):
@@ -159,6 +155,11 @@ class MixedRollout(Rollout):
         """All of them, whichever is drawn."""
         for rollout in self.rollouts:
             rollout.synchronise(student)
+
+    def release(self) -> None:
+        """All of them."""
+        for rollout in self.rollouts:
+            rollout.release()
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Draw a rollout for each row; the rows keep their order."""

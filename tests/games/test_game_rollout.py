@@ -64,6 +64,12 @@ def batch_of(data):
     return data.encode(data.examples("train"))
 
 
+def sampled(rollout, student, teacher, batch):
+    """A step's order of calls."""
+    rollout.synchronise(student)
+    return rollout.sample(student, teacher, batch)
+
+
 def expected_prompts(tokenizer, queries):
     """Token ids of both views, by the chat template alone."""
     views = []
@@ -75,14 +81,14 @@ def expected_prompts(tokenizer, queries):
 
 def test_as_many_calls_as_the_longest_game_has_turns(game_data, student, teacher, calls):
     """64 games of a real model, which never finds a door."""
-    rows = GameRollout(StudentRollout(SHORT)).sample(student, teacher, batch_of(game_data(Doors(), 64)))
+    rows = sampled(GameRollout(StudentRollout(SHORT)), student, teacher, batch_of(game_data(Doors(), 64)))
     assert calls == [("student", 64)] * 5
     assert len(rows) == 64 * 5
 
 
 def test_games_end_at_different_turns(game_data, student, teacher, scripted):
     batch = batch_of(game_data(Doors(), 64))
-    rows = GameRollout(StudentRollout(SHORT)).sample(student, teacher, batch)
+    rows = sampled(GameRollout(StudentRollout(SHORT)), student, teacher, batch)
     # Of the seeds 0 to 63, 22 have door 1, 21 door 2 and 21 door 3.
     assert [len(prompts) for prompts in scripted] == [64, 42, 21]
     replies = [student.tokenizer.decode(ids) for ids in rows.responses]
@@ -91,7 +97,7 @@ def test_games_end_at_different_turns(game_data, student, teacher, scripted):
 
 
 def test_rows_are_both_views_of_every_turn(game_data, roomy, student, teacher, scripted):
-    rows = GameRollout(StudentRollout(SHORT)).sample(student, teacher, batch_of(game_data(Doors(), 3)))
+    rows = sampled(GameRollout(StudentRollout(SHORT)), student, teacher, batch_of(game_data(Doors(), 3)))
     start = (
         "You are playing a game, one move at a time. Its rules are not told: they show in what your moves lead to.\n\n"
         "Situation:\nGAME: Doors: [1], [2], [3]"
@@ -111,7 +117,7 @@ def test_rows_of_a_real_model_replay_as_its_games(game_data, roomy, student, tea
     """Whatever the model said: its replies, played again one by one, give the prompts of the rows."""
     data = game_data(FrozenLake(), 3)
     torch.manual_seed(1)
-    rows = GameRollout(StudentRollout(SHORT)).sample(student, teacher, batch_of(data))
+    rows = sampled(GameRollout(StudentRollout(SHORT)), student, teacher, batch_of(data))
     games = [Game(example) for example in data.examples("train")]
     queries, number = [], 0
     while running := [game for game in games if game.success is None]:
@@ -126,28 +132,18 @@ def test_rows_of_a_real_model_replay_as_its_games(game_data, roomy, student, tea
 
 def test_the_teacher_plays_with_the_lessons(game_data, student, teacher, calls):
     rollout = GameRollout(TeacherRollout(SHORT))
-    rows = rollout.sample(student, teacher, batch_of(game_data(Doors(), 6)))
+    rows = sampled(rollout, student, teacher, batch_of(game_data(Doors(), 6)))
     assert calls == [("teacher", 6)] * 5 and len(rows) == 30
 
 
 def test_who_moves_can_be_drawn(game_data, student, teacher, calls):
     mixed = MixedRollout([StudentRollout(SHORT), TeacherRollout(SHORT)], [0.5, 0.5])
     torch.manual_seed(0)
-    rows = GameRollout(mixed).sample(student, teacher, batch_of(game_data(Doors(), 16)))
+    rows = sampled(GameRollout(mixed), student, teacher, batch_of(game_data(Doors(), 16)))
     assert len(rows) == 80 == sum(count for _, count in calls)
     assert {who for who, _ in calls} == {"student", "teacher"}
     with pytest.raises(ValueError, match="put it inside the GameRollout"):
         MixedRollout([GameRollout(StudentRollout(SHORT)), TeacherRollout(SHORT)], [0.5, 0.5])
-
-
-def test_a_copy_that_is_released_is_there_at_every_turn(game_data, student, teacher):
-    batch = batch_of(game_data(Doors(), 2))
-    kept = []
-    for release in (False, True):
-        torch.manual_seed(0)
-        rollout = GameRollout(StudentRollout(SHORT, "bfloat16", release))
-        kept.append([ids.tolist() for ids in rollout.sample(student, teacher, batch).responses])
-    assert kept[0] == kept[1] and len(kept[0]) == 10
 
 
 def test_a_step_averages_over_all_turns_of_all_games(game_data, roomy, tiny_teacher, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from lightning import Trainer
 from torch.testing import assert_close
 
 from opcd.data import ContextQueryDataModule
-from opcd.errors import UserError
 from opcd.losses import ForwardKL, ReverseKL, SampledReverseKL, TopK
 from opcd.models import ModelConfig, load_model
 from opcd.modules import (
@@ -215,23 +214,23 @@ def test_the_low_precision_copy_follows_the_master_weights(tiny):
     distiller.configure_model()
     rollout = StudentRollout(Sampling(max_new_tokens=4, temperature=0.0))
     rollout.synchronise(distiller.student)
-    copied = rollout._model
+    copied = rollout._copy
     with torch.no_grad():
         for weight in distiller.student.parameters():
             weight.add_(0.25)
     rollout.synchronise(distiller.student)
-    assert rollout._model is copied  # in place: nothing is allocated again
+    assert rollout._copy is copied  # in place: nothing is allocated again
     for master, low in zip(distiller.student.model.parameters(), copied.parameters(), strict=True):
         assert torch.equal(master.to(torch.bfloat16), low)
     assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_a_released_copy_takes_no_memory_until_it_writes_again(batch, tiny):
+def test_a_copy_takes_no_memory_until_it_writes_again(batch, tiny):
     distiller = Distiller(ModelConfig(name=tiny), FrozenTeacher(ModelConfig(name=tiny)))
     distiller.trainer = trainer(None)
     distiller.configure_model()
     student, greedy = distiller.student, Sampling(max_new_tokens=4, temperature=0.0)
-    kept, released = StudentRollout(greedy), StudentRollout(greedy, release=True)
+    kept, released = StudentRollout(greedy), StudentRollout(greedy)
     for change in (0.0, 0.01):
         with torch.no_grad():
             for weight in student.parameters():
@@ -240,10 +239,14 @@ def test_a_released_copy_takes_no_memory_until_it_writes_again(batch, tiny):
         for rollout in (kept, released):
             rollout.synchronise(student)
             written.append([r.tolist() for r in rollout.sample(student, distiller.teacher, batch).responses])
+        released.release()
         assert written[0] == written[1]
-        assert sum(weight.untyped_storage().nbytes() for weight in released._model.parameters()) == 0
-    with pytest.raises(UserError, match="release has no effect"):
-        StudentRollout(greedy, dtype="float32", release=True).synchronise(student)
+        assert sum(weight.untyped_storage().nbytes() for weight in released._copy.parameters()) == 0
+    own = StudentRollout(greedy, dtype="float32")
+    own.synchronise(student)
+    own.release()
+    assert own._copy is None
+    assert all(weight.untyped_storage().nbytes() for weight in student.parameters())
 
 
 def test_clipped_tokens_have_no_gradient_and_top_k_reports_its_mass(
