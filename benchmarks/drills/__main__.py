@@ -25,6 +25,7 @@ from benchmarks.drills.killed import killed
 from benchmarks.drills.numbers import numbers
 from benchmarks.drills.saves import damage, disk, saves
 from benchmarks.drills.signals import requeue, signals
+from benchmarks.drills.smuggling import smuggling
 
 DRILLS = {
     "killed": (killed, 20, "kill -9 within a step, twice in one epoch, resume: bit-equal"),
@@ -37,6 +38,7 @@ DRILLS = {
     "folder": (folder, 6, "two runs go on from one folder: the second refuses, naming the first"),
     "beside": (beside, 3, "validation, samples, loggers, progress bar on or off: bit-equal training"),
     "secrets": (secrets, 2, "tokens planted in the environment: in nothing that a run writes or prints"),
+    "smuggling": (smuggling, 200, "control tokens spelled in rows and contexts, five tokenizers: plain text"),
     "inputs": (inputs, 1, "malformed files of rows: file, line and field, or skipped and counted"),
     "fuzz": (fuzz, 10_000, "files made or changed at random: read or refused, no row lost in silence"),
 }

@@ -30,7 +30,7 @@ class ChatRenderer:
     def __init__(self, text: TextEncoder, template_kwargs: dict[str, Any], key: str, otherwise: str = "") -> None:
         self.text = text
         self.tokenizer = text.tokenizer
-        self.template_kwargs = template_kwargs
+        self.template_kwargs, self.key = template_kwargs, key
         self._check(key, otherwise)
 
     def _check(self, key: str, otherwise: str) -> None:
@@ -55,6 +55,9 @@ class ChatRenderer:
             return str(self.tokenizer.apply_chat_template(messages, **options))
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # a template is a program: it may divide by zero
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"the chat template fails: {reason}; mend it, or set {self.key}.chat_template") from error
 
     def encode(self, messages: list[Message], source: str) -> list[int]:
         """Ids of the messages and of the generation prompt; what the messages say never becomes a control token.

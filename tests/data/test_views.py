@@ -178,6 +178,13 @@ def test_messages_that_the_template_refuses(tokenizer, example):
         Views(tokenizer, tokenizer, "user").student_prompt(example(CONVERSATION, index=2))
 
 
+@pytest.mark.parametrize("template", ["{{ messages[0].content + 1 }}", "{{ 1 // 0 }}", "{{ messages[0]() }}"])
+def test_a_template_that_fails(tokenizer, example, template):
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=r"^the chat template fails: .*Error: .*or set model\.student\.chat_template$"):
+        Views(tokenizer, tokenizer, "user")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,6 @@
 """Short forms of the drills: python -m benchmarks.drills NAME."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,9 @@ import sys
 import pytest
 
 from benchmarks.drills.inputs import fuzz, inputs
+from benchmarks.drills.smuggling import smuggling
+from opcd.data import examples, files
+from opcd.data.literal import TextEncoder
 
 
 @pytest.mark.parametrize(
@@ -30,6 +34,25 @@ def test_malformed_rows(tmp_path):
 def test_rows_changed_at_random(tmp_path):
     outcome = fuzz(300, tmp_path)
     assert outcome.problems == [] and outcome.tried == 300
+
+
+def test_control_tokens_in_rows_and_contexts(tmp_path):
+    outcome = smuggling(10, tmp_path)
+    assert outcome.problems == [] and outcome.tried >= 1000
+
+
+@pytest.mark.parametrize(
+    ("drill", "owner", "name", "instead"),
+    [
+        (smuggling, TextEncoder, "holds_control", lambda encoder, text: False),
+        (inputs, examples, "check_text", lambda text, where: None),
+        (fuzz, files, "parse_json", lambda text, source: json.loads(text.replace("\\u0000", ""))),
+    ],
+)
+def test_a_drill_fails_without_what_it_checks(drill, owner, name, instead, monkeypatch, tmp_path):
+    monkeypatch.setattr(owner, name, instead)
+    outcome = drill(1 if drill is inputs else 200, tmp_path)
+    assert 0 < len(outcome.problems) == outcome.tried - outcome.survived
 
 
 def drill(*names: str, runs: int) -> None:
