@@ -12,6 +12,7 @@ How a step works:
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from opcd.modules.checks import check_positive, check_sampled, check_windows
 from opcd.modules.generation import Sampling, eval_mode, own_precision
 from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib, repetition
 from opcd.modules.objective import Objective
-from opcd.modules.out_of_memory import naming_the_knob
+from opcd.modules.out_of_memory import halving, naming_the_knob
 from opcd.modules.prefix import Mode, SharedPrefix
 from opcd.modules.rollouts import Rollout, StudentRollout
 from opcd.modules.student import Student
@@ -62,6 +63,8 @@ class Distiller(LightningModule):
             token averages over all tokens of the step. Micro-batches and ranks do not change either.
         max_nats: clip a token's divergence from above, in nats; its gradient is then zero. null clips nothing.
         micro_batch_tokens: most tokens (rows x longest row) in one forward and backward pass of a model.
+        halve_micro_batches: where memory does not suffice, repeat the gradients in micro-batches of half the tokens
+            and stay there; on one rank only. Off: the run ends, and the message names what to lower.
         gradient_checkpointing: recompute the student's activations in the backward pass: less memory, more time.
         shared_prefix: keys and values of a context are computed once for all rows: auto compares with the full pass
             first and falls back with one message; always does neither; never runs the whole context for every row.
@@ -83,6 +86,7 @@ class Distiller(LightningModule):
         reduction: Reduction = "sequence",
         max_nats: float | None = None,
         micro_batch_tokens: int = 4096,
+        halve_micro_batches: bool = False,
         gradient_checkpointing: bool = False,
         shared_prefix: Mode = "auto",
         prefix_memory_mib: int = 2048,
@@ -107,6 +111,7 @@ class Distiller(LightningModule):
             check_sampled(loss, self.rollout, temperature)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.reduction, self.micro_batch_tokens, self.answer = reduction, micro_batch_tokens, answer
+        self.halve_micro_batches = halve_micro_batches
         self.gradient_checkpointing, self.gradient_clip_val = gradient_checkpointing, gradient_clip_val
         self.held_out_divergence, self.bad_steps = MeanMetric(), BadSteps(bad_numbers)
 
@@ -116,6 +121,8 @@ class Distiller(LightningModule):
             raise UserError(
                 "trainer.precision: float16 needs loss scaling, which is not here; use bf16-mixed or 32-true"
             )
+        if self.halve_micro_batches and self.trainer.world_size > 1:
+            raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ContextQueryDataModule):
             teacher = getattr(self.teacher, "config", None)
@@ -145,21 +152,30 @@ class Distiller(LightningModule):
             with clock("rollout"), leaving_together(self._largest):
                 trajectories = self.rollout.sample(self.student, self.teacher, batch)
                 self.rollout.release()
-            means = self._gradients(trajectories, clock)
+            means = self._gradients_that_fit(trajectories, clock)
             with clock("optimizer"):
                 gradient_norm = self._optimizer_step(batch, trajectories, means.compute())
         self._log_step(trajectories, means, clock, time.perf_counter() - start, gradient_norm)
 
-    def _gradients(self, trajectories: Trajectories, clock: Stopwatch) -> TokenMeans:
+    def _gradients_that_fit(self, trajectories: Trajectories, clock: Stopwatch) -> TokenMeans:
+        """`_gradients`; in smaller micro-batches where memory does not suffice and `halve_micro_batches` says so."""
+        run = partial(self._gradients, trajectories, clock)
+        if not self.halve_micro_batches:
+            return run(self.micro_batch_tokens)
+        undo = self.optimizers().zero_grad  # type: ignore[union-attr]
+        means, self.micro_batch_tokens = halving(run, undo, self.micro_batch_tokens, trajectories.longest)
+        return means
+
+    def _gradients(self, trajectories: Trajectories, clock: Stopwatch, max_tokens: int) -> TokenMeans:
         """Teacher, student and loss over all responses, a micro-batch at a time; gradients add up in the student."""
         means = TokenMeans()
         weights = token_weights(trajectories.lengths, self.reduction, self._all_sum)
-        micro_batches = trajectories.micro_batches(self.micro_batch_tokens)
+        micro_batches = trajectories.micro_batches(max_tokens)
         for number, rows in enumerate(micro_batches, start=1):
             check()
             part = trajectories.select(rows)
             with clock("teacher"):
-                target = self.teacher.score(part, self.micro_batch_tokens)
+                target = self.teacher.score(part, max_tokens)
             with clock("student"):
                 states = self.student.score(part)
             with clock("loss"):

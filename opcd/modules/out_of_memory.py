@@ -1,12 +1,16 @@
-"""Out of memory: which setting to turn."""
+"""Out of memory: which setting to turn, or the same again in smaller micro-batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from opcd.errors import StepAbandoned, UserError
 from opcd.modules.meters import Stopwatch
+
+Result = TypeVar("Result")
 
 KNOBS = {
     "sync": "model.rollout's dtype: bfloat16",
@@ -49,3 +53,30 @@ def naming_the_knob(clock: Stopwatch, alone: bool) -> Iterator[None]:
         raise kind(
             f"out of memory in a step's {part} ({reason}); lower {KNOBS[part]}, and go on with --ckpt_path last"
         ) from error
+
+
+def halving(run: Callable[[int], Result], undo: Callable[[], None], tokens: int, fewest: int) -> tuple[Result, int]:
+    """The result of `run(tokens)`, with half the tokens each time an allocation fails, and the tokens that it took.
+
+    Args:
+        run: draws the same random numbers each time, as its first attempt did.
+        undo: takes back what a failed attempt has left.
+        tokens: of the first attempt.
+        fewest: the error is passed on where so few did not fit.
+    """
+    cpu = torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    while True:
+        try:
+            return run(tokens), tokens
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or tokens <= fewest:
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        undo()  # only here: the error held the frames, and the frames the tensors
+        torch.set_rng_state(cpu)
+        if gpu:
+            torch.cuda.set_rng_state_all(gpu)
+            torch.cuda.empty_cache()
+        tokens = max(fewest, tokens // 2)
+        rank_zero_warn(f"out of memory ({reason}): model.micro_batch_tokens is {tokens} from here on")

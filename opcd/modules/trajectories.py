@@ -67,6 +67,11 @@ class Trajectories:
         return torch.tensor([len(response) for response in self.responses])
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest student row."""
+        return max(len(p) + len(r) for p, r in zip(self.student_prompts, self.responses, strict=True))
+
+    @property
     def empty(self) -> int:
         """How many responses are an end-of-sequence token and nothing else."""
         return sum(len(response) == 1 and over for response, over in zip(self.responses, self.ended, strict=True))

@@ -56,6 +56,40 @@ def test_the_knob_is_named(monkeypatch, fit, owner, name, kind, message):
     assert type(raised.value) is kind
 
 
+def test_smaller_micro_batches_give_the_same_step(monkeypatch, tmp_path, tiny, rows, context):
+    """Passes of more than 100 tokens fail, and the second that would not: the gradients are those of one pass."""
+    score = Student.score
+
+    def gradient(limit: int, **options: object) -> tuple[torch.Tensor, int]:
+        fitted, found = [], []
+
+        def limited(student, part):
+            fitted.append(len(part) * part.longest <= limit)
+            return too_much() if not fitted[-1] or (limit == 100 and sum(fitted) == 2) else score(student, part)
+
+        def no_step(self, *args):
+            found.append(torch.cat([weight.grad.flatten() for weight in self.student.parameters()]))
+            return torch.tensor(0.0)
+
+        monkeypatch.setattr(Student, "score", limited)
+        monkeypatch.setattr(Distiller, "_optimizer_step", no_step)
+        torch.manual_seed(0)
+        distiller = Distiller(ModelConfig(name=tiny), rollout=StudentRollout(Sampling(max_new_tokens=4)), **options)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = Trainer(max_epochs=1, limit_train_batches=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+        trainer.fit(distiller, datamodule=ContextQueryDataModule(train=str(rows), context=str(context)))
+        return found[0], distiller.micro_batch_tokens
+
+    whole, tokens = gradient(4096, halve_micro_batches=True)
+    assert tokens == 4096
+    with pytest.warns(UserWarning, match=r"out of memory \(.*\): model.micro_batch_tokens is \d+ from here on"):
+        parts, tokens = gradient(100, halve_micro_batches=True)
+    assert tokens <= 100
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="out of memory in a step's student"), pytest.warns(UserWarning):
+        gradient(1, halve_micro_batches=True)
+
+
 def test_other_errors_stay_as_they_are(monkeypatch, fit):
     def broken(*args: object) -> None:
         raise RuntimeError("the size of tensor a must match")
