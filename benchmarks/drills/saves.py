@@ -100,12 +100,12 @@ def _after_kill(child: Child, root: Path, checkpoint: dict[str, Any], at: str) -
 
 
 def disk(runs: int, folder: Path) -> Outcome:
-    """A disk that is full, before a save and in the middle of one: exit 2, or going on as configured."""
+    """A disk that is full, before a third save of 24 MiB and in the middle of it: exit 2, or going on as configured."""
     outcome = Outcome()
     for number in range(runs):
         go_on, within = number % 2 == 1, number % 4 > 1
         fits = Fits(folder / str(number), trainer=saving(2, disk_full="go_on" if go_on else "stop"))
-        with small_disk(folder / f"disk-{number}", mib=68 + number % 7) as root:
+        with small_disk(folder / f"disk-{number}", mib=66 + number % 6) as root:
             child = fits.start(root, "--trainer.max_steps", 10, before=_believe_in_space if within else None)
             outcome.add(_after_full_disk(child, root, go_on))
     return outcome
