@@ -16,8 +16,8 @@ from transformers import AttentionInterface, PreTrainedModel
 NAME = "opcd_packed_rows"
 """What transformers calls it."""
 
-SCORES = 2**21
-"""Attention scores at a time: 4 MiB in bfloat16, so that they stay in a cache."""
+SCORES = 2**20
+"""Attention scores at a time: 4 MiB in float32, so that they stay in a cache."""
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values, [K, D] each."""
@@ -64,10 +64,9 @@ def _attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(device, enabled=False):
-        # Attention only sees differences of keys. Families with a bias on theirs (Qwen2) have scores that are large all
-        # over, and bfloat16 would round off what tells them apart.
-        centre = key[0, :, :prefix].to(torch.promote_types(key.dtype, torch.float32)).mean(1, keepdim=True)
-        queries, keys, values = (query[0] * scale).to(dtype), (key[0] - centre).to(dtype), value[0].to(dtype)
+        # Scores in low precision would lose what tells them apart where they are large (a bias on Qwen2's keys).
+        wide = torch.promote_types(dtype, torch.float32)
+        queries, keys, values = query[0].to(wide) * scale, key[0].to(wide), value[0].to(dtype)
         rows = queries.unflatten(0, (len(keys), -1)).split(lengths, dim=2)  # each [groups, heads of a group, L, D]
         own = [x[:, prefix:].split(lengths, dim=1) for x in (keys, values)]
         results = [
@@ -105,8 +104,9 @@ def _some(queries: Tensor, shared: Pair, own: Pair, first: int, window: int | No
     torch.mm(flat, own_keys.T, out=scores[:, len(keys) :])
     _hide(scores.view(heads, count, -1)[..., 0 if window else len(keys) :], prefix + first, prefix + last, window)
     torch.softmax(scores, -1, out=scores)  # every row is summed up before its first number is written
-    result = scores[:, : len(keys)] @ values
-    return result.addmm_(scores[:, len(keys) :], own_values).view(heads, count, -1)
+    shares = scores.to(values.dtype)
+    result = shares[:, : len(keys)] @ values
+    return result.addmm_(shares[:, len(keys) :], own_values).view(heads, count, -1)
 
 
 def _hide(scores: Tensor, query: int, end: int, window: int | None) -> None:
