@@ -1,7 +1,7 @@
 """Attention of rows that are packed behind a prefix, one row after the other and without a mask, on a CPU.
 
-torch's kernel with a mask computes what the mask then hides and leaves its fast path: three to four times the time of
-this (docs/log.md). On a GPU, FlexAttention does the same with blocks (`packing.py`).
+torch's kernel with a mask computes what the mask then hides and leaves its fast path: half as long again as this
+(docs/log.md). On a GPU, FlexAttention does the same with blocks (`packing.py`).
 """
 
 from collections.abc import Iterator
