@@ -14,7 +14,13 @@ from opcd.checkpoints.files import BrokenCheckpoint, read_manifest, verify
 from opcd.errors import UserError
 
 FREE = (
-    *("model.answer", "model.micro_batch_tokens", "model.gradient_checkpointing", "model.shared_prefix"),
+    *(
+        "model.answer",
+        "model.micro_batch_tokens",
+        "model.halve_micro_batches",
+        "model.gradient_checkpointing",
+        "model.shared_prefix",
+    ),
     *("model.prefix_memory_mib", "model.bad_numbers"),
     *("data.val", "data.test", "data.predict", "data.eval_batch_size", "data.num_workers"),
 )
