@@ -2,8 +2,12 @@
 
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
+MAPPINGS = 65_536
+"""glibc's default for the blocks that have a mapping of their own."""
 GLIBC = platform.libc_ver()[0] == "glibc"
 KEPT = 2 * 2**30
 """Free bytes that the heap may hold from one step to the next."""
@@ -31,6 +35,21 @@ def keep_freed_blocks() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def large_blocks_kept() -> Iterator[None]:
+    """Within, larger blocks are taken from what the heap keeps, too: a loss takes the same few, chunk after chunk.
+
+    Not for a whole step: blocks of all sizes in one heap leave holes that nothing fits in (docs/log.md).
+    """
+    if GLIBC:
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        if GLIBC:
+            ctypes.CDLL(None).mallopt(M_MMAP_MAX, MAPPINGS)
 
 
 def give_back(beyond: int = 0) -> None:

@@ -28,10 +28,11 @@ from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.interruption import check, leaving_together
 from opcd.losses import Divergence, ReverseKL, SampledReverseKL
-from opcd.memory import KEPT, give_back
+from opcd.memory import KEPT, give_back, large_blocks_kept
 from opcd.models import ModelConfig
+from opcd.modules.adapters import Lora
 from opcd.modules.bad_numbers import FOLDER, BadNumbers, BadSteps, keep_batch, what_is_bad
-from opcd.modules.checks import check_positive, check_sampled, check_windows
+from opcd.modules.checks import check_adapter, check_positive, check_sampled, check_windows
 from opcd.modules.generation import Sampling, eval_mode, own_precision
 from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib, repetition
 from opcd.modules.objective import Objective
@@ -56,6 +57,7 @@ class Distiller(LightningModule):
         teacher: the model that sees the context; FrozenTeacher (the student's own starting weights) if null.
         loss: divergence between student and teacher at every token of the response, in nats.
         rollout: who writes the responses; StudentRollout (the student, without the context) if null.
+        adapter: train this in place of the student's own weights, which stay as they are; null trains all of them.
         optimizer: any torch optimizer, over the student's trainable weights.
         lr_scheduler: any torch scheduler, stepped after every optimizer step; null keeps the rate constant.
         temperature: divides the logits of both models inside the loss; the rollout's sampling has its own.
@@ -80,6 +82,7 @@ class Distiller(LightningModule):
         teacher: Teacher | None = None,
         loss: Divergence | SampledReverseKL = ReverseKL(),  # noqa: B008
         rollout: Rollout | None = None,
+        adapter: Lora | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         temperature: float = 1.0,
@@ -104,7 +107,7 @@ class Distiller(LightningModule):
             max_nats=max_nats,
             gradient_clip_val=gradient_clip_val,
         )
-        self.student_config, self.objective = student, Objective(loss, temperature, max_nats)
+        self.student_config, self.adapter, self.objective = student, adapter, Objective(loss, temperature, max_nats)
         self.teacher, self.rollout = teacher or FrozenTeacher(), rollout or StudentRollout()
         self.teacher.prefix, self.answering = (SharedPrefix(shared_prefix, prefix_memory_mib) for _ in range(2))
         if isinstance(loss, SampledReverseKL):
@@ -123,6 +126,7 @@ class Distiller(LightningModule):
             )
         if self.halve_micro_batches and self.trainer.world_size > 1:
             raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
+        check_adapter(self.student_config, self.adapter, self.teacher)
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ContextQueryDataModule):
             teacher = getattr(self.teacher, "config", None)
@@ -132,7 +136,7 @@ class Distiller(LightningModule):
         """Load the student and the teacher, once."""
         if hasattr(self, "student"):
             return
-        self.student = Student.load(self.student_config, self.gradient_checkpointing)
+        self.student = Student.load(self.student_config, self.gradient_checkpointing, self.adapter)
         if self.trainer.state.fn != "predict":
             self.teacher.prepare(self.student, self.student_config, self.trainer.strategy.root_device)
 
@@ -178,7 +182,7 @@ class Distiller(LightningModule):
                 target = self.teacher.score(part, max_tokens)
             with clock("student"):
                 states = self.student.score(part)
-            with clock("loss"):
+            with clock("loss"), large_blocks_kept():
                 share = self._share(weights[rows], part)
                 values = self.objective(states, target, part, share)
                 means.add(values)
@@ -225,8 +229,8 @@ class Distiller(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the teacher its state back, and let the student take float64 weights as they are (`64-true`)."""
-        saved = next(iter(checkpoint["state_dict"].values())).dtype
-        self.student.to(torch.promote_types(self.student.model.dtype, saved))  # Lightning converts after it has loaded
+        if next(iter(checkpoint["state_dict"].values())).dtype == torch.float64:
+            self.student.double()  # Lightning converts after it has loaded
         self.bad_steps.total, self.bad_steps.in_a_row = checkpoint.get("bad_steps", (0, 0))
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
