@@ -1,8 +1,10 @@
 """A model or a tokenizer from a hub id, a folder, a GGUF file or the packaged default."""
 
 import difflib
+import importlib.util
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +15,23 @@ import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from opcd import gguf
 from opcd.errors import UserError
 from opcd.hub import hub_reachable
 
 PACKAGED = "smollm2-135m"
+ADAPTER = "adapter_config.json"
+"""peft's file, which makes a folder an adapter's."""
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -31,6 +43,9 @@ class ModelConfig:
     """A hub id (org/name), a folder, a .gguf file, or the packaged model smollm2-135m."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights. auto: float32 for weights that are trained or averaged, bfloat16 for frozen ones."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """bitsandbytes: LLM.int8(), or NF4 with double quantization; the head stays as it is. For weights that are not
+    trained: a teacher's, or a student's under an adapter."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """Attention implementation of transformers."""
     revision: str | None = None
@@ -89,33 +104,91 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model in eval mode on the CPU, its weights in `config.dtype` (auto: `default_dtype`)."""
     name = resolve(config, key)
+    adapter, base = name, base_of(name, key)
     dtype = default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     with _explained(f"{key}.name", name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name,
+            base,
             dtype=dtype,
             attn_implementation=config.attention,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.pickled_weights else True,
+            quantization_config=quantization_config(config, dtype, key),
         )
+        if adapter != base:
+            model = _with_adapter(model, adapter)
     model.eval()
     return model
 
 
+def _with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():  # of tied heads, and of what transformers has renamed
+        warnings.simplefilter("ignore")
+        adapted: PreTrainedModel = PeftModel.from_pretrained(model, folder).get_base_model()  # type: ignore[assignment]
+    return adapted
+
+
+def base_of(name: str, key: str = "model.student") -> str:
+    """The model under an adapter's folder; any other name is its own.
+
+    Raises:
+        UserError: the adapter cannot be read, or needs peft, which is not installed.
+    """
+    file = Path(name) / ADAPTER
+    if not file.is_file():
+        return name
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"{key}.name: {name} is an adapter, and peft is not installed: pip install 'opcd[adapters]'")
+    try:
+        base = json.loads(file.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{key}.name: {file} does not say which model it belongs to ({error})") from error
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UserError(f"{key}.name: {name} is an adapter of {base}, which is not there; set its path in {file}")
+    return str(base)
+
+
+def quantization_config(config: ModelConfig, dtype: torch.dtype, key: str) -> BitsAndBytesConfig | None:
+    """How transformers quantizes the weights while it loads them.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if config.quantization == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{key}.quantization needs bitsandbytes: pip install 'opcd[bitsandbytes]'")
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
 def context_window(config: ModelConfig, key: str = "model.student") -> int | None:
     """Most tokens that the model takes, read from its config without loading weights; None where it states none."""
-    with _explained(f"{key}.name", config.name):
-        loaded = AutoConfig.from_pretrained(
-            resolve(config, key), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    window = getattr(loaded.get_text_config(), "max_position_embeddings", None)
+    window = getattr(architecture(config, key).get_text_config(), "max_position_embeddings", None)
     return int(window) if window is not None else None
 
 
+def architecture(config: ModelConfig, key: str = "model.student") -> PreTrainedConfig:
+    """The config of the model (of an adapter's base), without its weights."""
+    name = base_of(resolve(config, key), key)
+    with _explained(f"{key}.name", config.name):
+        loaded: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    return loaded
+
+
 def _model_folder(path: Path, key: str) -> str:
+    if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+        return str(path)
     if not (path / "config.json").is_file():
-        raise UserError(f"{key}.name: {path.resolve()} is no model folder: it has no config.json")
+        raise UserError(f"{key}.name: {path.resolve()} is no model folder: it has neither config.json nor {ADAPTER}")
     try:
         json.loads((path / "config.json").read_text())
     except ValueError as error:

@@ -69,7 +69,7 @@ def test_names_that_are_no_model(name, message):
 
 
 def test_folders_that_hold_no_model(tmp_path):
-    with pytest.raises(UserError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"has neither config\.json"):
         resolve(ModelConfig(name=str(tmp_path)))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoConfig
 
 from opcd.callbacks.folder import run_folder
 from opcd.data import ContextQueryDataModule
-from opcd.models import resolve
+from opcd.errors import UserError
+from opcd.models import architecture
 from opcd.modules import Distiller, FrozenTeacher
 
 CARD = """---
@@ -43,19 +43,28 @@ class ExportStudent(Callback):
 
     Args:
         dtype: type of the written weights; auto takes that of the model it was made from.
+        merge: a student with an adapter is written as one model that holds it; off, as the adapter, for peft.
         every_n_steps: write `student-step=N/` too, every so many optimizer steps; null writes at the end only.
     """
 
     def __init__(
-        self, dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", every_n_steps: int | None = None
+        self,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        merge: bool = False,
+        every_n_steps: int | None = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"ExportStudent wants every_n_steps >= 1 or null, got {every_n_steps}")
-        self.dtype, self.every_n_steps = dtype, every_n_steps
+        self.dtype, self.merge, self.every_n_steps = dtype, merge, every_n_steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn where to write."""
         self._folder = run_folder(trainer)
+        assert isinstance(pl_module, Distiller)
+        if self.merge and pl_module.adapter is None:
+            raise UserError("ExportStudent.merge: there is no model.adapter to merge; remove it")
+        if self.dtype != "auto" and pl_module.adapter is not None and not self.merge:
+            raise UserError("ExportStudent.dtype has no effect on an adapter; remove it, or set merge")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write a folder of this step where one is due."""
@@ -74,7 +83,7 @@ class ExportStudent(Callback):
         target = self._folder / name
         scratch = target.with_name(f".{name}-being-written")
         shutil.rmtree(scratch, ignore_errors=True)
-        pl_module.student.save(scratch, self._dtype(pl_module))
+        pl_module.student.save(scratch, self._dtype(pl_module), self.merge)
         (scratch / "README.md").write_text(model_card(trainer, pl_module), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
@@ -83,10 +92,7 @@ class ExportStudent(Callback):
     def _dtype(self, distiller: Distiller) -> torch.dtype | None:
         if self.dtype != "auto":
             return getattr(torch, self.dtype)  # type: ignore[no-any-return]
-        config = distiller.student_config
-        base = AutoConfig.from_pretrained(
-            resolve(config), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        base = architecture(distiller.student_config)
         return base.dtype if isinstance(base.dtype, torch.dtype) else None
 
 

@@ -1,15 +1,18 @@
 """Student, teachers, rollouts, and the LightningModule that joins them."""
 
+from opcd.modules.adapters import Lora
 from opcd.modules.distiller import Distiller
 from opcd.modules.generation import Sampling
 from opcd.modules.rollouts import MixedRollout, RecordedRollout, Rollout, StudentRollout, TeacherRollout
 from opcd.modules.student import Student
-from opcd.modules.teachers import FrozenTeacher, MovingAverageTeacher, SelfTeacher, Teacher
+from opcd.modules.teachers import BaseTeacher, FrozenTeacher, MovingAverageTeacher, SelfTeacher, Teacher
 from opcd.modules.trajectories import Trajectories
 
 __all__ = [
+    "BaseTeacher",
     "Distiller",
     "FrozenTeacher",
+    "Lora",
     "MixedRollout",
     "MovingAverageTeacher",
     "RecordedRollout",

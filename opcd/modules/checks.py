@@ -5,8 +5,10 @@ from opcd.data.module import STAGES
 from opcd.errors import UserError
 from opcd.losses import SampledReverseKL
 from opcd.models import ModelConfig, context_window
+from opcd.modules.adapters import Lora, require_peft
 from opcd.modules.generation import Sampling
 from opcd.modules.rollouts import Rollout, StudentRollout
+from opcd.modules.teachers import BaseTeacher, Teacher
 
 
 def check_positive(**values: float | None) -> None:
@@ -43,6 +45,16 @@ def _check_window(key: str, config: ModelConfig, split: str, prompt: int, new: i
             f"{key}.name: {config.name} takes {window} tokens, but the longest prompt of data.{split} has {prompt} and "
             f"up to {new} are added; shorten the context (data.max_context_tokens, data.overlong_context)"
         )
+
+
+def check_adapter(student: ModelConfig, adapter: Lora | None, teacher: Teacher) -> None:
+    """Refuse what needs an adapter without one, and an adapter without its library (UserError)."""
+    if adapter is not None:
+        require_peft("model.adapter")
+    elif student.quantization != "none":
+        raise UserError("model.student.quantization: quantized weights cannot be trained; set model.adapter as well")
+    elif isinstance(teacher, BaseTeacher):
+        raise UserError("model.teacher: BaseTeacher is the student without its adapter; set model.adapter")
 
 
 def check_sampled(loss: SampledReverseKL, rollout: Rollout, temperature: float) -> None:

@@ -30,7 +30,7 @@ from opcd.interruption import check, leaving_together
 from opcd.losses import Divergence, ReverseKL, SampledReverseKL
 from opcd.memory import KEPT, give_back, large_blocks_kept
 from opcd.models import ModelConfig
-from opcd.modules.adapters import Lora
+from opcd.modules.adapters import Lora, trainable
 from opcd.modules.bad_numbers import FOLDER, BadNumbers, BadSteps, keep_batch, what_is_bad
 from opcd.modules.checks import check_adapter, check_positive, check_sampled, check_windows
 from opcd.modules.generation import Sampling, eval_mode, own_precision
@@ -137,6 +137,11 @@ class Distiller(LightningModule):
         if hasattr(self, "student"):
             return
         self.student = Student.load(self.student_config, self.gradient_checkpointing, self.adapter)
+        if self.trainer.state.fn == "fit" and not trainable(self.student):
+            raise UserError(
+                f"model.student.name: {self.student_config.name} is an adapter, whose weights are trained no further; "
+                "train a merged model (ExportStudent's merge: true)"
+            )
         if self.trainer.state.fn != "predict":
             self.teacher.prepare(self.student, self.student_config, self.trainer.strategy.root_device)
 

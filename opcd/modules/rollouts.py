@@ -72,6 +72,10 @@ class StudentRollout(Rollout):
         master = student.model
         if master.dtype == self.dtype:
             return
+        if getattr(master, "is_quantized", False):
+            raise UserError(
+                f"model.rollout: a quantized student computes in {str(master.dtype)[6:]}; give the rollout that dtype"
+            )
         if self._copy is None or self._copy.device != master.device:
             self._copy = cast_copy(master, self.dtype)
         for parameter in self._copy.parameters():

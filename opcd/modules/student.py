@@ -1,12 +1,14 @@
 """The model that is trained, with its tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd.models import ModelConfig, load_model, load_tokenizer
+from opcd.modules.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
 from opcd.modules.generation import EncodedPrefix, Sampling, generate
 from opcd.modules.scoring import States, check_head, response_states
 from opcd.modules.trajectories import Trajectories
@@ -24,12 +26,18 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        if has_adapter(model):  # frozen weights are no part of a checkpoint: they can be loaded again
+            self.register_state_dict_post_hook(_only_trainable)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_post_hook(_frozen_may_be_missing)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def load(cls, config: ModelConfig, gradient_checkpointing: bool = False) -> "Student":
-        """Load as `config` says; `auto` weights are float32. UserError where that fails."""
-        model = load_model(config, torch.float32, "model.student")
+    def load(cls, config: ModelConfig, gradient_checkpointing: bool = False, adapter: Lora | None = None) -> "Student":
+        """Load as `config` says; `auto` weights are float32, under an adapter bfloat16. UserError where that fails."""
+        model = load_model(config, torch.bfloat16 if adapter else torch.float32, "model.student")
+        keep_differentiable(model)
         check_head(model, "model.student.name")
+        if adapter is not None:
+            add_lora(model, adapter)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Training mode is what Lightning expects to find, and what dropout and gradient checkpointing act in.
@@ -58,8 +66,18 @@ class Student(nn.Module):
         responses = generate(self.model, prompts, sampling, self.eos_ids, self.pad_id, prefixes)
         return [str(self.tokenizer.decode(response, skip_special_tokens=True)).strip() for response in responses]
 
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that plain `transformers` loads: weights (in `dtype`, or as they are), tokenizer, template."""
+    def save(self, folder: Path, dtype: torch.dtype | None = None, merge: bool = False) -> None:
+        """Write a folder that plain `transformers` loads: weights (in `dtype`, or as they are), tokenizer, template.
+
+        A student with an adapter is written as the adapter, in its own type, for peft; or, with `merge`, as a model
+        whose weights hold it.
+        """
+        if merge:
+            return Student(merged(self.model, dtype or self.model.dtype), self.tokenizer).save(folder, dtype)
+        if has_adapter(self.model):
+            save_adapter(self.model, folder)
+            self.tokenizer.save_pretrained(folder)
+            return None
         own: torch.dtype = self.model.dtype
         dtype = dtype or own
         casts: dict[int, Tensor] = {}  # by address, so that tied weights stay one tensor
@@ -72,3 +90,15 @@ class Student(nn.Module):
         finally:
             self.model.config.dtype = own
         self.tokenizer.save_pretrained(folder)
+        return None
+
+
+def _only_trainable(student: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    kept = {prefix + name for name in trainable(student)}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+        del state[name]
+
+
+def _frozen_may_be_missing(student: nn.Module, found: Any) -> None:
+    learnt = tuple(trainable(student))
+    found.missing_keys[:] = [name for name in found.missing_keys if name.endswith(learnt)]

@@ -1,6 +1,5 @@
 """Teachers: the model that sees the context and scores the tokens of a response."""
 
-import copy
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -9,7 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opcd.data import Batch
+from opcd.errors import UserError
 from opcd.models import ModelConfig, load_model
+from opcd.modules.adapters import trainable, twin, without_adapter
 from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
 from opcd.modules.prefix import SharedPrefix
 from opcd.modules.scoring import States, check_head, head_of, last_hidden
@@ -111,6 +112,8 @@ class FrozenTeacher(Teacher):
 class MovingAverageTeacher(Teacher):
     """An exponential moving average of the student's weights, in float32: w_T <- decay * w_T + (1 - decay) * w_S.
 
+    Of the adapter's alone where the student has one; the frozen weights are then the student's own.
+
     Args:
         decay: share of the old average that stays at every optimizer step, 0 < decay < 1.
     """
@@ -125,8 +128,10 @@ class MovingAverageTeacher(Teacher):
 
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Start from the student's weights."""
-        # bfloat16 has 8 bits: an update of (1 - decay) times a small change would round away.
-        self._model = copy.deepcopy(student.model).float().to(device)
+        self._model = twin(student.model).to(device)  # type: ignore[arg-type]
+        for average in trainable(self._model).values():
+            # bfloat16 has 8 bits: an update of (1 - decay) times a small change would round away.
+            average.data = average.data.float()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -137,18 +142,49 @@ class MovingAverageTeacher(Teacher):
     @torch.no_grad()
     def after_step(self, student: Student) -> None:
         """Move the average."""
-        averages: list[Tensor] = list(self.model.parameters())
-        torch._foreach_lerp_(averages, [weight.float() for weight in student.model.parameters()], 1 - self.decay)
+        averages: list[Tensor] = list(trainable(self.model).values())
+        torch._foreach_lerp_(averages, [weight.float() for weight in trainable(student.model).values()], 1 - self.decay)
         self.prefix.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The average."""
-        return {"model": self.model.state_dict()}
+        return {"model": {name: average.detach() for name, average in trainable(self.model).items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self.model.load_state_dict(state["model"])
+        averages = trainable(self.model)
+        if averages.keys() != state["model"].keys():
+            raise UserError("ckpt_path: its moving average is of other weights than model.adapter gives here")
+        for name, average in averages.items():
+            average.data.copy_(state["model"][name])
         self.prefix.clear()
+
+
+class BaseTeacher(Teacher):
+    """The student's own base under the context, without the adapter: the frozen weights serve both, in one memory."""
+
+    def __init__(self) -> None:
+        self._model: PreTrainedModel | None = None
+
+    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+        """Take the base of a student with an adapter."""
+        self._model = without_adapter(student.model).to(device)  # type: ignore[arg-type]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that scores; there after `prepare`."""
+        assert self._model is not None, "prepare() comes first"
+        return self._model
+
+    def after_step(self, student: Student) -> None:
+        """Nothing to follow: the base does not learn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the weights are elsewhere."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take back."""
 
 
 class SelfTeacher(Teacher):
