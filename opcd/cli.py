@@ -49,6 +49,7 @@ opcd evaluate asks any model the questions of DAPO-Math, IFEval and other tasks,
 opcd doctor shows what is installed here, which devices and models there are, and what is missing.
 opcd sweep SWEEP.yaml runs many fits from one file.
 opcd experience makes a context: lessons from attempts at problems, the best list chosen on held-out ones.
+opcd record writes down what a teacher says, for trainings that need no teacher in memory.
 opcd show RUN prints what an experience run has made, and writes it as a page.
 
 --debug shows the traceback of an error. --allow-imports A.B,C lets a class_path name what jsonargparse denies, such as
@@ -264,6 +265,10 @@ def main(args: list[str] | None = None) -> int:
             from opcd.experience import command as experience
 
             return experience.main(args[1:], fit_parser)
+        if args[:1] == ["record"]:
+            from opcd import record
+
+            return record.main(args[1:], fit_parser)
         if args[:1] == ["show"]:
             from opcd.experience import show
 

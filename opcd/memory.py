@@ -2,13 +2,19 @@
 
 import ctypes
 import platform
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 MAPPINGS = 65_536
 """glibc's default for the blocks that have a mapping of their own."""
 GLIBC = platform.libc_ver()[0] == "glibc"
+MADV_DONTNEED = 4
+SMAPS = Path("/proc/self/smaps")
 KEPT = 2 * 2**30
 """Free bytes that the heap may hold from one step to the next."""
 
@@ -67,3 +73,31 @@ def _free_bytes() -> int:
         return 2**62  # unknown: taken for many
     libc.mallinfo2.restype = _Mallinfo2
     return int(libc.mallinfo2().fordblks)
+
+
+def let_go(tensors: Iterable[Tensor]) -> None:
+    """Take the pages of the file that tensors are mapped from out of this process; the next read maps them anew.
+
+    The kernel still has them in its cache, and may give that memory to others. A mapping that was written to stays, as
+    does all that is no file's: it would be lost.
+    """
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.device.type == "cpu")
+    if not spans or not SMAPS.exists():
+        return
+    for start, end in _clean_mappings():
+        low = bisect(spans, (start,))
+        if low < len(spans) and spans[low][1] <= end:
+            libc = ctypes.CDLL(None)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+
+
+def _clean_mappings() -> Iterator[tuple[int, int]]:
+    """The address ranges of this process that are a file's and hold no page of their own."""
+    span, mapped = (0, 0), False
+    for line in SMAPS.read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):  # 7f00-7f10 r--p 00000000 fe:00 1234  /path
+            low, high = words[0].split("-")
+            span, mapped = (int(low, 16), int(high, 16)), words[4] != "0"
+        elif words[0] == "Anonymous:" and mapped and words[1] == "0":
+            yield span

@@ -8,7 +8,7 @@ from opcd.games.play import Game, play
 from opcd.games.seeds import as_game
 from opcd.modules.rollouts import Rollout, StudentRollout
 from opcd.modules.student import Student
-from opcd.modules.teachers import Teacher
+from opcd.modules.teacher import Teacher
 from opcd.modules.trajectories import Trajectories
 
 

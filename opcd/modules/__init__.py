@@ -3,9 +3,11 @@
 from opcd.modules.adapters import Lora
 from opcd.modules.distiller import Distiller
 from opcd.modules.generation import Sampling
+from opcd.modules.recorded_teacher import RecordedTeacher
 from opcd.modules.rollouts import MixedRollout, RecordedRollout, Rollout, StudentRollout, TeacherRollout
 from opcd.modules.student import Student
-from opcd.modules.teachers import BaseTeacher, FrozenTeacher, MovingAverageTeacher, SelfTeacher, Teacher
+from opcd.modules.teacher import Teacher
+from opcd.modules.teachers import BaseTeacher, FrozenTeacher, MovingAverageTeacher, SelfTeacher
 from opcd.modules.trajectories import Trajectories
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "MixedRollout",
     "MovingAverageTeacher",
     "RecordedRollout",
+    "RecordedTeacher",
     "Rollout",
     "Sampling",
     "SelfTeacher",

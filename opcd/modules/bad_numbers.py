@@ -72,7 +72,7 @@ class BadSteps:
 def what_is_bad(means: dict[str, float], gradient_norm: Tensor) -> str | None:
     """What is not finite among a step's means over tokens and its gradients; None where all is."""
     named = {"teacher_entropy": "the teacher's states", "student_entropy": "the student's states"}
-    bad = [where for name, where in named.items() if not math.isfinite(means[name])]
+    bad = [where for name, where in named.items() if not math.isfinite(means.get(name, 0.0))]
     bad += [] if math.isfinite(means["divergence"]) else ["the loss"]
     bad += [] if math.isfinite(float(gradient_norm)) else ["the gradients"]
     return f"not finite: {', '.join(bad)}" if bad else None

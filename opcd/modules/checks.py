@@ -3,12 +3,14 @@
 from opcd.data import ContextQueryDataModule
 from opcd.data.module import STAGES
 from opcd.errors import UserError
-from opcd.losses import SampledReverseKL
+from opcd.losses import Divergence, SampledReverseKL
 from opcd.models import ModelConfig, context_window
 from opcd.modules.adapters import Lora, require_peft
 from opcd.modules.generation import Sampling
-from opcd.modules.rollouts import Rollout, StudentRollout
-from opcd.modules.teachers import BaseTeacher, Teacher
+from opcd.modules.recorded_teacher import RecordedTeacher
+from opcd.modules.rollouts import Rollout, StudentRollout, TeacherRollout
+from opcd.modules.teacher import Teacher
+from opcd.modules.teachers import BaseTeacher
 
 
 def check_positive(**values: float | None) -> None:
@@ -55,6 +57,18 @@ def check_adapter(student: ModelConfig, adapter: Lora | None, teacher: Teacher) 
         raise UserError("model.student.quantization: quantized weights cannot be trained; set model.adapter as well")
     elif isinstance(teacher, BaseTeacher):
         raise UserError("model.teacher: BaseTeacher is the student without its adapter; set model.adapter")
+
+
+def check_recorded(teacher: Teacher, rollout: Rollout, loss: Divergence | SampledReverseKL, temperature: float) -> None:
+    """Refuse a recorded teacher where it is asked for what it has not said (UserError)."""
+    if not isinstance(teacher, RecordedTeacher):
+        return
+    if not isinstance(rollout, TeacherRollout):
+        raise UserError(
+            f"model.rollout: RecordedTeacher knows its own responses alone, and {type(rollout).__name__} takes others; "
+            "use TeacherRollout"
+        )
+    teacher.check(loss, temperature)
 
 
 def check_sampled(loss: SampledReverseKL, rollout: Rollout, temperature: float) -> None:

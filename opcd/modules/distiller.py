@@ -28,11 +28,11 @@ from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.interruption import check, leaving_together
 from opcd.losses import Divergence, ReverseKL, SampledReverseKL
-from opcd.memory import KEPT, give_back, large_blocks_kept
+from opcd.memory import give_back, large_blocks_kept
 from opcd.models import ModelConfig
 from opcd.modules.adapters import Lora, trainable
 from opcd.modules.bad_numbers import FOLDER, BadNumbers, BadSteps, keep_batch, what_is_bad
-from opcd.modules.checks import check_adapter, check_positive, check_sampled, check_windows
+from opcd.modules.checks import check_adapter, check_positive, check_recorded, check_sampled, check_windows
 from opcd.modules.generation import Sampling, eval_mode, own_precision
 from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib, repetition
 from opcd.modules.objective import Objective
@@ -40,7 +40,8 @@ from opcd.modules.out_of_memory import halving, naming_the_knob
 from opcd.modules.prefix import Mode, SharedPrefix
 from opcd.modules.rollouts import Rollout, StudentRollout
 from opcd.modules.student import Student
-from opcd.modules.teachers import FrozenTeacher, Teacher
+from opcd.modules.teacher import Teacher
+from opcd.modules.teachers import FrozenTeacher
 from opcd.modules.trajectories import Reduction, Trajectories, token_weights
 
 
@@ -127,6 +128,7 @@ class Distiller(LightningModule):
         if self.halve_micro_batches and self.trainer.world_size > 1:
             raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
         check_adapter(self.student_config, self.adapter, self.teacher)
+        check_recorded(self.teacher, self.rollout, self.objective.loss, self.objective.temperature)
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ContextQueryDataModule):
             teacher = getattr(self.teacher, "config", None)
@@ -161,6 +163,7 @@ class Distiller(LightningModule):
             with clock("rollout"), leaving_together(self._largest):
                 trajectories = self.rollout.sample(self.student, self.teacher, batch)
                 self.rollout.release()
+                self.student.release()
             means = self._gradients_that_fit(trajectories, clock)
             with clock("optimizer"):
                 gradient_norm = self._optimizer_step(batch, trajectories, means.compute())
@@ -185,12 +188,15 @@ class Distiller(LightningModule):
             part = trajectories.select(rows)
             with clock("teacher"):
                 target = self.teacher.score(part, max_tokens)
+                self.teacher.release()
             with clock("student"):
                 states = self.student.score(part)
             with clock("loss"), large_blocks_kept():
                 share = self._share(weights[rows], part)
                 values = self.objective(states, target, part, share)
                 means.add(values)
+                self.teacher.release()  # its head, which the loss has read
+                self.student.release()
             with clock("student"):
                 self._backward((values["divergence"] * share).sum(), last=number == len(micro_batches))
         return means
@@ -271,7 +277,7 @@ class Distiller(LightningModule):
             self.lr_schedulers().step()  # type: ignore[union-attr]
         self.teacher.after_step(self.student)
         self.answering.clear()
-        give_back(beyond=KEPT)
+        self.student.release()
         return norm
 
     def _refuse_step(self, batch: Batch, trajectories: Trajectories, means: dict[str, float], problem: str) -> None:

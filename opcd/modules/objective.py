@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opcd.losses import Divergence, SampledReverseKL, TopK, chunked, clip_nats, top1_agreement
+from opcd.losses import Divergence, RecordedTopK, SampledReverseKL, TopK, chunked, clip_nats, top1_agreement
 from opcd.losses import log_probs as measure
 from opcd.modules.scoring import States
 from opcd.modules.trajectories import Trajectories
@@ -26,12 +26,16 @@ class Objective:
     max_nats: float | None
 
     def __call__(
-        self, student: States, teacher: States, trajectories: Trajectories, weights: Tensor | None = None
+        self, student: States, teacher: States | RecordedTopK, trajectories: Trajectories, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Nats of every response token (`divergence`), with gradient, and statistics without: each [N].
 
         `weights` [N] is what each token will count in the loss, where that is known: see `opcd.losses.chunked`.
         """
+        if isinstance(teacher, RecordedTopK):
+            known = {"weights": weights, "temperature": self.temperature}
+            values = chunked(self._recorded_terms, student.hidden, student.head, per_token=teacher.rows, **known)  # type: ignore[arg-type]
+            return dict(zip(self._recorded_names(), values, strict=True))
         states = (student.hidden, student.head, teacher.hidden, teacher.head)
         tokens = torch.cat(trajectories.responses).to(student.hidden.device)
         measured = chunked(self._terms, *states, (tokens,), weights=weights, temperature=self.temperature)
@@ -45,10 +49,25 @@ class Objective:
             values = list(self.loss.with_retained_mass(student, teacher))
         else:
             values = [self.loss.from_log_probs(student, teacher)]
-        if self.max_nats is not None:
-            values[:1] = [clip_nats(values[0], self.max_nats), (values[0] > self.max_nats).float()]
+        values = self._clipped(values)
         values += [measure.entropy(student), measure.entropy(teacher), top1_agreement(student, teacher)]
         return tuple(values)
+
+    def _recorded_terms(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> tuple[Tensor, ...]:
+        """The same from the teacher's recorded tokens and their log-probabilities, [n, k] each."""
+        assert isinstance(self.loss, TopK)  # `RecordedTeacher.check`
+        values = self._clipped([self.loss.from_record(student, tokens, log_probs)])
+        agrees = student.argmax(-1) == tokens.gather(-1, log_probs.argmax(-1, keepdim=True))[:, 0]
+        return *values, measure.entropy(student), agrees.float()
+
+    def _recorded_names(self) -> list[str]:
+        return ["divergence", *([] if self.max_nats is None else ["clipped"]), "student_entropy", "top1_agreement"]
+
+    def _clipped(self, values: list[Tensor]) -> list[Tensor]:
+        """The first value clipped, and whether it was, where there is a limit."""
+        if self.max_nats is None:
+            return values
+        return [clip_nats(values[0], self.max_nats), (values[0] > self.max_nats).float(), *values[1:]]
 
     def _names(self) -> list[str]:
         clipped = [] if self.max_nats is None else ["clipped"]

@@ -10,7 +10,7 @@ from opcd.data import Batch, ContextQueryDataModule, Example
 from opcd.errors import UserError
 from opcd.modules.generation import Sampling, cast_copy, generate
 from opcd.modules.student import Student
-from opcd.modules.teachers import Teacher
+from opcd.modules.teacher import Teacher
 from opcd.modules.trajectories import Trajectories
 
 Value = TypeVar("Value")

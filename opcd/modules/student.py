@@ -1,5 +1,7 @@
 """The model that is trained, with its tokenizer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opcd.memory import KEPT, give_back
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
 from opcd.modules.generation import EncodedPrefix, Sampling, generate
@@ -57,7 +60,17 @@ class Student(nn.Module):
 
     def score(self, trajectories: Trajectories) -> States:
         """States of p_S(. | x, y<t) for all response tokens, with gradient."""
-        return response_states(self.model, trajectories.student_prompts, trajectories.responses)
+        with _without_kept_casts(self.model):
+            return response_states(self.model, trajectories.student_prompts, trajectories.responses)
+
+    def release(self) -> None:
+        """Give back what the next part of a step does not need, where memory matters more than time: with gradient
+        checkpointing, casts of weights and all that the heap keeps; else what it keeps beyond `KEPT`."""
+        if _recomputes(self.model):
+            torch.clear_autocast_cache()
+            give_back()
+        else:
+            give_back(beyond=KEPT)
 
     def answer(
         self, prompts: list[Tensor], sampling: Sampling, prefixes: list[EncodedPrefix] | None = None
@@ -91,6 +104,22 @@ class Student(nn.Module):
             self.model.config.dtype = own
         self.tokenizer.save_pretrained(folder)
         return None
+
+
+@contextmanager
+def _without_kept_casts(model: PreTrainedModel) -> Iterator[None]:
+    """Where activations are computed twice to save memory, so are the low-precision casts of each layer's weights."""
+    device = model.device.type
+    if not (_recomputes(model) and torch.is_autocast_enabled(device)):
+        yield
+        return
+    with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
+        yield
+
+
+def _recomputes(model: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing is on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _only_trainable(student: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -1,80 +1,21 @@
-"""Teachers: the model that sees the context and scores the tokens of a response."""
+"""Teachers that are models: another one, the student's base, an average of it, or the student itself."""
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opcd.data import Batch
 from opcd.errors import UserError
+from opcd.memory import let_go
 from opcd.models import ModelConfig, load_model
 from opcd.modules.adapters import trainable, twin, without_adapter
-from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
-from opcd.modules.prefix import SharedPrefix
-from opcd.modules.scoring import States, check_head, head_of, last_hidden
+from opcd.modules.scoring import check_head
 from opcd.modules.student import Student
-from opcd.modules.trajectories import Trajectories, length_groups
+from opcd.modules.teacher import ModelTeacher
 
 
-class Teacher(ABC):
-    """Scores responses under the context. Never trained: no gradient, and no parameter of the LightningModule.
-
-    Attributes:
-        prefix: keys and values of contexts; one whose weights change clears it. The Distiller sets it.
-    """
-
-    prefix = SharedPrefix("never")
-
-    @abstractmethod
-    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
-        """Get ready on `device`, once, before the first step."""
-
-    @property
-    @abstractmethod
-    def model(self) -> PreTrainedModel:
-        """The model that scores; there after `prepare`."""
-
-    @abstractmethod
-    def after_step(self, student: Student) -> None:
-        """Follow the student, whose weights have just changed."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold; empty for weights that can be loaded again."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave, after `prepare`."""
-
-    @torch.no_grad()
-    def score(self, trajectories: Trajectories, max_tokens: int) -> States:
-        """States of p_T(. | c, x, y<t) for all response tokens, in row order, without gradient.
-
-        Rows whose context has its keys and values computed once (`prefix`) come packed; the others, whole, in groups
-        of at most `max_tokens` with their padding.
-        """
-        rows = list(zip(trajectories.teacher_prompts, trajectories.responses, strict=True))
-        with eval_mode(self.model), own_precision(self.model):
-            hidden = self.prefix.score(self.model, trajectories.teacher_prefixes, rows, max_tokens)
-            rest = [number for number in range(len(rows)) if number not in hidden]
-            for group in length_groups([sum(map(len, rows[number])) for number in rest], max_tokens):
-                numbers = [rest[i] for i in group]
-                prompts, responses = [rows[n][0] for n in numbers], [rows[n][1] for n in numbers]
-                states = last_hidden(self.model, prompts, responses).split([len(r) for r in responses])
-                hidden.update(zip(numbers, states, strict=True))
-        return States(torch.cat([hidden[number] for number in range(len(rows))]), head_of(self.model))
-
-    @torch.no_grad()
-    def respond(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
-        """Responses to the prompts that hold the context: B tensors [R]."""
-        with eval_mode(self.model), own_precision(self.model):
-            prefixes = self.prefix.encoded(self.model, batch.teacher_prefixes, batch.teacher_prompts)
-        return generate(self.model, batch.teacher_prompts, sampling, eos_ids, pad_id, prefixes)
-
-
-class FrozenTeacher(Teacher):
+class FrozenTeacher(ModelTeacher):
     """A model of any size that shares the student's tokenizer; its weights never change.
 
     Args:
@@ -98,6 +39,10 @@ class FrozenTeacher(Teacher):
         assert self._model is not None, "prepare() comes first"
         return self._model
 
+    def release(self) -> None:
+        """The pages of weights that are mapped from a file: they are for the student's gradients meanwhile."""
+        let_go(self.model.parameters())
+
     def after_step(self, student: Student) -> None:
         """Nothing to follow."""
 
@@ -109,7 +54,7 @@ class FrozenTeacher(Teacher):
         """Nothing to take back."""
 
 
-class MovingAverageTeacher(Teacher):
+class MovingAverageTeacher(ModelTeacher):
     """An exponential moving average of the student's weights, in float32: w_T <- decay * w_T + (1 - decay) * w_S.
 
     Of the adapter's alone where the student has one; the frozen weights are then the student's own.
@@ -160,7 +105,7 @@ class MovingAverageTeacher(Teacher):
         self.prefix.clear()
 
 
-class BaseTeacher(Teacher):
+class BaseTeacher(ModelTeacher):
     """The student's own base under the context, without the adapter: the frozen weights serve both, in one memory."""
 
     def __init__(self) -> None:
@@ -187,7 +132,7 @@ class BaseTeacher(Teacher):
         """Nothing to take back."""
 
 
-class SelfTeacher(Teacher):
+class SelfTeacher(ModelTeacher):
     """The live student itself under the context: it learns to answer without the context as it does with it."""
 
     def __init__(self) -> None:

@@ -1,0 +1,67 @@
+"""What is given back to the kernel, and what must stay."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from opcd import memory
+from opcd.memory import large_blocks_kept, let_go
+
+MIB = 2**20
+linux = pytest.mark.skipif(not memory.SMAPS.exists(), reason="a file of Linux's")
+glibc = pytest.mark.skipif(not memory.GLIBC, reason="glibc's allocator")
+
+
+def resident_mib(kind: str) -> float:
+    """RssFile or RssAnon of this process."""
+    lines = memory.SMAPS.with_name("status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 2**10
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """A tensor of 64 MiB out of a safetensors file, all of its pages in memory."""
+    save_file({"weight": torch.arange(16 * MIB, dtype=torch.float32)}, tmp_path / "file.safetensors")
+    weight = load_file(tmp_path / "file.safetensors")["weight"]
+    weight.sum()
+    return weight
+
+
+@linux
+def test_pages_of_a_file_leave_and_come_back(mapped):
+    before, total = resident_mib("RssFile"), mapped.double().sum()
+    let_go([mapped])
+    assert before - resident_mib("RssFile") > 60
+    assert mapped.double().sum() == total
+
+
+@linux
+def test_what_was_written_stays(mapped):
+    mapped[5] = -1
+    before = resident_mib("RssFile")
+    let_go([mapped])
+    assert before - resident_mib("RssFile") < 4
+    assert mapped[5] == -1
+
+
+@linux
+def test_memory_of_no_file_stays():
+    weight = torch.full((16 * MIB,), 3.0)
+    let_go([weight, torch.empty(0)])
+    assert weight.sum() == 3.0 * 16 * MIB
+
+
+@glibc
+def test_large_blocks_are_kept_within_alone():
+    def left_by_a_block() -> float:
+        memory.give_back()
+        before = memory._free_bytes()
+        torch.ones(16 * MIB)
+        return (memory._free_bytes() - before) / MIB
+
+    memory.keep_freed_blocks()
+    assert left_by_a_block() < 4
+    with large_blocks_kept():
+        assert left_by_a_block() > 16  # the rest came from what was free before
+        memory.give_back()
+    assert left_by_a_block() < 4

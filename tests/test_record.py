@@ -1,0 +1,109 @@
+"""`opcd record` and a run from its record: the same weights as with the teacher at hand."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opcd.modules.record import INDEX
+
+TOP = "{class_path: opcd.losses.TopK, init_args: {inner: {class_path: opcd.losses.ForwardKL}, k: 16, support: teacher}}"
+
+
+@pytest.fixture
+def words(tiny, tiny_teacher, rows, context, tmp_path):
+    """An off-policy config: a teacher of another width, greedy responses, the teacher's 16 likeliest tokens."""
+    return [
+        *("--model.student.name", tiny, "--model.student.dtype", "float32", "--trainer.precision", "32-true"),
+        *("--model.teacher.init_args.model", f"{{name: {tiny_teacher}, dtype: float32}}"),
+        *("--model.rollout.class_path", "opcd.modules.TeacherRollout"),
+        *("--model.rollout.init_args.sampling", "{max_new_tokens: 6, temperature: 0.0}"),
+        *("--model.loss", TOP, "--model.temperature", "0.8", "--model.optimizer.class_path", "torch.optim.SGD"),
+        *("--model.optimizer.init_args.lr", "0.1", "--data.train", str(rows), "--data.context", str(context)),
+        *("--data.batch_size", "4", "--trainer.max_steps", "2", "--trainer.default_root_dir", str(tmp_path / "runs")),
+    ]
+
+
+@pytest.fixture
+def recorded(opcd, words, tmp_path):
+    """A finished record of 16 tokens a position."""
+    code, output = opcd("record", "--out", tmp_path / "record", "--k", 16, "--shard_rows", 4, *words)
+    assert code == 0, output
+    assert "8 of 8 responses" in output
+    return tmp_path / "record"
+
+
+def from_record(words, folder):
+    teacher = json.dumps({"class_path": "opcd.modules.RecordedTeacher", "init_args": {"folder": str(folder)}})
+    place = words.index("--model.teacher.init_args.model")
+    return [*words[:place], "--model.teacher", teacher, *words[place + 2 :]]
+
+
+def student(folder):
+    return load_file(folder / "student/model.safetensors")
+
+
+def test_a_run_from_a_record_learns_what_the_teacher_teaches(opcd, words, recorded, tmp_path):
+    assert opcd("fit", *words)[0] == 0
+    code, output = opcd("fit", *from_record(words, recorded))
+    assert code == 0, output
+    live, replayed = student(tmp_path / "runs/version_0"), student(tmp_path / "runs/version_1")
+    for name, weight in live.items():
+        torch.testing.assert_close(replayed[name], weight, rtol=1e-4, atol=1e-6)
+    logged = (tmp_path / "runs/version_1/metrics.csv").read_text()
+    assert "train/top1_agreement" in logged and "teacher_entropy" not in logged
+
+
+def test_a_record_that_was_stopped_goes_on_to_the_same_files(opcd, words, recorded):
+    files = {path.name: path.read_bytes() for path in recorded.iterdir()}
+    index = json.loads(files[INDEX])
+    (recorded / index["shards"][1]["file"]).unlink()
+    (recorded / INDEX).write_text(json.dumps({**index, "shards": index["shards"][:1]}))
+    code, output = opcd("fit", *from_record(words, recorded))
+    assert code == 2 and "holds 4 of 8 responses" in output
+    assert opcd("record", "--out", recorded, "--k", 16, "--shard_rows", 4, *words)[0] == 0
+    assert {path.name: path.read_bytes() for path in recorded.iterdir()} == files
+
+
+def test_several_responses_to_a_query(opcd, words, tmp_path):
+    words = [word.replace("temperature: 0.0", "temperature: 1.0") for word in words]
+    code, output = opcd("record", "--out", tmp_path / "record", "--k", 16, "--samples", 2, *words)
+    assert code == 0 and "16 of 16 responses" in output
+    assert opcd("fit", *from_record(words, tmp_path / "record"))[0] == 0
+
+
+def test_a_damaged_record(opcd, words, recorded):
+    shard = recorded / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    code, output = opcd("fit", *from_record(words, recorded))
+    assert code == 2 and "is not what was written" in output
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("--model.temperature", "1.0"), "recorded at 0.8"),
+        (("--model.loss", "ForwardKL"), "use TopK with support: teacher"),
+        (("--model.loss", TOP.replace("16", "17")), "use k=16"),
+        (("--model.rollout", "StudentRollout"), "use TeacherRollout"),
+        (("--model.rollout.init_args.sampling", "{max_new_tokens: 5, temperature: 0.0}"), "must be the record's"),
+        (("--data.placement", "user"), "a prompt is not in"),
+    ],
+)
+def test_a_run_that_the_record_does_not_serve(change, says, opcd, words, recorded):
+    code, output = opcd("fit", *from_record(words, recorded), *change)
+    assert code == 2 and says in output, output
+
+
+def test_what_cannot_be_recorded(opcd, words, recorded, tmp_path):
+    code, output = opcd("record", "--out", recorded, "--k", 8, *words)
+    assert code == 2 and "a record with another k" in output
+    code, output = opcd("record", "--out", tmp_path / "r", *words, "--model.rollout", "StudentRollout")
+    assert code == 2 and "is no record" in output
+    code, output = opcd("record", "--out", tmp_path / "r", "--k", 0, *words)
+    assert code == 2 and "--k must be at least 1" in output
+    code, output = opcd("fit", *from_record(words, tmp_path / "nothing"))
+    assert code == 2 and "no record in" in output
