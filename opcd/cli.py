@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ opcd experience makes a context: lessons from attempts at problems, the best lis
 opcd record writes down what a teacher says, for trainings that need no teacher in memory.
 opcd show RUN prints what an experience run has made, and writes it as a page.
 
---debug shows the traceback of an error. --allow-imports A.B,C lets a class_path name what jsonargparse denies, such as
-what is under os or subprocess: a config can run any other code that is installed."""
+--version says which opcd this is. --debug shows the traceback of an error. --allow-imports A.B,C lets a class_path
+name what jsonargparse denies, such as what is under os or subprocess: a config can run any other code that is
+installed."""
 
 # An empty addition to jsonargparse's list of denied imports (os, subprocess, ...) has it enforced: else it only warns.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=[])
@@ -249,6 +251,9 @@ def main(args: list[str] | None = None) -> int:
     keep_freed_blocks()
     try:
         args = _allow_imports(args)
+        if args[:1] == ["--version"]:
+            print(f"opcd {version('opcd')}")
+            return 0
         if args[:1] == ["doctor"]:
             from opcd import doctor
 

@@ -15,6 +15,7 @@ from opcd.errors import UserError
 from opcd.losses import Head
 from opcd.models import load_tokenizer
 from opcd.modules import FrozenTeacher, RecordedTeacher, Student, TeacherRollout, Trajectories
+from opcd.modules.checks import check_windows
 from opcd.modules.record import Origin, RecordWriter, tokenizer_hash
 
 ROWS_AT_A_TIME = 128
@@ -63,6 +64,7 @@ def _record(distiller: Any, data: ContextQueryDataModule, seed: int, options: ar
             f"{type(teacher).__name__} and {type(rollout).__name__}: what changes while a student learns is no record"
         )
     data.setup("fit")
+    check_windows(data, "fit", rollout, distiller.answer, distiller.student_config, teacher.config)
     examples = data.examples("train")
     tokenizer = load_tokenizer(distiller.student_config)
     config = teacher.config or distiller.student_config

@@ -1,6 +1,7 @@
 """The command as users call it: what a run leaves, the four subcommands, and wrong input."""
 
 import csv
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -304,3 +305,7 @@ def test_doctor(opcd):
     assert code == 0
     for word in ("torch", "CPU:", "smollm2-135m", "the hub"):
         assert word in text
+
+
+def test_version(opcd):
+    assert opcd("--version") == (0, f"opcd {importlib.metadata.version('opcd')}\n")
