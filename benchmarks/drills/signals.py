@@ -12,12 +12,13 @@ from typing import Any
 
 from benchmarks.drills.fits import STEPS, Child, Fits, Outcome, unlike
 from opcd.checkpoints import files
-from opcd.modules import Distiller, Teacher, decoding
+from opcd.modules import Distiller, decoding
+from opcd.modules.teacher import ModelTeacher
 
 # Where the signal comes, and about how often that place is passed in a run.
 PLACES: dict[str, tuple[Any, str, int]] = {
     "rollout": (decoding, "draw", STEPS * 8),
-    "teacher": (Teacher, "score", STEPS),
+    "teacher": (ModelTeacher, "score", STEPS),
     "backward": (Distiller, "_backward", STEPS),
     "save": (files, "_write", STEPS // 2),
 }

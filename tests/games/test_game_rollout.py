@@ -11,7 +11,7 @@ from opcd.games import FrozenLake, Game, GameRollout, GameSeeds
 from opcd.losses import ReverseKL
 from opcd.models import ModelConfig, load_model
 from opcd.modules import Distiller, FrozenTeacher, MixedRollout, Sampling, StudentRollout, TeacherRollout, rollouts
-from opcd.modules import teachers as teacher_module
+from opcd.modules import teacher as teacher_module
 from opcd.modules.student import Student
 from tests.games.conftest import LESSONS
 from tests.games.doors import Doors
