@@ -13,7 +13,8 @@ from torch import Tensor
 from opcd.data import ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.losses import Head
-from opcd.models import load_tokenizer
+from opcd.losses.log_probs import log_probs
+from opcd.models import architecture, load_tokenizer
 from opcd.modules import FrozenTeacher, RecordedTeacher, Student, TeacherRollout, Trajectories
 from opcd.modules.checks import check_windows
 from opcd.modules.record import Origin, RecordWriter, tokenizer_hash
@@ -109,16 +110,18 @@ def _batch(
     responses = teacher.respond(batch, sampling, student.eos_ids, student.pad_id)
     trajectories = Trajectories.of(batch, responses, student.eos_ids)
     states = teacher.score(trajectories, distiller.micro_batch_tokens)
+    # The student's vocabulary, as where the teacher is at hand: what either has more is padding.
+    vocabulary = architecture(distiller.student_config).get_text_config().vocab_size
     likeliest = [
-        _likeliest(states.head, hidden, distiller.objective.temperature, options.k)
+        _likeliest(states.head, hidden, vocabulary, distiller.objective.temperature, options.k)
         for hidden in states.hidden.split(ROWS_AT_A_TIME)
     ]
     log_probs, tokens = (torch.cat(column) for column in zip(*likeliest, strict=True))
     return trajectories.teacher_prompts, trajectories.responses, tokens, log_probs
 
 
-def _likeliest(head: Head, hidden: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and token ids of the k likeliest: [n, H] -> [n, k] x2."""
-    log_probs = (head(hidden) / temperature).log_softmax(-1)
-    values, tokens = log_probs.topk(min(k, log_probs.shape[-1]), -1)
+def _likeliest(head: Head, hidden: Tensor, vocabulary: int, temperature: float, k: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and token ids of the k likeliest of a vocabulary's first tokens: [n, H] -> [n, k] x2."""
+    of_all = log_probs(head(hidden)[:, :vocabulary], temperature)
+    values, tokens = of_all.topk(min(k, of_all.shape[-1]), -1)
     return values, tokens

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from opcd import memory
 from opcd.memory import large_blocks_kept, let_go
+from opcd.modules import teachers
 
 MIB = 2**20
 linux = pytest.mark.skipif(not memory.SMAPS.exists(), reason="a file of Linux's")
@@ -65,3 +66,15 @@ def test_large_blocks_are_kept_within_alone():
         assert left_by_a_block() > 16  # the rest came from what was free before
         memory.give_back()
     assert left_by_a_block() < 4
+
+
+@linux
+def test_a_frozen_teacher_leaves_while_the_student_learns(monkeypatch, tiny, rows, context, tmp_path, opcd):
+    left = []
+    monkeypatch.setattr(teachers, "let_go", lambda weights: left.append(len(list(weights))))
+    code, output = opcd(
+        *("fit", "--model.student.name", tiny, "--data.train", rows, "--data.context", context),
+        *("--trainer.max_steps", 1, "--trainer.default_root_dir", tmp_path),
+    )
+    assert code == 0, output
+    assert len(left) >= 2 and min(left) > 0  # after its pass, and after the loss has read its head

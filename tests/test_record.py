@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opcd.losses import Head
 from opcd.modules.record import INDEX
+from opcd.record import _likeliest
 
 TOP = "{class_path: opcd.losses.TopK, init_args: {inner: {class_path: opcd.losses.ForwardKL}, k: 16, support: teacher}}"
 
@@ -64,6 +66,12 @@ def test_a_record_that_was_stopped_goes_on_to_the_same_files(opcd, words, record
     assert code == 2 and "holds 4 of 8 responses" in output
     assert opcd("record", "--out", recorded, "--k", 16, "--shard_rows", 4, *words)[0] == 0
     assert {path.name: path.read_bytes() for path in recorded.iterdir()} == files
+
+
+def test_what_the_student_has_no_token_for_is_not_recorded():
+    values, tokens = _likeliest(Head(torch.eye(10)), torch.arange(10.0)[None], 8, 2.0, 3)
+    assert tokens.tolist() == [[7, 6, 5]]
+    torch.testing.assert_close(values, (torch.arange(8.0) / 2).log_softmax(-1)[[7, 6, 5]][None])
 
 
 def test_several_responses_to_a_query(opcd, words, tmp_path):

@@ -68,7 +68,7 @@ def check_recorded(teacher: Teacher, rollout: Rollout, loss: Divergence | Sample
             f"model.rollout: RecordedTeacher knows its own responses alone, and {type(rollout).__name__} takes others; "
             "use TeacherRollout"
         )
-    teacher.check(loss, temperature)
+    teacher.check(loss, temperature, rollout.sampling)
 
 
 def check_sampled(loss: SampledReverseKL, rollout: Rollout, temperature: float) -> None:

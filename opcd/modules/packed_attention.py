@@ -1,6 +1,6 @@
 """Attention of rows that are packed behind a prefix, one row after the other and without a mask, on a CPU.
 
-torch's kernel with a mask computes what the mask then hides and leaves its fast path: half as long again as this
+torch's kernel with a mask computes what the mask then hides and leaves its fast path: twice as long as this
 (docs/log.md). On a GPU, FlexAttention does the same with blocks (`packing.py`).
 """
 
@@ -101,6 +101,7 @@ def _some(queries: Tensor, shared: Pair, own: Pair, first: int, window: int | No
     keys, values, own_keys, own_values = shared[0][begin:], shared[1][begin:], own[0][:last], own[1][:last]
 
     def hide(scores: Tensor) -> None:
+        """-inf where a query does not see a key: [heads * n, K], keys up to `last`."""
         _hide(scores.unflatten(0, (heads, count)), prefix + first, prefix + last, window)
 
     flat = queries.reshape(-1, size)

@@ -6,6 +6,7 @@ their SHA-256 and says what they were made from. A process that is killed loses 
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,9 @@ class RecordWriter:
         }
         scratch = self.folder / f".{name}-being-written"
         save_file(values, scratch, {"prompts": json.dumps([prompt_hash(prompt) for prompt in prompts])})
-        with scratch.open("rb+") as file:
+        with scratch.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())  # the index, which is, must not outlive it
         scratch.replace(self.folder / name)
         fsync_folder(self.folder)
         self.shards.append({"file": name, "rows": len(responses), "sha256": digest})

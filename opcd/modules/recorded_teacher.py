@@ -11,7 +11,7 @@ from opcd.errors import UserError
 from opcd.losses import Divergence, RecordedTopK, SampledReverseKL, TopK
 from opcd.models import ModelConfig
 from opcd.modules.generation import Sampling
-from opcd.modules.record import Origin, Record, read_origin, tokenizer_hash
+from opcd.modules.record import Record, read_origin, tokenizer_hash
 from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.trajectories import Trajectories
@@ -31,11 +31,11 @@ class RecordedTeacher(Teacher):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
-    def check(self, loss: Divergence | SampledReverseKL, temperature: float) -> None:
+    def check(self, loss: Divergence | SampledReverseKL, temperature: float, sampling: Sampling) -> None:
         """Refuse a run that the record does not serve, before a model is loaded.
 
         Raises:
-            UserError: there is no record, or it was made for another loss or temperature.
+            UserError: there is no record, or it was made for another loss, temperature or sampling.
         """
         origin = read_origin(self.folder, KEY)
         if not isinstance(loss, TopK):
@@ -49,16 +49,14 @@ class RecordedTeacher(Teacher):
                 f"model.temperature is {temperature}, but {self.folder} was recorded at {origin.temperature}"
             )
 
+        if vars(sampling) != origin.sampling:
+            raise UserError(f"model.rollout: its sampling must be the record's, {origin.sampling}; nothing is drawn")
+
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Read and verify the record. UserError where it is damaged or has another tokenizer."""
         self._record = Record(self.folder, KEY)
-        if self.origin.tokenizer != tokenizer_hash(student.tokenizer):
+        if self._record.origin.tokenizer != tokenizer_hash(student.tokenizer):
             raise UserError(f"{KEY}: {self.folder} was recorded with another tokenizer than model.student's")
-
-    @property
-    def origin(self) -> Origin:
-        """What the record was made from; there after `prepare`."""
-        return self._record.origin
 
     def score(self, trajectories: Trajectories, max_tokens: int) -> RecordedTopK:
         """The recorded tokens and log-probabilities of all response tokens, [N, k]."""
@@ -68,15 +66,7 @@ class RecordedTeacher(Teacher):
         return RecordedTopK(torch.cat(tokens).to(device), torch.cat(log_probs).to(device))
 
     def respond(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
-        """A recorded response a prompt, drawn where there are several.
-
-        Raises:
-            UserError: `sampling` is not how they were drawn: it would have no effect.
-        """
-        if vars(sampling) != self.origin.sampling:
-            raise UserError(
-                f"model.rollout: its sampling must be the record's, {self.origin.sampling}; nothing is drawn"
-            )
+        """A recorded response a prompt, drawn where there are several; `check` has compared the sampling."""
         chosen = []
         for prompt in batch.teacher_prompts:
             responses = self._record.responses(prompt)
