@@ -20,9 +20,9 @@ from comparison.report import report
 from comparison.results import collect, write_tables
 from jsonargparse import ArgumentError
 
-from opcd.cli import fit_parser
 from opcd.data.files import write_whole
 from opcd.errors import UserError
+from opcd.lightning_cli import fit_parser
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.command import INTERRUPTED, add_engine_options, engine_for
 from opcd.sweep.engine import explain, locked

@@ -1,244 +1,43 @@
-"""The command `opcd`: Lightning's fit, validate, test and predict, and the project's own subcommands."""
+"""The command `opcd`: what its first word runs, and how a mistake of the user's is told."""
 
 import errno
+import importlib
 import logging
 import re
-import shutil
 import signal
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-from jsonargparse import ArgumentError, set_parsing_settings
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities import rank_zero_only
 
-from opcd.callbacks import (
-    Alarms,
-    AnswerSamples,
-    ExactResume,
-    ExportStudent,
-    LeaveOnSignal,
-    PredictionWriter,
-    SaveCheckpoints,
-    StepProgress,
-)
-from opcd.callbacks.slurm import started_again
-from opcd.changes import plain_config
-from opcd.checkpoints import SafeCheckpointIO, check_config, newest_whole
-from opcd.checkpoints.last import saved_config
-from opcd.data import ContextQueryDataModule
-from opcd.errors import StepAbandoned, UserError
+from opcd.errors import UserError
 from opcd.interruption import Interrupted, reset
 from opcd.memory import keep_freed_blocks
-from opcd.modules import Distiller, FrozenTeacher, StudentRollout
-from opcd.run_folder import RunFolder, one_at_a_time, refuse_living
+from opcd.parsing import allow_imports
 
-DESCRIPTION = """On-policy context distillation: put a context into a language model's weights.
-
-opcd evaluate asks any model the questions of DAPO-Math, IFEval and other tasks, and scores its answers with lm-eval.
-opcd doctor shows what is installed here, which devices and models there are, and what is missing.
-opcd sweep SWEEP.yaml runs many fits from one file.
-opcd experience makes a context: lessons from attempts at problems, the best list chosen on held-out ones.
-opcd record writes down what a teacher says, for trainings that need no teacher in memory.
-opcd show RUN prints what an experience run has made, and writes it as a page.
-
---version says which opcd this is. --debug shows the traceback of an error. --allow-imports A.B,C lets a class_path
-name what jsonargparse denies, such as what is under os or subprocess: a config can run any other code that is
-installed."""
-
-# An empty addition to jsonargparse's list of denied imports (os, subprocess, ...) has it enforced: else it only warns.
-set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=[])
-
-ALLOW = "--allow-imports"
-
-SOURCES = ("data.train", "data.val", "data.test", "data.predict")
-
-
-class Command(LightningCLI):
-    """LightningCLI with the project's defaults, one folder a run, and the callbacks that every run has."""
-
-    claimed: RunFolder | None = None
-    """The run's folder, on rank 0."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Defaults that are classes, and what data must know of the models."""
-        parser.set_defaults(
-            {
-                "model.teacher": {"class_path": f"opcd.modules.{FrozenTeacher.__name__}"},
-                "model.rollout": {"class_path": f"opcd.modules.{StudentRollout.__name__}"},
-            }
-        )
-        for action in parser._actions:
-            if action.dest in SOURCES:
-                # jsonargparse would read the file of rows as YAML: it might be a class's.
-                action._enable_path = False  # type: ignore[attr-defined]
-        parser.link_arguments("model.student", "data.student")
-        parser.link_arguments("model.teacher", "data.teacher", compute_fn=_teacher_model)
-
-    def before_instantiate_classes(self) -> None:
-        """Find the checkpoint to go on from, and refuse a wrong one before anything is loaded."""
-        config = self.config[self.subcommand]
-        self.plain = plain_config(self._parser(self.subcommand), config)
-        self.plain.pop("ckpt_path", None)
-        if config.ckpt_path is None and self.subcommand == "fit" and started_again():
-            config.ckpt_path = "last"
-        root = Path(config.trainer.default_root_dir)
-        first = getattr(rank_zero_only, "rank", 0) == 0
-        path = self._claim(root, config.ckpt_path) if first else find_checkpoint(config.ckpt_path, root)
-        config.ckpt_path = path and str(path)
-        if path is not None and self.subcommand == "fit":
-            check_config(saved_config(path), self.plain, path)
-
-    def _claim(self, root: Path, ckpt_path: Any) -> Path | None:
-        """Make and lock a folder for this run, if there is no other that `last` would run into; its checkpoint."""
-        with one_at_a_time(root):
-            if self.subcommand == "fit" and str(ckpt_path) == "last":
-                refuse_living(root)
-            path = find_checkpoint(ckpt_path, root)
-            self.claimed = RunFolder.claim(root)
-        return path
-
-    def instantiate_classes(self) -> None:
-        """Classes refuse bad arguments with ValueError: the user's mistake, not a bug."""
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer that writes into a folder of its own."""
-        config = self._get(self.config_init, "trainer")
-        # Rank 0 has claimed a folder; the others learn of it from Lightning, which broadcasts `trainer.log_dir`.
-        self.run_folder = self.claimed.path if self.claimed else Path(config["default_root_dir"])
-        callbacks = config["callbacks"] or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        kwargs |= {
-            "default_root_dir": self.run_folder,
-            "logger": self._loggers(config["logger"]),
-            "callbacks": [*callbacks, *self._own_callbacks(callbacks, config)],
-            "plugins": _with_safe_io(config["plugins"]),
-        }
-        return super().instantiate_trainer(**kwargs)
-
-    def _loggers(self, configured: Any) -> list[Logger] | bool:
-        if configured is False:
-            return False
-        chosen = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
-        return [CSVLogger(self.run_folder, name="", version="", flush_logs_every_n_steps=1), *chosen]
-
-    def _own_callbacks(self, configured: list[Callback], config: Any) -> list[Callback]:
-        """Those that are always there; one that the config holds too is taken from there."""
-        own: list[Callback] = [LeaveOnSignal(), ExactResume(self.plain), ExportStudent(), PredictionWriter()]
-        if config["enable_progress_bar"] is not False:
-            own.append(StepProgress())
-        if config["enable_checkpointing"] is not False:
-            own.append(SaveCheckpoints())
-        if self.subcommand == "fit":
-            own += [AnswerSamples(), Alarms()]
-        return [callback for callback in own if not any(isinstance(c, type(callback)) for c in configured)]
-
-
-def _teacher_model(teacher: Any) -> Any:
-    """The teacher's ModelConfig out of its class_path/init_args, or None where it has none of its own."""
-    init_args = getattr(teacher, "init_args", None) or {}
-    return init_args.get("model")
-
-
-def _with_safe_io(configured: Any) -> list[Any]:
-    """The trainer's plugins, with the project's way to write checkpoints where the config has no other."""
-    plugins = configured if isinstance(configured, list) else [configured] if configured is not None else []
-    own = [] if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [SafeCheckpointIO()]
-    return [*plugins, *own]
-
-
-def find_checkpoint(ckpt_path: Any, root: Path) -> Path | None:
-    """The file that `ckpt_path` means: last is the newest whole one of the runs under `root`, if there is one."""
-    if ckpt_path is None:
-        return None
-    if str(ckpt_path) == "last":
-        return newest_whole(root)
-    path = Path(ckpt_path)
-    if not path.is_file():
-        raise UserError(
-            f"ckpt_path: no checkpoint {path.absolute()}; name a .ckpt file, or say last (the newest whole one of the "
-            f"runs under {root})"
-        )
-    return path
-
-
-def run(args: list[str]) -> None:
-    """Parse `args` and run one of Lightning's subcommands. UserError for the user's mistakes."""
-    sys.argv[1:] = args  # where Lightning looks, also when it starts the other ranks
-    command = Command.__new__(Command)
-    try:
-        command.__init__(**_settings())  # type: ignore[misc]
-    except (UserError, MisconfigurationException, ArgumentError) as error:  # a crash keeps what was written
-        if not isinstance(error, StepAbandoned):  # its batch is kept for a look
-            _remove_unused_folder(command)
-        raise
-    finally:
-        if command.claimed is not None:
-            command.claimed.release()
-
-
-def fit_parser() -> LightningArgumentParser:
-    """The parser of `opcd fit`, for those who check a config without running it."""
-    command = _ParserOnly.__new__(_ParserOnly)
-    with suppress(_ParsersStand):
-        command.__init__(**_settings())  # type: ignore[misc]
-    return command._subcommand_parsers["fit"]
-
-
-class _ParsersStand(Exception):
-    """Everything that parses is built, and nothing has been parsed."""
-
-
-class _ParserOnly(Command):
-    """The command up to where it would read its arguments."""
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Stop here."""
-        raise _ParsersStand
-
-
-def _settings() -> dict[str, Any]:
-    """What the command tells LightningCLI."""
-    return {
-        "model_class": Distiller,
-        "datamodule_class": ContextQueryDataModule,
-        "trainer_defaults": {
-            "default_root_dir": "runs",
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-            "enable_model_summary": False,
-            "precision": "bf16-mixed",
-        },
-        "seed_everything_default": 0,
-        "auto_configure_optimizers": False,
-        "load_from_checkpoint_support": False,
-        "parser_kwargs": {"description": DESCRIPTION, "exit_on_error": False}
-        | {name: {"exit_on_error": False} for name in LightningCLI.subcommands()},
-    }
-
-
-def _remove_unused_folder(command: Command) -> None:
-    """Leave nothing behind of a run that was refused before its first step."""
-    trainer, claimed = getattr(command, "trainer", None), command.claimed
-    if claimed is None or any(claimed.path.glob("predictions*.jsonl")):
-        return
-    if trainer is None or trainer.global_step == 0:
-        shutil.rmtree(claimed.path, ignore_errors=True)
+TRAINER = {
+    "fit": "train: the student answers without the context, the teacher, which sees it, scores the answers",
+    "validate": "a student's divergence from its teacher on data.val",
+    "test": "the same on data.test",
+    "predict": "a student's answers to data.predict, with and without the context",
+}
+"""Lightning's subcommands."""
+COMMANDS = {
+    "evaluate": ("opcd.evaluation.command", "ask any model DAPO-Math, IFEval and other tasks, scored with lm-eval"),
+    "experience": ("opcd.experience.command", "make a context: lessons from attempts, the list that serves best"),
+    "show": ("opcd.experience.show", "what an experience run has made, also as a page"),
+    "sweep": ("opcd.sweep.command", "many fits from one file"),
+    "record": ("opcd.record", "write down what a teacher says, for trainings without a teacher in memory"),
+    "doctor": ("opcd.doctor", "what is installed here, which devices and models there are, what is missing"),
+}
+"""The project's own: the module whose `main` takes the words after the name, and what it does."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -250,36 +49,7 @@ def main(args: list[str] | None = None) -> int:
     _quiet()
     keep_freed_blocks()
     try:
-        args = _allow_imports(args)
-        if args[:1] == ["--version"]:
-            print(f"opcd {version('opcd')}")
-            return 0
-        if args[:1] == ["doctor"]:
-            from opcd import doctor
-
-            return doctor.main(args[1:])
-        if args[:1] == ["evaluate"]:
-            from opcd.evaluation import command
-
-            return command.main(args[1:])
-        if args[:1] == ["sweep"]:
-            from opcd.sweep import command as sweep
-
-            return sweep.main(args[1:], fit_parser())
-        if args[:1] == ["experience"]:
-            from opcd.experience import command as experience
-
-            return experience.main(args[1:], fit_parser)
-        if args[:1] == ["record"]:
-            from opcd import record
-
-            return record.main(args[1:], fit_parser)
-        if args[:1] == ["show"]:
-            from opcd.experience import show
-
-            return show.main(args[1:])
-        with _plain_ctrl_c():
-            run(args)
+        return _dispatch(allow_imports(args))
     except Interrupted as leaving:
         reset()
         print(f"opcd: {leaving}; --ckpt_path last goes on", file=sys.stderr)
@@ -290,22 +60,42 @@ def main(args: list[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         return _refused(f"cannot write {error.filename or 'the output'}: {error.strerror}", debug)
+
+
+def _dispatch(args: list[str]) -> int:
+    name = args[0] if args else "--help"
+    if name in ("--help", "-h"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"opcd {version('opcd')}")
+        return 0
+    if name in COMMANDS:
+        return int(importlib.import_module(COMMANDS[name][0]).main(args[1:]))
+    if name not in TRAINER:
+        near = get_close_matches(name, [*TRAINER, *COMMANDS], n=1)
+        raise UserError(f"no command {name}" + (f"; did you mean {near[0]}?" if near else "; see opcd --help"))
+    from opcd.lightning_cli import run
+
+    with _plain_ctrl_c():
+        run(args)
     return 0
 
 
-def _allow_imports(args: list[str]) -> list[str]:
-    """The arguments without `--allow-imports A.B,C`: what class_path may name although jsonargparse denies it."""
-    if ALLOW not in args:
-        return args
-    place = args.index(ALLOW)
-    names = args[place + 1].split(",") if len(args) > place + 1 else []
-    try:
-        set_parsing_settings(import_path_allowlist=names)
-    except ValueError as error:
-        raise UserError(f"{ALLOW}: {error}") from error
-    if not names:
-        raise UserError(f"{ALLOW} wants import paths with commas between them, such as package.module")
-    return args[:place] + args[place + 2 :]
+def _help() -> str:
+    """What `opcd --help` prints."""
+    lines = TRAINER | {name: text for name, (_, text) in COMMANDS.items()}
+    return "\n".join(
+        [
+            "On-policy context distillation: put a context into a language model's weights.\n",
+            "usage: opcd COMMAND [options]; opcd COMMAND --help explains each\n",
+            *(f"  {name:<12}{text}" for name, text in lines.items()),
+            "",
+            "--version says which opcd this is. --debug shows the traceback of an error. --allow-imports A.B,C lets a",
+            "class_path name what jsonargparse denies, such as what is under os or subprocess: a config can run any",
+            "other code that is installed.",
+        ]
+    )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ KEPT = 2 * 2**30
 """Free bytes that the heap may hold from one step to the next."""
 
 
-class _Mallinfo2(ctypes.Structure):
+class Mallinfo2(ctypes.Structure):
     """glibc's struct mallinfo2 (2.33 and later)."""
 
     _fields_ = [
@@ -67,12 +67,17 @@ def give_back(beyond: int = 0) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _free_bytes() -> int:
+def heap() -> Mallinfo2:
+    """What glibc says of its heap: `fordblks` bytes are free in it, `hblkhd` lie in mappings of their own."""
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2"):
-        return 2**62  # unknown: taken for many
-    libc.mallinfo2.restype = _Mallinfo2
-    return int(libc.mallinfo2().fordblks)
+    libc.mallinfo2.restype = Mallinfo2
+    info: Mallinfo2 = libc.mallinfo2()
+    return info
+
+
+def _free_bytes() -> int:
+    known = hasattr(ctypes.CDLL(None), "mallinfo2")
+    return int(heap().fordblks) if known else 2**62  # unknown: taken for many
 
 
 def let_go(tensors: Iterable[Tensor]) -> None:

@@ -1,7 +1,6 @@
 """`opcd record`: a teacher's responses and likeliest tokens, once, for a training that needs no teacher in memory."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from opcd.data import ContextQueryDataModule
 from opcd.errors import UserError
+from opcd.lightning_cli import fit_parser
 from opcd.losses import Head
 from opcd.losses.log_probs import log_probs
 from opcd.models import architecture, load_tokenizer
@@ -23,7 +23,7 @@ ROWS_AT_A_TIME = 128
 """Positions whose logits are there at once."""
 
 
-def main(args: list[str], fit_parser: Callable[[], LightningArgumentParser]) -> int:
+def main(args: list[str]) -> int:
     """Record what the config's teacher says of data.train. Returns 0."""
     parser = argparse.ArgumentParser(
         prog="opcd record",

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser
 
 from opcd.data.literal import TextEncoder
 from opcd.errors import UserError
@@ -27,6 +26,7 @@ from opcd.experience.prompts import Prompt
 from opcd.experience.rounds import Rounds, check_rounds
 from opcd.experience.show import print_run
 from opcd.experience.writers import ModelWriters, Writers
+from opcd.lightning_cli import fit_parser
 from opcd.models import load_tokenizer
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.command import INTERRUPTED
@@ -53,14 +53,12 @@ class Output:
 
 def main(
     args: list[str],
-    fit_parser: Callable[[], LightningArgumentParser],
     writers: MakeWriters = ModelWriters,
 ) -> int:
     """Run the loop, or rounds of it. Returns 0, or 1 where a distillation failed.
 
     Args:
         args: the words after `opcd experience`.
-        fit_parser: makes the parser of `opcd fit`, for the checks of rounds.
         writers: makes the models.
 
     Raises:

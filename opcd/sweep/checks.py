@@ -25,7 +25,7 @@ class ConfigChecker:
     """Checks configs with the parser of `opcd fit`; loads tokenizers and rows, no model.
 
     Args:
-        parser: that of `opcd.cli.fit_parser`.
+        parser: that of `opcd.lightning_cli.fit_parser`.
         base: what all arms have in common.
 
     Raises:

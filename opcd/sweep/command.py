@@ -9,10 +9,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from opcd.data.files import write_whole
 from opcd.errors import UserError
+from opcd.lightning_cli import fit_parser
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.engine import Engine, explain, locked
 from opcd.sweep.jobs import Job, fit_job
@@ -26,19 +25,18 @@ from opcd.sweep.summary import ArmResult, by_seed, write_summary
 INTERRUPTED = 130
 
 
-def main(args: list[str], parser: LightningArgumentParser) -> int:
+def main(args: list[str]) -> int:
     """Run a sweep. Returns 0, or 1 where an arm failed.
 
     Args:
         args: the words after `opcd sweep`.
-        parser: that of `opcd fit`, for the checks.
 
     Raises:
         UserError: the file or an arm is wrong; nothing has been started then.
     """
     options = _options(args)
     sweep = read_sweep(options.sweep)
-    checker = ConfigChecker(parser, sweep.base)
+    checker = ConfigChecker(fit_parser(), sweep.base)
     out = options.out or Path("sweeps") / options.sweep.stem
     arms = _checked_arms(sweep, checker, out)
     if options.dry_run:

@@ -79,10 +79,10 @@ def test_shipped_configs_are_whole(file, monkeypatch):
     """Parsed, with arms, metrics and keys that exist; rows and models of the hub are not asked for."""
     from comparison.arms import SAMPLES, Benchmark
 
-    from opcd.cli import fit_parser
     from opcd.evaluation.command import parse
     from opcd.evaluation.games import GameRows
     from opcd.games import GameSeeds
+    from opcd.lightning_cli import fit_parser
     from opcd.sweep.checks import ConfigChecker
     from opcd.sweep.plan import overrides
 
@@ -124,9 +124,9 @@ def test_wrong_configs(config, changed, message):
 def test_a_game_is_trained_and_measured_on_seeds_of_its_own(config, tmp_path, tiny, context):
     from comparison.arms import Benchmark, Plan
 
-    from opcd.cli import fit_parser
     from opcd.evaluation.command import parse
     from opcd.games import GameSeeds
+    from opcd.lightning_cli import fit_parser
     from opcd.sweep.checks import ConfigChecker
 
     folder = tmp_path / "roomy"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from opcd.cli import fit_parser
 from opcd.experience.command import main
 from tests.conftest import write_rows
 from tests.experience.scripted import ScriptedWriters
@@ -32,7 +31,7 @@ def scripted(words, tmp_path, monkeypatch):
 
     def run(*more: str, out: str = "out") -> Path:
         monkeypatch.setenv("SCRIPTED_CALLS", str(tmp_path / f"{out}-calls.txt"))
-        assert main([*words, "--out", str(tmp_path / out), *more], fit_parser, ScriptedWriters) == 0
+        assert main([*words, "--out", str(tmp_path / out), *more], ScriptedWriters) == 0
         return tmp_path / out
 
     return run

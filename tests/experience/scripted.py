@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opcd.cli import fit_parser
 from opcd.data.examples import Message
 from opcd.experience import Writer, Written
 from opcd.experience import loop as loop_module
@@ -93,4 +92,4 @@ if __name__ == "__main__":
         else:
             kill_at_file(words[1])
         words = words[2:]
-    sys.exit(main(words[1:], fit_parser, ScriptedWriters))
+    sys.exit(main(words[1:], ScriptedWriters))

@@ -5,12 +5,12 @@ import json
 import pytest
 import yaml
 
-from opcd.cli import fit_parser
 from opcd.errors import UserError
 from opcd.experience import MathProblems
 from opcd.experience.config import Experience, Fit
 from opcd.experience.rounds import fit_settings
 from opcd.experience.show import make_page
+from opcd.lightning_cli import fit_parser
 from opcd.models import ModelConfig
 from opcd.sweep.checks import ConfigChecker
 from tests.conftest import ROWS, write_rows

@@ -3,8 +3,8 @@
 import pytest
 
 from opcd.changes import changed_keys
-from opcd.cli import fit_parser
 from opcd.errors import UserError
+from opcd.lightning_cli import fit_parser
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.plan import Base
 from tests.sweep.conftest import QUICKSTART

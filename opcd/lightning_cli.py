@@ -1,0 +1,213 @@
+"""Lightning's fit, validate, test and predict, with the project's defaults and one folder a run."""
+
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from opcd import parsing  # noqa: F401  its settings
+from opcd.callbacks import (
+    Alarms,
+    AnswerSamples,
+    ExactResume,
+    ExportStudent,
+    LeaveOnSignal,
+    PredictionWriter,
+    SaveCheckpoints,
+    StepProgress,
+)
+from opcd.callbacks.slurm import started_again
+from opcd.changes import plain_config
+from opcd.checkpoints import SafeCheckpointIO, check_config, newest_whole
+from opcd.checkpoints.last import saved_config
+from opcd.data import ContextQueryDataModule
+from opcd.errors import StepAbandoned, UserError
+from opcd.modules import Distiller, FrozenTeacher, StudentRollout
+from opcd.run_folder import RunFolder, one_at_a_time, refuse_living
+
+SOURCES = ("data.train", "data.val", "data.test", "data.predict")
+
+
+class Command(LightningCLI):
+    """LightningCLI with the project's defaults, one folder a run, and the callbacks that every run has."""
+
+    claimed: RunFolder | None = None
+    """The run's folder, on rank 0."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Defaults that are classes, and what data must know of the models."""
+        parser.set_defaults(
+            {
+                "model.teacher": {"class_path": f"opcd.modules.{FrozenTeacher.__name__}"},
+                "model.rollout": {"class_path": f"opcd.modules.{StudentRollout.__name__}"},
+            }
+        )
+        for action in parser._actions:
+            if action.dest in SOURCES:
+                # jsonargparse would read the file of rows as YAML: it might be a class's.
+                action._enable_path = False  # type: ignore[attr-defined]
+        parser.link_arguments("model.student", "data.student")
+        parser.link_arguments("model.teacher", "data.teacher", compute_fn=_teacher_model)
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint to go on from, and refuse a wrong one before anything is loaded."""
+        config = self.config[self.subcommand]
+        self.plain = plain_config(self._parser(self.subcommand), config)
+        self.plain.pop("ckpt_path", None)
+        if config.ckpt_path is None and self.subcommand == "fit" and started_again():
+            config.ckpt_path = "last"
+        root = Path(config.trainer.default_root_dir)
+        first = getattr(rank_zero_only, "rank", 0) == 0
+        path = self._claim(root, config.ckpt_path) if first else find_checkpoint(config.ckpt_path, root)
+        config.ckpt_path = path and str(path)
+        if path is not None and self.subcommand == "fit":
+            check_config(saved_config(path), self.plain, path)
+
+    def _claim(self, root: Path, ckpt_path: Any) -> Path | None:
+        """Make and lock a folder for this run, if there is no other that `last` would run into; its checkpoint."""
+        with one_at_a_time(root):
+            if self.subcommand == "fit" and str(ckpt_path) == "last":
+                refuse_living(root)
+            path = find_checkpoint(ckpt_path, root)
+            self.claimed = RunFolder.claim(root)
+        return path
+
+    def instantiate_classes(self) -> None:
+        """Classes refuse bad arguments with ValueError: the user's mistake, not a bug."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that writes into a folder of its own."""
+        config = self._get(self.config_init, "trainer")
+        # Rank 0 has claimed a folder; the others learn of it from Lightning, which broadcasts `trainer.log_dir`.
+        self.run_folder = self.claimed.path if self.claimed else Path(config["default_root_dir"])
+        callbacks = config["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        kwargs |= {
+            "default_root_dir": self.run_folder,
+            "logger": self._loggers(config["logger"]),
+            "callbacks": [*callbacks, *self._own_callbacks(callbacks, config)],
+            "plugins": _with_safe_io(config["plugins"]),
+        }
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self, configured: Any) -> list[Logger] | bool:
+        if configured is False:
+            return False
+        chosen = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
+        return [CSVLogger(self.run_folder, name="", version="", flush_logs_every_n_steps=1), *chosen]
+
+    def _own_callbacks(self, configured: list[Callback], config: Any) -> list[Callback]:
+        """Those that are always there; one that the config holds too is taken from there."""
+        own: list[Callback] = [LeaveOnSignal(), ExactResume(self.plain), ExportStudent(), PredictionWriter()]
+        if config["enable_progress_bar"] is not False:
+            own.append(StepProgress())
+        if config["enable_checkpointing"] is not False:
+            own.append(SaveCheckpoints())
+        if self.subcommand == "fit":
+            own += [AnswerSamples(), Alarms()]
+        return [callback for callback in own if not any(isinstance(c, type(callback)) for c in configured)]
+
+
+def _teacher_model(teacher: Any) -> Any:
+    """The teacher's ModelConfig out of its class_path/init_args, or None where it has none of its own."""
+    init_args = getattr(teacher, "init_args", None) or {}
+    return init_args.get("model")
+
+
+def _with_safe_io(configured: Any) -> list[Any]:
+    """The trainer's plugins, with the project's way to write checkpoints where the config has no other."""
+    plugins = configured if isinstance(configured, list) else [configured] if configured is not None else []
+    own = [] if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [SafeCheckpointIO()]
+    return [*plugins, *own]
+
+
+def find_checkpoint(ckpt_path: Any, root: Path) -> Path | None:
+    """The file that `ckpt_path` means: last is the newest whole one of the runs under `root`, if there is one."""
+    if ckpt_path is None:
+        return None
+    if str(ckpt_path) == "last":
+        return newest_whole(root)
+    path = Path(ckpt_path)
+    if not path.is_file():
+        raise UserError(
+            f"ckpt_path: no checkpoint {path.absolute()}; name a .ckpt file, or say last (the newest whole one of the "
+            f"runs under {root})"
+        )
+    return path
+
+
+def run(args: list[str]) -> None:
+    """Parse `args` and run one of Lightning's subcommands. UserError for the user's mistakes."""
+    sys.argv[1:] = args  # where Lightning looks, also when it starts the other ranks
+    command = Command.__new__(Command)
+    try:
+        command.__init__(**_settings())  # type: ignore[misc]
+    except (UserError, MisconfigurationException, ArgumentError) as error:  # a crash keeps what was written
+        if not isinstance(error, StepAbandoned):  # its batch is kept for a look
+            _remove_unused_folder(command)
+        raise
+    finally:
+        if command.claimed is not None:
+            command.claimed.release()
+
+
+def fit_parser() -> LightningArgumentParser:
+    """The parser of `opcd fit`, for those who check a config without running it."""
+    command = _ParserOnly.__new__(_ParserOnly)
+    with suppress(_ParsersStand):
+        command.__init__(**_settings())  # type: ignore[misc]
+    return command._subcommand_parsers["fit"]
+
+
+class _ParsersStand(Exception):
+    """Everything that parses is built, and nothing has been parsed."""
+
+
+class _ParserOnly(Command):
+    """The command up to where it would read its arguments."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Stop here."""
+        raise _ParsersStand
+
+
+def _settings() -> dict[str, Any]:
+    """What the command tells LightningCLI."""
+    return {
+        "model_class": Distiller,
+        "datamodule_class": ContextQueryDataModule,
+        "trainer_defaults": {
+            "default_root_dir": "runs",
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "precision": "bf16-mixed",
+        },
+        "seed_everything_default": 0,
+        "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,
+        "parser_kwargs": {"exit_on_error": False}
+        | {name: {"exit_on_error": False} for name in LightningCLI.subcommands()},
+    }
+
+
+def _remove_unused_folder(command: Command) -> None:
+    """Leave nothing behind of a run that was refused before its first step."""
+    trainer, claimed = getattr(command, "trainer", None), command.claimed
+    if claimed is None or any(claimed.path.glob("predictions*.jsonl")):
+        return
+    if trainer is None or trainer.global_step == 0:
+        shutil.rmtree(claimed.path, ignore_errors=True)

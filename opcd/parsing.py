@@ -1,0 +1,25 @@
+"""How jsonargparse reads options and configs, in every command."""
+
+from jsonargparse import set_parsing_settings
+
+from opcd.errors import UserError
+
+ALLOW = "--allow-imports"
+
+# An empty addition to jsonargparse's list of denied imports (os, subprocess, ...) has it enforced: else it only warns.
+set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=[])
+
+
+def allow_imports(args: list[str]) -> list[str]:
+    """The arguments without `--allow-imports A.B,C`: what class_path may name although jsonargparse denies it."""
+    if ALLOW not in args:
+        return args
+    place = args.index(ALLOW)
+    names = args[place + 1].split(",") if len(args) > place + 1 else []
+    try:
+        set_parsing_settings(import_path_allowlist=names)
+    except ValueError as error:
+        raise UserError(f"{ALLOW}: {error}") from error
+    if not names:
+        raise UserError(f"{ALLOW} wants import paths with commas between them, such as package.module")
+    return args[:place] + args[place + 2 :]
