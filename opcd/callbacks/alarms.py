@@ -17,20 +17,31 @@ class Alarms(Callback):
             window.
         repetition: this share of a response's runs of four tokens has been said before in it.
         entropy: collapse: the student's entropy is below this share of what it was in the first window.
+        rollout_gap: an inference engine that is not the student: in any one step, the mean of |log p_S(y) - log p_B(y)|
+            over the tokens that it drew is above this, in nats.
     """
 
-    def __init__(self, window: int = 20, ended: float = 0.1, repetition: float = 0.5, entropy: float = 0.1) -> None:
+    def __init__(
+        self,
+        window: int = 20,
+        ended: float = 0.1,
+        repetition: float = 0.5,
+        entropy: float = 0.1,
+        rollout_gap: float = 0.05,
+    ) -> None:
         if window < 1 or not all(0 <= share <= 1 for share in (ended, repetition, entropy)):
             raise ValueError(
                 f"Alarms wants window >= 1 and shares from 0 to 1, got {window}, {ended}, {repetition}, {entropy}"
             )
         self.window, self.ended, self.repetition, self.entropy = window, ended, repetition, entropy
+        self.rollout_gap = rollout_gap
         self._recent: deque[dict[str, float]] = deque(maxlen=window)
         self._first: dict[str, float] = {}
         self._rung: list[str] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Look at the last window."""
+        self._look_at_gap(trainer)
         names = ("ended", "repetition", "student_entropy", "response_tokens")
         measured = {name: float(trainer.callback_metrics[f"train/{name}"]) for name in names}
         if not all(map(math.isfinite, measured.values())):
@@ -44,6 +55,16 @@ class Alarms(Callback):
             if alarm not in self._rung:
                 self._rung.append(alarm)
                 rank_zero_warn(f"step {trainer.global_step}, mean of {self.window} steps: {said} (samples.jsonl)")
+
+    def _look_at_gap(self, trainer: Trainer) -> None:
+        gap = float(trainer.callback_metrics.get("train/rollout_gap", 0.0))
+        if gap > self.rollout_gap and "rollout_gap" not in self._rung:
+            self._rung.append("rollout_gap")
+            rank_zero_warn(
+                f"step {trainer.global_step}: the engine's log-probabilities of the drawn tokens are {gap:.3f} nats "
+                "from the student's, in the mean: its weights are stale, or it computes in another precision "
+                "(model.rollout's dtype, every_n_steps, max_importance)"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on needs."""

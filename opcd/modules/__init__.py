@@ -9,9 +9,12 @@ from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.teachers import BaseTeacher, FrozenTeacher, MovingAverageTeacher, SelfTeacher
 from opcd.modules.trajectories import Trajectories
+from opcd.modules.vllm_engine import ColocatedVLLM
+from opcd.modules.vllm_rollout import VLLMRollout
 
 __all__ = [
     "BaseTeacher",
+    "ColocatedVLLM",
     "Distiller",
     "FrozenTeacher",
     "Lora",
@@ -27,4 +30,5 @@ __all__ = [
     "Teacher",
     "TeacherRollout",
     "Trajectories",
+    "VLLMRollout",
 ]

@@ -11,6 +11,8 @@ from opcd.modules.recorded_teacher import RecordedTeacher
 from opcd.modules.rollouts import Rollout, StudentRollout, TeacherRollout
 from opcd.modules.teacher import Teacher
 from opcd.modules.teachers import BaseTeacher
+from opcd.modules.vllm_engine import ColocatedVLLM
+from opcd.modules.vllm_rollout import VLLMRollout
 
 
 def check_positive(**values: float | None) -> None:
@@ -71,12 +73,18 @@ def check_recorded(teacher: Teacher, rollout: Rollout, loss: Divergence | Sample
     teacher.check(loss, temperature, rollout.sampling)
 
 
+def check_engine(rollout: Rollout, ranks: int) -> None:
+    """Refuse an engine in this process where there are several (UserError)."""
+    if ranks > 1 and isinstance(rollout, VLLMRollout) and isinstance(rollout.engine, ColocatedVLLM):
+        raise UserError("model.rollout: ColocatedVLLM is for one process; use VLLMServer with several trainer.devices")
+
+
 def check_sampled(loss: SampledReverseKL, rollout: Rollout, temperature: float) -> None:
     """Refuse what would bias the sampled reverse KL: tokens that are no draws from the student's own distribution."""
-    if not isinstance(rollout, StudentRollout):
+    if not isinstance(rollout, StudentRollout | VLLMRollout):
         raise ValueError(
             f"model.loss: SampledReverseKL needs tokens that the student has sampled, and {type(rollout).__name__} "
-            "takes others; use StudentRollout, or ReverseKL, which looks at the whole distribution"
+            "takes others; use StudentRollout or VLLMRollout, or ReverseKL, which looks at the whole distribution"
         )
     sampling = rollout.sampling
     if sampling.temperature != temperature or sampling.top_p < 1 or sampling.top_k > 0 or sampling.options:
@@ -87,6 +95,8 @@ def check_sampled(loss: SampledReverseKL, rollout: Rollout, temperature: float) 
         )
     if loss.max_importance is not None:
         raise ValueError(
-            "model.loss: max_importance has no effect here, for every rollout is by the student of its own step; "
-            "remove it"
+            "model.loss: max_importance has no effect here, the rollout gives the weights (VLLMRollout has "
+            "max_importance); remove it"
         )
+    if isinstance(rollout, VLLMRollout) and rollout.every_n_steps > 1 and rollout.max_importance is None:
+        raise ValueError("model.loss: SampledReverseKL with stale rollouts needs VLLMRollout's max_importance; set it")

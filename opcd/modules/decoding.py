@@ -8,10 +8,15 @@ the batch, so that the others go on without it, and a token is drawn with one ra
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from opcd.interruption import check
+
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.20") else "past_key_values"
+"""What transformers calls the keys and values: vLLM still wants a release from before they were renamed."""
 
 
 def decode(
@@ -62,7 +67,7 @@ def draw(scores: Tensor) -> Tensor:
 
 def _can_leave(inputs: dict[str, Any], rows: int) -> bool:
     """Whether all that the model carries along is a row each: not so for a recurrent state."""
-    cache = inputs.get("cache")
+    cache = inputs.get(CACHE)
     tensors = [value for name, value in inputs.items() if isinstance(value, Tensor)]
     return (
         isinstance(cache, DynamicCache) and not any(cache.is_linear) and all(len(tensor) == rows for tensor in tensors)
@@ -71,5 +76,5 @@ def _can_leave(inputs: dict[str, Any], rows: int) -> bool:
 
 def _selected(inputs: dict[str, Any], going: Tensor) -> dict[str, Any]:
     """The same for the rows that go on."""
-    inputs["cache"].batch_select_indices(going.nonzero().squeeze(1))
+    inputs[CACHE].batch_select_indices(going.nonzero().squeeze(1))
     return {name: value[going] if isinstance(value, Tensor) else value for name, value in inputs.items()}

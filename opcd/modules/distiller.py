@@ -32,7 +32,15 @@ from opcd.memory import give_back, large_blocks_kept
 from opcd.models import ModelConfig
 from opcd.modules.adapters import Lora, trainable
 from opcd.modules.bad_numbers import FOLDER, BadNumbers, BadSteps, keep_batch, what_is_bad
-from opcd.modules.checks import check_adapter, check_positive, check_recorded, check_sampled, check_windows
+from opcd.modules.checks import (
+    check_adapter,
+    check_engine,
+    check_positive,
+    check_recorded,
+    check_sampled,
+    check_windows,
+)
+from opcd.modules.drift import Drift
 from opcd.modules.generation import Sampling, eval_mode, own_precision
 from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib, repetition
 from opcd.modules.objective import Objective
@@ -127,6 +135,7 @@ class Distiller(LightningModule):
             )
         if self.halve_micro_batches and self.trainer.world_size > 1:
             raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
+        check_engine(self.rollout, self.trainer.world_size)
         check_adapter(self.student_config, self.adapter, self.teacher)
         check_recorded(self.teacher, self.rollout, self.objective.loss, self.objective.temperature)
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -193,6 +202,10 @@ class Distiller(LightningModule):
                 states = self.student.score(part)
             with clock("loss"), large_blocks_kept():
                 share = self._share(weights[rows], part)
+                if (drift := Drift.of(states, part)) is not None:
+                    means.add({"rollout_gap": drift.gap})
+                    if (limit := self.rollout.max_importance) is not None:
+                        share = share * drift.importance(limit)
                 values = self.objective(states, target, part, share)
                 means.add(values)
                 self.teacher.release()  # its head, which the loss has read

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from opcd.modules.decoding import decode
+from opcd.modules.decoding import CACHE, decode
 from opcd.modules.packed_linear import packed_linears
 from opcd.modules.trajectories import first_sequence
 
@@ -119,7 +119,7 @@ def generate(
             input_ids=ids.to(model.device),
             attention_mask=torch.cat([begin_mask, rest_mask], dim=1).to(model.device),
             generation_config=sampling.generation_config(eos_ids, pad_id),
-            **({"cache": joined_cache(prefixes)} if prefixes else {}),
+            **({CACHE: joined_cache(prefixes)} if prefixes else {}),
         )
     return [first_sequence(row, eos_ids) for row in output[:, ids.shape[1] :]]
 

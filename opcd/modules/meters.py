@@ -42,19 +42,24 @@ class TokenMeans:
     """Means over tokens of several micro-batches."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self._counts: defaultdict[str, int] = defaultdict(int)
         self._sums: dict[str, Tensor] = {}
 
+    @property
+    def tokens(self) -> int:
+        """How many there are; some values are known of fewer."""
+        return max(self._counts.values(), default=0)
+
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add [N] values a token, all of one N; no gradient is kept."""
-        self.tokens += len(next(iter(values.values())))
+        """Add a value a token, [N] or, where it is not known of all, fewer; no gradient is kept."""
         for name, value in values.items():
             total = value.detach().double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._counts[name] += len(value)
 
     def compute(self) -> dict[str, float]:
-        """Mean of every value over all tokens."""
-        return {name: float(total) / self.tokens for name, total in self._sums.items()}
+        """Mean of every value over its tokens."""
+        return {name: float(total) / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
 
 
 def repetition(responses: list[Tensor], length: int = 4) -> float:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from opcd.modules.decoding import CACHE
 from opcd.modules.generation import EncodedPrefix, joined_cache
 from opcd.modules.packing import pack_groups, packed_rows, sliding_window
 from opcd.modules.scoring import last_hidden
@@ -161,8 +162,8 @@ class SharedPrefix:
                 input_ids=torch.cat(rows)[None].to(model.device),
                 position_ids=positions[None].to(model.device),
                 attention_mask=mask,
-                cache=joined_cache([entry]),
                 use_cache=True,
+                **{CACHE: joined_cache([entry])},
             ).last_hidden_state[0]
         return [states[len(prompt) - 1 :] for states, (prompt, _) in zip(hidden.split(lengths), suffixes, strict=True)]
 
@@ -172,7 +173,7 @@ class SharedPrefix:
             self._entries.move_to_end(ids)
             return self._entries[ids]
         cache = DynamicCache()
-        model.base_model(input_ids=torch.tensor([ids], device=model.device), cache=cache, use_cache=True)
+        model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, **{CACHE: cache})
         layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
         entry = self._entries[ids] = EncodedPrefix(ids, layers)
         while sum(e.bytes for e in self._entries.values()) > self.memory_mib * 2**20 and len(self._entries) > 1:

@@ -21,9 +21,12 @@ class Rollout(ABC):
 
     Attributes:
         several_turns: whether it may write more than one to an example (a game's moves).
+        max_importance: where tokens count as much as the student's probability of them is that of the policy which
+            wrote them, the most that one counts; None: all count the same.
     """
 
     several_turns: ClassVar[bool] = False
+    max_importance: float | None = None
 
     @abstractmethod
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
@@ -147,6 +150,8 @@ class MixedRollout(Rollout):
             raise ValueError(f"MixedRollout wants two or more rollouts and a share for each, got {len(shares)} shares")
         if any(rollout.several_turns for rollout in rollouts):
             raise ValueError("MixedRollout wants one response a row: put it inside the GameRollout, not around it")
+        if any(rollout.max_importance is not None for rollout in rollouts):
+            raise ValueError("MixedRollout: a rollout's max_importance has no effect inside it; leave it out")
         if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"shares must be positive and sum to 1, got {shares}")
         self.rollouts, self.shares = rollouts, shares

