@@ -13,7 +13,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import yaml
 from comparison.arms import Benchmark, Plan
 from comparison.figures import figures
 from comparison.report import report
@@ -24,7 +23,7 @@ from opcd.data.files import write_whole
 from opcd.errors import UserError
 from opcd.lightning_cli import fit_parser
 from opcd.sweep.checks import ConfigChecker
-from opcd.sweep.command import INTERRUPTED, add_engine_options, engine_for
+from opcd.sweep.command import INTERRUPTED, add_engine_options, engine_for, with_dotted
 from opcd.sweep.engine import explain, locked
 from opcd.sweep.plan import parse_yaml
 
@@ -48,13 +47,7 @@ def read_options(args: list[str]) -> tuple[argparse.Namespace, dict[str, object]
     parser.add_argument("--task_data", help="task.data: the test rows")
     parser.add_argument("--forgetting_data", help="forgetting.data: rows of the second task")
     add_engine_options(parser)
-    options, rest = parser.parse_known_args(args)
-    dotted: dict[str, object] = {}
-    for key, value in zip(rest[::2], [*rest[1::2], None][: len(rest[::2])], strict=True):
-        if not key.startswith("--") or "." not in key or value is None:
-            parser.error(f"{key}: neither an option nor a dotted config key with a value (--data.train FILE)")
-        dotted[key[2:]] = yaml.safe_load(value)
-    return options, dotted
+    return with_dotted(parser, args)
 
 
 def run(options: argparse.Namespace, dotted: dict[str, object], args: list[str]) -> int:

@@ -5,6 +5,8 @@ from jsonargparse import set_parsing_settings
 from opcd.errors import UserError
 
 ALLOW = "--allow-imports"
+allowed: list[str] = []
+"""The option as it was given, for the processes that this one starts."""
 
 # An empty addition to jsonargparse's list of denied imports (os, subprocess, ...) has it enforced: else it only warns.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=[])
@@ -22,4 +24,5 @@ def allow_imports(args: list[str]) -> list[str]:
         raise UserError(f"{ALLOW}: {error}") from error
     if not names:
         raise UserError(f"{ALLOW} wants import paths with commas between them, such as package.module")
+    allowed[:] = [ALLOW, args[place + 1]]
     return args[:place] + args[place + 2 :]

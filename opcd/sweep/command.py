@@ -1,13 +1,17 @@
 """`opcd sweep SWEEP.yaml`: many runs of `opcd fit` from one file.
 
     opcd sweep SWEEP.yaml --jobs 2
+    opcd sweep SWEEP.yaml --model.student.name FOLDER
 
-Every config is checked first. An arm that has finished is not run again, so the same command goes on where it stopped.
+Dotted options go over the file's `base.set`. Every config is checked first. An arm that has finished is not run again,
+so the same command goes on where it stopped.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from opcd.data.files import write_whole
 from opcd.errors import UserError
@@ -34,8 +38,9 @@ def main(args: list[str]) -> int:
     Raises:
         UserError: the file or an arm is wrong; nothing has been started then.
     """
-    options = _options(args)
+    options, dotted = _options(args)
     sweep = read_sweep(options.sweep)
+    sweep.base.set |= dotted
     checker = ConfigChecker(fit_parser(), sweep.base)
     out = options.out or Path("sweeps") / options.sweep.stem
     arms = _checked_arms(sweep, checker, out)
@@ -63,14 +68,25 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where the runs run")
 
 
-def _options(args: list[str]) -> argparse.Namespace:
+def with_dotted(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
+    """The parser's options, and those with a dot in their name (--data.train FILE) as config key -> value."""
+    options, rest = parser.parse_known_args(args)
+    dotted: dict[str, object] = {}
+    for key, value in zip(rest[::2], [*rest[1::2], None][: len(rest[::2])], strict=True):
+        if not key.startswith("--") or "." not in key or value is None:
+            parser.error(f"{key}: neither an option nor a dotted config key with a value (--data.train FILE)")
+        dotted[key[2:]] = yaml.safe_load(value)
+    return options, dotted
+
+
+def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
     parser = argparse.ArgumentParser(
         prog="opcd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, axes, arms, search (docs/sweep.md)")
     add_engine_options(parser)
     parser.add_argument("--dry_run", action="store_true", help="check every arm, print their names, run nothing")
-    return parser.parse_args(args)
+    return with_dotted(parser, args)
 
 
 def _count(text: str) -> int:

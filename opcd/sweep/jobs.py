@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd import parsing
 from opcd.changes import changed_keys
 from opcd.data.files import write_whole
 from opcd.errors import UserError
@@ -34,7 +35,7 @@ class Job:
     @property
     def command(self) -> list[str]:
         """The whole command line."""
-        return [sys.executable, "-m", "opcd", *self.words]
+        return [sys.executable, "-m", "opcd", *parsing.allowed, *self.words]
 
 
 def fit_job(name: str, root: Path, words: list[str], config: dict[str, Any]) -> Job:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from opcd import parsing
 from opcd.errors import UserError
 from opcd.sweep.engine import Engine, explain, locked
 from opcd.sweep.jobs import Job, JobFolder
@@ -186,3 +187,10 @@ def test_the_last_lines_of_a_log(tmp_path, script):
     folder.begin()
     folder.log.write_bytes(b"first\n\nhalf\rwhole\n\xff last \n")
     assert folder.last_lines(2) == ["whole", "\N{REPLACEMENT CHARACTER} last"]
+
+
+def test_a_job_may_import_what_the_sweep_may(monkeypatch):
+    job = Job("a", ["fit"], {}, "proof")
+    assert job.command[1:] == ["-m", "opcd", "fit"]
+    monkeypatch.setattr(parsing, "allowed", ["--allow-imports", "subprocess"])
+    assert job.command[1:] == ["-m", "opcd", "--allow-imports", "subprocess", "fit"]

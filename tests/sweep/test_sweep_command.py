@@ -63,6 +63,17 @@ def test_user_mistakes_end_with_2_before_anything_is_written(opcd, sweep_file, t
     assert not (tmp_path / "out").exists()
 
 
+def test_dotted_options_go_over_the_base(opcd, sweep_file, tmp_path):
+    file, out = sweep_file(axes={"model.loss": ["JSD"]}), ("--out", tmp_path / "out", "--dry_run")
+    assert opcd("sweep", file, "--trainer.max_steps", 3, *out)[0] == 0
+    code, text = opcd("sweep", file, "--trainer.max_stepz", 3, *out)
+    assert code == 2 and "'trainer.max_stepz' is no config key; did you mean trainer.max_steps?" in text
+    code, text = opcd("sweep", file, "--trainer.max_steps", "three", *out)
+    assert code == 2 and "trainer.max_steps" in text
+    with pytest.raises(SystemExit):
+        opcd("sweep", file, "--trainer.max_steps", *out[:1])
+
+
 def test_wrong_numbers_of_jobs(opcd, sweep_file):
     for jobs in ("0", "-1", "two"):
         with pytest.raises(SystemExit) as stopped:
