@@ -30,6 +30,7 @@ class Trajectories:
         responses: B tensors [R], R >= 1, of token ids. Each ends with its first end-of-sequence token or at the
             length limit, so every token of it counts.
         ended: whether each response ended by itself, [B].
+        teachers: names of the teachers that score them, [B]; None where there is only one.
     """
 
     student_prompts: list[Tensor]
@@ -37,6 +38,7 @@ class Trajectories:
     teacher_prefixes: list[Tensor]
     responses: list[Tensor]
     ended: list[bool]
+    teachers: list[str | None]
 
     @classmethod
     def of(cls, batch: Batch, responses: list[Tensor], eos_ids: set[int]) -> Trajectories:
@@ -50,7 +52,8 @@ class Trajectories:
                 raise UserError(f"{example.source}: the rollout wrote no token, not even an end-of-sequence token")
         cut = [first_sequence(response, eos_ids) for response in responses]
         ended = [int(response[-1]) in eos_ids for response in cut]
-        return cls(batch.student_prompts, batch.teacher_prompts, batch.teacher_prefixes, cut, ended)
+        teachers = [example.teacher for example in batch.examples]
+        return cls(batch.student_prompts, batch.teacher_prompts, batch.teacher_prefixes, cut, ended, teachers)
 
     @classmethod
     def joined(cls, parts: list[Trajectories]) -> Trajectories:
