@@ -29,8 +29,9 @@ from opcd.callbacks.slurm import started_again
 from opcd.changes import plain_config
 from opcd.checkpoints import SafeCheckpointIO, check_config, newest_whole
 from opcd.checkpoints.last import saved_config
-from opcd.data import ContextQueryDataModule
+from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.errors import StepAbandoned, UserError
+from opcd.models import ModelConfig
 from opcd.modules import Distiller, FrozenTeacher, StudentRollout
 from opcd.run_folder import RunFolder, one_at_a_time, refuse_living
 
@@ -122,9 +123,17 @@ class Command(LightningCLI):
 
 
 def _teacher_model(teacher: Any) -> Any:
-    """The teacher's ModelConfig out of its class_path/init_args, or None where it has none of its own."""
+    """The teacher's ModelConfig out of its class_path/init_args, or None where it has none of its own.
+
+    Of several teachers (`RoutedTeachers`) the TeacherModels, as an object: jsonargparse parses a linked value twice,
+    and refuses what it has made of a dictionary of dictionaries.
+    """
     init_args = getattr(teacher, "init_args", None) or {}
-    return init_args.get("model")
+    if not isinstance(several := init_args.get("teachers"), dict):
+        return init_args.get("model")
+    models = {name: (getattr(part, "init_args", None) or {}).get("model") for name, part in several.items()}
+    configs = {name: model and ModelConfig(**model.init_args.as_dict()) for name, model in models.items()}
+    return TeacherModels(configs, init_args.get("default"))
 
 
 def _with_safe_io(configured: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from opcd.losses import Head
 from opcd.losses.log_probs import log_probs
 from opcd.models import architecture, load_tokenizer
 from opcd.modules import FrozenTeacher, RecordedTeacher, Student, TeacherRollout, Trajectories
-from opcd.modules.checks import check_windows
+from opcd.modules.checks import check_data
 from opcd.modules.record import Origin, RecordWriter, tokenizer_hash
 
 ROWS_AT_A_TIME = 128
@@ -62,10 +62,11 @@ def _record(distiller: Any, data: ContextQueryDataModule, seed: int, options: ar
     if not isinstance(teacher, FrozenTeacher) or not isinstance(rollout, TeacherRollout):
         raise UserError(
             "opcd record wants model.teacher: FrozenTeacher and model.rollout: TeacherRollout, not "
-            f"{type(teacher).__name__} and {type(rollout).__name__}: what changes while a student learns is no record"
+            f"{type(teacher).__name__} and {type(rollout).__name__}: what changes while a student learns is no record, "
+            "and each of several teachers has its own"
         )
     data.setup("fit")
-    check_windows(data, "fit", rollout, distiller.answer, distiller.student_config, teacher.config)
+    check_data(data, "fit", rollout, distiller.answer, distiller.student_config, teacher)
     examples = data.examples("train")
     tokenizer = load_tokenizer(distiller.student_config)
     config = teacher.config or distiller.student_config

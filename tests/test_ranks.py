@@ -1,5 +1,6 @@
 """Two processes on a CPU, as torchrun or Lightning start them: one run folder, one answer a row, the same weights."""
 
+import csv
 import json
 import signal
 import subprocess
@@ -52,6 +53,34 @@ def test_two_ranks_train_the_weights_of_one(words, tmp_path):
     for folder in folders:
         assert len((folder / "metrics.csv").read_text().splitlines()) == 4
         assert len((folder / "samples.jsonl").read_text().splitlines()) == 3 * 6
+
+
+@pytest.mark.slow
+def test_two_ranks_of_one_teacher_each(words, tmp_path):
+    """In every step each rank has rows of one teacher alone; weights and means are those of one rank."""
+    common, _ = words
+    rows = [
+        {"query": f"What is {n} + {n}?", "response": "It is " + "so " * n, "teacher": name}
+        for n, name in enumerate(["a", "b"] * 4)
+    ]
+    teachers = {"a": {"class_path": "SelfTeacher"}, "b": {"class_path": "MovingAverageTeacher"}}
+    routed = {"class_path": "RoutedTeachers", "init_args": {"teachers": teachers}}
+    file = write_rows(tmp_path / "routed.jsonl", rows)
+    fit = ("--model.rollout", "RecordedRollout", "--data.train", file, "--data.val", file, "--data.shuffle", "false")
+    fit += ("--model.teacher", json.dumps(routed), "--trainer.max_steps", 4)
+    run("fit", *common, *fit, *RANKS, 1, "--data.batch_size", 2)
+    run("fit", *common, *fit, *RANKS, 2, "--data.batch_size", 1)
+    folders = sorted((tmp_path / "runs").iterdir())
+    one, two = (load_file(folder / "student" / "model.safetensors") for folder in folders)
+    for name, weight in one.items():
+        assert_close(two[name], weight, rtol=0, atol=1e-8)
+    logged = [list(csv.DictReader((folder / "metrics.csv").read_text().splitlines())) for folder in folders]
+    names = [f"{split}/divergence{teacher}" for split in ("train", "val") for teacher in ("", "/a", "/b")]
+    assert all(any(step[name] for step in logged[0]) for name in names)
+    for alone, together in zip(*logged, strict=True):
+        assert [float(together[name] or 0) for name in names] == pytest.approx(
+            [float(alone[name] or 0) for name in names], rel=1e-6
+        )
 
 
 def test_two_ranks_answer_every_row_once(words, tmp_path):

@@ -13,7 +13,7 @@ from opcd.callbacks.folder import run_folder
 from opcd.data import ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.models import architecture
-from opcd.modules import Distiller, FrozenTeacher
+from opcd.modules import Distiller, FrozenTeacher, Teacher
 
 CARD = """---
 library_name: transformers
@@ -100,11 +100,10 @@ def model_card(trainer: Trainer, distiller: Distiller) -> str:
     """What a reader must know to make this student again."""
     datamodule = getattr(trainer, "datamodule", None)
     data = datamodule if isinstance(datamodule, ContextQueryDataModule) else None
-    base, teacher = distiller.student_config.name, distiller.teacher
-    model = f" of {(teacher.config.name if teacher.config else base)}" if isinstance(teacher, FrozenTeacher) else ""
+    base = distiller.student_config.name
     return CARD.format(
         base=base,
-        teacher=type(teacher).__name__ + model,
+        teacher="; ".join(_teacher(name, part, base) for name, part in distiller.teacher.parts.items()),
         context=data.context_hash if data else "unknown",
         data=data.sources["train"] if data else "unknown",
         loss=distiller.objective.loss,
@@ -114,3 +113,9 @@ def model_card(trainer: Trainer, distiller: Distiller) -> str:
         steps=trainer.global_step,
         command=shlex.join(["opcd", *sys.argv[1:]]),
     )
+
+
+def _teacher(name: str | None, teacher: Teacher, base: str) -> str:
+    """What a teacher is, with its name where there are several."""
+    model = f" of {(teacher.config.name if teacher.config else base)}" if isinstance(teacher, FrozenTeacher) else ""
+    return f"{name}: {type(teacher).__name__}{model}" if name else f"{type(teacher).__name__}{model}"

@@ -30,7 +30,7 @@ class ExactResume(Callback):
         self.config = config
         self._before: dict[str, Any] = {}
         self._restored: dict[str, Any] | None = None
-        self._aside: dict[str, Any] | None = None
+        self._aside: dict[str | None, Any] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Take up a restored state as late as can be, and keep that of the step's beginning."""
@@ -48,13 +48,13 @@ class ExactResume(Callback):
         """Training must not notice validation, which sees contexts too."""
         if trainer.state.fn == "fit":
             assert isinstance(pl_module, Distiller)
-            self._aside = pl_module.teacher.prefix.state_dict()
+            self._aside = _prefixes(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what validation has seen."""
         if self._aside is not None:
             assert isinstance(pl_module, Distiller)
-            pl_module.teacher.prefix.load_state_dict(self._aside)
+            _set_prefixes(pl_module, self._aside)
             self._aside = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def _state(pl_module: LightningModule) -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(pl_module.device) if on_gpu else None,
-        "prefix": pl_module.teacher.prefix.state_dict(),
+        "prefix": _prefixes(pl_module),
     }
 
 
@@ -111,7 +111,17 @@ def _set_state(pl_module: LightningModule, state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and pl_module.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), pl_module.device)
-    pl_module.teacher.prefix.load_state_dict(state["prefix"])
+    _set_prefixes(pl_module, state["prefix"])
+
+
+def _prefixes(distiller: Distiller) -> dict[str | None, Any]:
+    """What each teacher's shared prefix has seen."""
+    return {name: part.prefix.state_dict() for name, part in distiller.teacher.parts.items()}
+
+
+def _set_prefixes(distiller: Distiller, state: dict[str | None, Any]) -> None:
+    for name, part in distiller.teacher.parts.items():
+        part.prefix.load_state_dict(state[name])
 
 
 def _undo_batch(progress: dict[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from opcd.data.batch import Batch
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
-from opcd.data.examples import Example, parse_row, parse_rows
+from opcd.data.data_sets import DataSet, DataSets
+from opcd.data.examples import Example, OnBadRow, parse_row, parse_rows
 from opcd.data.module import ContextQueryDataModule
 from opcd.data.sources import ExampleSource, read_examples, read_rows
+from opcd.data.teachers import TeacherModels, nearest, teacher_key
 from opcd.data.views import Placement, Views
 from opcd.data.vocabulary import check_same_vocabulary
 
@@ -12,15 +14,21 @@ __all__ = [
     "Batch",
     "ContextQueryDataModule",
     "ContextSource",
+    "DataSet",
+    "DataSets",
     "Example",
     "ExampleSource",
+    "OnBadRow",
     "Placement",
+    "TeacherModels",
     "Views",
     "check_same_vocabulary",
     "context_hash",
+    "nearest",
     "parse_row",
     "parse_rows",
     "read_contexts",
     "read_examples",
     "read_rows",
+    "teacher_key",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,7 @@ class Batch:
         teacher_prompts: [Q] int64 each: the same with the context, where there is one.
         teacher_prefixes: [P] int64 each: what the teacher prompts of its context have in common at their beginning.
         responses: [R] int64 each: the recorded response with its end-of-sequence token; None where there is none.
-        views: what encoded them.
+        views: what encoded them, by the names of their teachers (`Example.teacher`).
     """
 
     examples: list[Example]
@@ -32,21 +32,25 @@ class Batch:
     teacher_prompts: list[Tensor]
     teacher_prefixes: list[Tensor]
     responses: list[Tensor | None]
-    views: Views
+    views: Mapping[str | None, Views]
 
     @classmethod
-    def encoded(cls, examples: Sequence[Example], contexts: list[str | None], views: Views) -> Batch:
+    def encoded(
+        cls, examples: Sequence[Example], contexts: list[str | None], views: Mapping[str | None, Views]
+    ) -> Batch:
         """Both views of each example, with its context. UserError where a query does not fit the chat template."""
+        rows = [(example, context, views[example.teacher]) for example, context in zip(examples, contexts, strict=True)]
         return cls(
             examples=list(examples),
             contexts=contexts,
-            student_prompts=[torch.tensor(views.student_prompt(example)) for example in examples],
+            student_prompts=[torch.tensor(own.student_prompt(e)) for e, _, own in rows],
             teacher_prompts=[
-                torch.tensor(views.student_prompt(e) if c is None else views.teacher_prompt(e, c))
-                for e, c in zip(examples, contexts, strict=True)
+                torch.tensor(own.student_prompt(e) if c is None else own.teacher_prompt(e, c)) for e, c, own in rows
             ],
-            teacher_prefixes=[torch.tensor([] if c is None else views.teacher_prefix(c)).long() for c in contexts],
-            responses=[None if e.response is None else torch.tensor(views.response_ids(e.response)) for e in examples],
+            teacher_prefixes=[torch.tensor([] if c is None else own.teacher_prefix(c)).long() for _, c, own in rows],
+            responses=[
+                None if e.response is None else torch.tensor(own.response_ids(e.response)) for e, _, own in rows
+            ],
             views=views,
         )
 

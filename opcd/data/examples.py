@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -12,10 +12,14 @@ from opcd.data.files import check_text
 from opcd.errors import UserError
 
 Message = dict[str, str]
+OnBadRow = Literal["raise", "skip"]
 
-NATIVE_KEYS = ("query", "context", "response", "reference")
+NATIVE_KEYS = ("query", "context", "response", "reference", "teacher")
 ROLES = ("system", "user", "assistant", "tool")
-ACCEPTED = "accepted are {query, context, response, reference}, {prompt, completion, privileged_context}, DAPO-Math-17k"
+ACCEPTED = (
+    "accepted are {query, context, response, reference, teacher}, {prompt, completion, privileged_context}, "
+    "DAPO-Math-17k"
+)
 
 
 @dataclass  # not frozen: Lightning's true-precision plugins copy batches field by field
@@ -29,6 +33,7 @@ class Example:
         reference: what an answer is compared with; never shown to a model.
         index: number of the row in its data set, after reading.
         source: where it was read, such as "train.jsonl:12".
+        teacher: name of the teacher that scores it; None where there is only one.
     """
 
     query: str | list[Message]
@@ -37,11 +42,10 @@ class Example:
     reference: str | None
     index: int
     source: str
+    teacher: str | None = field(default=None, kw_only=True)
 
 
-def parse_rows(
-    rows: Iterable[tuple[str, object]], key: str, on_bad_row: Literal["raise", "skip"] = "raise"
-) -> list[Example]:
+def parse_rows(rows: Iterable[tuple[str, object]], key: str, on_bad_row: OnBadRow = "raise") -> list[Example]:
     """Examples from (source, raw row) pairs. Copies of a DAPO-Math-17k problem are dropped, and their number logged.
 
     On the hub that set holds each problem about a hundred times by accident.
@@ -105,6 +109,7 @@ def parse_row(row: object, source: str, index: int) -> Example:
         reference=_reference(fields.get("reference"), source, names.get("reference", "reference")),
         index=index,
         source=source,
+        teacher=_text(row.get("teacher"), source, "teacher"),
     )
 
 

@@ -1,5 +1,8 @@
 """The longest prompts of a split, for the check that the models' windows hold them."""
 
+from collections import defaultdict
+from collections.abc import Mapping
+
 from opcd.data.contexts import ContextSource
 from opcd.data.examples import Example
 from opcd.data.views import Views
@@ -9,19 +12,24 @@ from opcd.data.views import Views
 SLACK = 64
 
 
-def longest_prompts(examples: list[Example], contexts: ContextSource, views: Views) -> tuple[int, int]:
-    """Tokens of the longest student prompt and of the longest teacher prompt, whichever contexts are drawn."""
-    students = [(len(views.student_prompt(example)), example) for example in examples]
-    teacher = max((len(views.teacher_prompt(e, e.context)) for e in examples if e.context is not None), default=0)
-    shared = [pair for pair in students if pair[1].context is None]
-    if shared and contexts.contexts:
-        teacher = max(teacher, _longest_shared(shared, contexts, views))
-    return max(length for length, _ in students), teacher
+def longest_prompts(
+    examples: list[Example], contexts: ContextSource, views: Mapping[str | None, Views]
+) -> tuple[int, dict[str | None, int]]:
+    """Tokens of the longest student prompt, and of each teacher's longest, whichever contexts are drawn (0: no row)."""
+    students = [(len(views[example.teacher].student_prompt(example)), example) for example in examples]
+    sharing = defaultdict(list)
+    for length, example in students:
+        sharing[example.teacher, tuple(contexts.candidates(example))].append((length, example))
+    teachers = dict.fromkeys(views, 0)
+    for (teacher, candidates), rows in sharing.items():
+        if candidates:
+            teachers[teacher] = max(teachers[teacher], _longest_shared(rows, candidates, views[teacher]))
+    return max(length for length, _ in students), teachers
 
 
-def _longest_shared(students: list[tuple[int, Example]], contexts: ContextSource, views: Views) -> int:
+def _longest_shared(students: list[tuple[int, Example]], contexts: tuple[str, ...], views: Views) -> int:
     """The longest teacher prompt, found without encoding a long context once a row: only the longest rows matter."""
-    context = max(contexts.contexts, key=lambda text: len(views.context_ids(text)))
+    context = max(contexts, key=lambda text: len(views.context_ids(text))) if len(contexts) > 1 else contexts[0]
     longest, added = 0, 0
     for length, example in sorted(students, key=lambda pair: pair[0], reverse=True):
         if length + added + SLACK <= longest:

@@ -1,21 +1,25 @@
 """The data of a run: examples from files, two views of each, batches."""
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
 
 from opcd.data.batch import Batch
 from opcd.data.budgets import LengthBudgets, OverlongContext, OverlongQuery
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
-from opcd.data.examples import Example
+from opcd.data.examples import Example, OnBadRow
 from opcd.data.lengths import longest_prompts
 from opcd.data.sampler import ResumableSampler
 from opcd.data.sources import ExampleSource, read_examples
-from opcd.data.views import STUDENT, TEACHER, Placement, Views, split_template
+from opcd.data.teachers import TeacherModels, teacher_key, with_teachers
+from opcd.data.views import STUDENT, Placement, Views, split_template
 from opcd.data.vocabulary import check_same_vocabulary
 from opcd.errors import UserError
 from opcd.models import ModelConfig, load_tokenizer
@@ -28,9 +32,9 @@ class ContextQueryDataModule(LightningDataModule):
     """Queries, and the contexts that the teacher sees with them.
 
     A source is a .jsonl, .json or .parquet file, a hub data set (org/name or org/name:split), or a class that makes
-    rows (opcd.games.GameSeeds). A row is
-    {"query", "context", "response", "reference"} (only the query is required; text or chat messages), TRL's {"prompt",
-    "completion", "privileged_context"}, or in the shape of DAPO-Math-17k.
+    rows (opcd.data.DataSets: several of them; opcd.games.GameSeeds). A row is {"query", "context", "response",
+    "reference", "teacher"} (only the query is required; text or chat messages), TRL's {"prompt", "completion",
+    "privileged_context"}, or in the shape of DAPO-Math-17k.
 
     Args:
         train: source of the training rows.
@@ -55,7 +59,8 @@ class ContextQueryDataModule(LightningDataModule):
         seed: seed of that order and of the drawn contexts.
         num_workers: processes that load rows. Rows are in memory and tokenized in the main process: 0 is rarely slower.
         student: linked from model.student by the command line.
-        teacher: linked from the teacher's model by the command line. Default: as student.
+        teacher: linked from the teacher's model by the command line; of several teachers (`RoutedTeachers.models`),
+            from which the rows choose by name. Default: as student.
 
     Raises:
         UserError: an argument is wrong or has no effect.
@@ -76,12 +81,12 @@ class ContextQueryDataModule(LightningDataModule):
         overlong_context: OverlongContext = "raise",
         max_query_tokens: int | None = None,
         overlong_query: OverlongQuery = "raise",
-        on_bad_row: Literal["raise", "skip"] = "raise",
+        on_bad_row: OnBadRow = "raise",
         shuffle: bool = True,
         seed: int = 0,
         num_workers: int = 0,
         student: ModelConfig | None = None,
-        teacher: ModelConfig | None = None,
+        teacher: ModelConfig | TeacherModels | None = None,
     ) -> None:
         super().__init__()
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
@@ -96,14 +101,14 @@ class ContextQueryDataModule(LightningDataModule):
         self.on_bad_row, self.shuffle, self.seed = on_bad_row, shuffle, seed
         self.num_workers = _at_least(0, num_workers, "num_workers")
         self.student = student or ModelConfig()
-        self.teacher = teacher or self.student
+        self.teacher = teacher
         if val is None:
             # What Lightning takes for "no validation"; it warns of an empty list of loaders.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
         self._examples: dict[str, list[Example]] = {}
-        self._longest: dict[str, tuple[int, int]] = {}
+        self._longest: dict[str, tuple[int, dict[str | None, int]]] = {}
         self._contexts: ContextSource | None = None
-        self._views: Views | None = None
+        self._views: dict[str | None, Views] = {}
         self._taught = True
         self._begin = {"epoch": 0, "samples": 0}
 
@@ -117,29 +122,28 @@ class ContextQueryDataModule(LightningDataModule):
         if self.sources[splits[0]] is None:
             raise UserError(f"data.{splits[0]} is not set; `{stage}` needs it: name a file or a hub data set")
         rows = {
-            split: read_examples(source, f"data.{split}", self.on_bad_row)
+            split: self._read(split, source)
             for split in splits
             if (source := self.sources[split]) is not None and split not in self._examples
         }
         contexts = self._context_source()
         known = {**self._examples, **rows}
         contexts.check(known, complete=all(source is None or split in known for split, source in self.sources.items()))
-        if self._views is None or self._taught is (stage == "predict"):
+        if not self._views or self._taught is (stage == "predict"):
             self._taught = stage != "predict"  # the student answers with the context itself: no teacher is needed
-            views = self._make_views()
-            contexts.contexts = self.budgets.limit_contexts(contexts.contexts, views)
-            self._views = views
+            self._views = self._make_views()
+            contexts.contexts = self.budgets.limit_contexts(contexts.contexts, self.views)
         for split, examples in rows.items():
-            kept = self.budgets.limit_examples(examples, self._views, f"data.{split}")
+            kept = self.budgets.limit_examples(examples, self.views, f"data.{split}")
             self._longest[split] = longest_prompts(kept, contexts, self._views)
             self._examples[split] = kept
 
     @property
     def views(self) -> Views:
-        """What encodes prompts and responses; exists after `setup`."""
-        if self._views is None:
+        """What encodes prompts and responses, after `setup`; of the first of several teachers: the student is one."""
+        if not self._views:
             raise RuntimeError("call setup(stage) first")
-        return self._views
+        return next(iter(self._views.values()))
 
     @property
     def context_hash(self) -> str:
@@ -157,9 +161,9 @@ class ContextQueryDataModule(LightningDataModule):
         """Tokens of the longest student prompt of a split that was set up."""
         return self._longest[split][0]
 
-    def longest_teacher_prompt(self, split: str) -> int:
-        """Tokens of the longest teacher prompt of a split that was set up, whichever contexts are drawn."""
-        return self._longest[split][1]
+    def longest_teacher_prompt(self, split: str, teacher: str | None = None) -> int:
+        """Tokens of the longest prompt of a teacher, in a split that was set up, whichever contexts are drawn."""
+        return self._longest[split][1][teacher]
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Batches of training rows. Under several ranks, rows are repeated until all ranks have as many."""
@@ -204,7 +208,14 @@ class ContextQueryDataModule(LightningDataModule):
     def encode(self, examples: list[Example], epoch: int = 0) -> Batch:
         """Both views of each example, with the contexts of an epoch."""
         contexts = [self._context_source().context_for(example, epoch) for example in examples]
-        return Batch.encoded(examples, contexts, self.views)
+        return Batch.encoded(examples, contexts, self._views)
+
+    def _read(self, split: str, source: str | ExampleSource) -> list[Example]:
+        """The rows of a source, each with the name of its teacher where there are several."""
+        examples = read_examples(source, f"data.{split}", self.on_bad_row)
+        if split == "predict":  # no teacher is there
+            return [replace(example, teacher=None) for example in examples]
+        return with_teachers(examples, self.teacher if isinstance(self.teacher, TeacherModels) else None)
 
     def _context_source(self) -> ContextSource:
         if self._contexts is None:
@@ -212,13 +223,20 @@ class ContextQueryDataModule(LightningDataModule):
             self._contexts = ContextSource(contexts, self.seed)
         return self._contexts
 
-    def _make_views(self) -> Views:
+    def _make_views(self) -> dict[str | None, Views]:
+        """Views of the student's prompts and of each teacher's, by the names of the teachers (None: the only one)."""
         student = load_tokenizer(self.student, STUDENT)
-        config = self.teacher if self._taught else self.student
-        teacher = student if config == self.student else load_tokenizer(config, TEACHER)
-        check_same_vocabulary(student, teacher)
+        models: Mapping[Any, ModelConfig | None] = {None: self.student}
+        if self._taught and self.teacher is not None:
+            models = self.teacher.models if isinstance(self.teacher, TeacherModels) else {None: self.teacher}
+        return {name: self._views_with(student, config or self.student, name) for name, config in models.items()}
+
+    def _views_with(self, student: PreTrainedTokenizerBase, config: ModelConfig, name: str | None) -> Views:
+        key = f"{teacher_key(name)}.init_args.model"
+        teacher = student if config == self.student else load_tokenizer(config, key)
+        check_same_vocabulary(student, teacher, key)
         kwargs = (self.student.chat_template_kwargs, config.chat_template_kwargs)
-        return Views(student, teacher, self.placement, self.template, *kwargs)
+        return Views(student, teacher, self.placement, self.template, *kwargs, keys=(STUDENT, key, "data."))
 
     def _loader(self, split: str, batch_size: int, sampler: ResumableSampler | None = None) -> DataLoader[Example]:
         return DataLoader(

@@ -6,9 +6,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
-from opcd.data.examples import Example, parse_rows
+from opcd.data.examples import Example, OnBadRow, parse_rows
 from opcd.data.files import jsonl_lines, raising, read_json, require_file
 from opcd.errors import UserError
 from opcd.hub import hub_reachable
@@ -22,8 +21,8 @@ class ExampleSource(ABC):
     """Makes examples that stand in no file. Its `str` names them in messages and in the model card."""
 
     @abstractmethod
-    def examples(self, key: str) -> list[Example]:
-        """The examples, at least one; `key` is the config key of the source, for their `source` and for messages."""
+    def examples(self, key: str, on_bad_row: OnBadRow = "raise") -> list[Example]:
+        """The examples, at least one; arguments as for `read_examples`."""
 
     @abstractmethod
     def overlap(self, other: ExampleSource) -> str | None:
@@ -31,21 +30,21 @@ class ExampleSource(ABC):
 
 
 def read_examples(
-    source: str | ExampleSource, key: str = "data.train", on_bad_row: Literal["raise", "skip"] = "raise"
+    source: str | ExampleSource, key: str = "data.train", on_bad_row: OnBadRow = "raise"
 ) -> list[Example]:
     """All examples of a source.
 
     Args:
         source: a .jsonl, .json or .parquet file, a hub data set "org/name" or "org/name:split" (split: train; slices
             of `datasets`, such as train[:1000], are allowed), or what makes examples itself.
-        key: the config key that holds the source, for messages.
+        key: the config key that holds the source, for messages and for the `source` of examples that stand in no file.
         on_bad_row: raise an error for the first wrong row, or leave all such rows out with one warning.
 
     Raises:
         UserError: the source cannot be read, has no rows, or a row is wrong.
     """
     if isinstance(source, ExampleSource):
-        return source.examples(key)
+        return source.examples(key, on_bad_row)
     examples = parse_rows(_rows(source, key), key, on_bad_row)
     if not examples:
         raise UserError(f"{key}: {source} has no rows")

@@ -1,5 +1,6 @@
 """The two views of an example: what the student is asked, and the same with the context, for the teacher."""
 
+from functools import lru_cache
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -52,8 +53,9 @@ class Views:
         self._teacher_text = self._student_text if teacher is student else TextEncoder(teacher)
         self._eos = student.eos_token_id
         self._prefixes: dict[str, list[int]] = {}
+        self._context_ids = lru_cache(maxsize=16)(self._teacher_text.data)  # many rows have one context
         if placement == "raw":
-            _refuse_kwargs(student_kwargs, teacher_kwargs)
+            _refuse_kwargs(dict(zip(keys, (student_kwargs, teacher_kwargs), strict=False)))
             return
         raw = ", or data.placement: raw" if keys[2] == "data." else ""
         self._student = ChatRenderer(self._student_text, student_kwargs or {}, keys[0], raw)
@@ -103,7 +105,7 @@ class Views:
 
     def context_ids(self, context: str) -> list[int]:
         """Ids of a context's own text, by the teacher's tokenizer."""
-        return self._teacher_text.data(context)
+        return self._context_ids(context)
 
     def context_text(self, ids: list[int]) -> str:
         """The text of a part of `context_ids`."""
@@ -160,8 +162,8 @@ def split_template(template: str | None, placement: Placement, key: str = "data.
     return [piece for half in text.partition("{context}") for piece in half.partition("{query}")]
 
 
-def _refuse_kwargs(student_kwargs: dict[str, Any] | None, teacher_kwargs: dict[str, Any] | None) -> None:
-    for key, kwargs in ((STUDENT, student_kwargs), (TEACHER, teacher_kwargs)):
+def _refuse_kwargs(by_key: dict[str, dict[str, Any] | None]) -> None:
+    for key, kwargs in by_key.items():
         if kwargs:
             raise UserError(f"{key}.chat_template_kwargs has no effect with data.placement: raw; remove it")
 

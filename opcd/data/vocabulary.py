@@ -5,8 +5,12 @@ from transformers import PreTrainedTokenizerBase
 from opcd.errors import UserError
 
 
-def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def check_same_vocabulary(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, key: str = "model.teacher.init_args.model"
+) -> None:
     """Refuse two tokenizers that disagree on a token or an id that both have. One may have more than the other.
+
+    `key` is the teacher's config key, for messages.
 
     Raises:
         UserError: gives two of the tokens that differ, and their ids.
@@ -29,5 +33,5 @@ def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedT
     )
     raise UserError(
         f"student and teacher differ in {len(clashes)} tokens of their vocabularies ({shown}): "
-        "choose model.student.name and model.teacher.init_args.model.name from one family"
+        f"choose model.student.name and {key}.name from one family"
     )

@@ -133,6 +133,8 @@ def fit_settings(first: Experience, now: Experience, context: Path, checker: Con
     assert first.fit is not None
     settings: dict[str, Any] = {"model.student.name": now.student.name, "data.context": str(context)}
     teacher = checker.resolve(settings, "fit")["model"]["teacher"]
+    if teacher["class_path"].endswith(".RoutedTeachers"):
+        raise UserError("model.teacher of fit: a round has one context and one teacher; RoutedTeachers has several")
     frozen = teacher["class_path"].endswith(".FrozenTeacher")
     named = frozen and teacher["init_args"]["model"] is not None
     if first.fit.teacher == "renewed":

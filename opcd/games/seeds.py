@@ -1,6 +1,6 @@
 """Seeds of games as a data set."""
 
-from opcd.data import Example, ExampleSource
+from opcd.data import Example, ExampleSource, OnBadRow
 from opcd.errors import UserError
 from opcd.games.environment import Environment
 from opcd.games.play import Game, GameExample
@@ -30,8 +30,8 @@ class GameSeeds(ExampleSource):
         name = type(self.environment).__name__
         return f"{name}, seeds {self.start} to {self.start + self.count - 1}, at most {self.max_turns} moves"
 
-    def examples(self, key: str) -> list[Example]:
-        """The rows, with the first prompt of each game as the query."""
+    def examples(self, key: str, on_bad_row: OnBadRow = "raise") -> list[Example]:
+        """The rows, with the first prompt of each game as the query; none is bad."""
         return [
             Game(
                 GameExample(

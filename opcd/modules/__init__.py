@@ -5,6 +5,7 @@ from opcd.modules.distiller import Distiller
 from opcd.modules.generation import Sampling
 from opcd.modules.recorded_teacher import RecordedTeacher
 from opcd.modules.rollouts import MixedRollout, RecordedRollout, Rollout, StudentRollout, TeacherRollout
+from opcd.modules.routed_teachers import RoutedTeachers
 from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.teachers import BaseTeacher, FrozenTeacher, MovingAverageTeacher, SelfTeacher
@@ -23,6 +24,7 @@ __all__ = [
     "RecordedRollout",
     "RecordedTeacher",
     "Rollout",
+    "RoutedTeachers",
     "Sampling",
     "SelfTeacher",
     "Student",

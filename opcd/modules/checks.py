@@ -1,6 +1,6 @@
 """What a Distiller refuses before a model is loaded."""
 
-from opcd.data import ContextQueryDataModule
+from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.data.module import STAGES
 from opcd.errors import UserError
 from opcd.losses import Divergence, SampledReverseKL
@@ -22,24 +22,37 @@ def check_positive(**values: float | None) -> None:
             raise ValueError(f"model.{name} must be greater than 0, got {value}")
 
 
-def check_windows(
+def check_data(
     data: ContextQueryDataModule,
     stage: str,
     rollout: Rollout,
     answer: Sampling,
     student: ModelConfig,
-    teacher: ModelConfig | None,
+    teacher: Teacher,
 ) -> None:
-    """Refuse prompts that leave no room for a response in a model's window (UserError).
-
-    `teacher` is None where the student's own weights see the context too.
-    """
+    """Refuse prompts that leave no room for a response in a model's window, and names of other teachers (UserError)."""
+    if stage != "predict":
+        _check_names(data, teacher)
     own = ("model.student", student)
-    other = own if teacher is None or stage == "predict" else ("model.teacher.init_args.model", teacher)
+    others = {name: (f"{part.key}.init_args.model", part.config) for name, part in teacher.parts.items() if part.config}
+    readers = dict.fromkeys(teacher.parts, own) | others  # a teacher without a model of its own has the student's
+    if stage == "predict":
+        readers = {None: own}
     for split in (split for split in STAGES[stage] if data.sources[split]):
         new = answer.max_new_tokens if stage == "predict" else rollout.longest_response(data, split)
         _check_window(*own, split, data.longest_student_prompt(split), new)
-        _check_window(*other, split, data.longest_teacher_prompt(split), new)
+        for name, reader in readers.items():
+            _check_window(*reader, split, data.longest_teacher_prompt(split, name), new)
+
+
+def _check_names(data: ContextQueryDataModule, teacher: Teacher) -> None:
+    """Refuse a data module that knows of other teachers than there are; the command line links the two."""
+    known = data.teacher.models if isinstance(data.teacher, TeacherModels) else {None: data.teacher}
+    if known.keys() != teacher.parts.keys():
+        raise UserError(
+            "data.teacher: the data module knows of other teachers than model.teacher has; give it "
+            "ContextQueryDataModule(teacher=TEACHER.models) of RoutedTeachers, or of a single teacher its ModelConfig"
+        )
 
 
 def _check_window(key: str, config: ModelConfig, split: str, prompt: int, new: int) -> None:
@@ -57,20 +70,19 @@ def check_adapter(student: ModelConfig, adapter: Lora | None, teacher: Teacher) 
         require_peft("model.adapter")
     elif student.quantization != "none":
         raise UserError("model.student.quantization: quantized weights cannot be trained; set model.adapter as well")
-    elif isinstance(teacher, BaseTeacher):
+    elif any(isinstance(part, BaseTeacher) for part in teacher.parts.values()):
         raise UserError("model.teacher: BaseTeacher is the student without its adapter; set model.adapter")
 
 
 def check_recorded(teacher: Teacher, rollout: Rollout, loss: Divergence | SampledReverseKL, temperature: float) -> None:
     """Refuse a recorded teacher where it is asked for what it has not said (UserError)."""
-    if not isinstance(teacher, RecordedTeacher):
-        return
-    if not isinstance(rollout, TeacherRollout):
-        raise UserError(
-            f"model.rollout: RecordedTeacher knows its own responses alone, and {type(rollout).__name__} takes others; "
-            "use TeacherRollout"
-        )
-    teacher.check(loss, temperature, rollout.sampling)
+    for recorded in (part for part in teacher.parts.values() if isinstance(part, RecordedTeacher)):
+        if not isinstance(rollout, TeacherRollout):
+            raise UserError(
+                f"model.rollout: RecordedTeacher knows its own responses alone, and {type(rollout).__name__} takes "
+                "others; use TeacherRollout"
+            )
+        recorded.check(loss, temperature, rollout.sampling)
 
 
 def check_engine(rollout: Rollout, ranks: int) -> None:

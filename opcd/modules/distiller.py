@@ -11,7 +11,6 @@ How a step works:
     opcd fit --config configs/quickstart.yaml
 """
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
@@ -34,15 +32,15 @@ from opcd.modules.adapters import Lora, trainable
 from opcd.modules.bad_numbers import FOLDER, BadNumbers, BadSteps, keep_batch, what_is_bad
 from opcd.modules.checks import (
     check_adapter,
+    check_data,
     check_engine,
     check_positive,
     check_recorded,
     check_sampled,
-    check_windows,
 )
 from opcd.modules.drift import Drift
 from opcd.modules.generation import Sampling, eval_mode, own_precision
-from opcd.modules.meters import Stopwatch, TokenMeans, peak_memory_mib, repetition
+from opcd.modules.meters import SHOWN, Stopwatch, TokenMeans, step_metrics
 from opcd.modules.objective import Objective
 from opcd.modules.out_of_memory import halving, naming_the_knob
 from opcd.modules.prefix import Mode, SharedPrefix
@@ -118,14 +116,16 @@ class Distiller(LightningModule):
         )
         self.student_config, self.adapter, self.objective = student, adapter, Objective(loss, temperature, max_nats)
         self.teacher, self.rollout = teacher or FrozenTeacher(), rollout or StudentRollout()
-        self.teacher.prefix, self.answering = (SharedPrefix(shared_prefix, prefix_memory_mib) for _ in range(2))
+        self.teacher.share_prefixes(shared_prefix, prefix_memory_mib)
+        self.answering = SharedPrefix(shared_prefix, prefix_memory_mib)
+        self.compared = ["divergence", *(f"divergence/{name}" for name in self.teacher.parts if name is not None)]
         if isinstance(loss, SampledReverseKL):
             check_sampled(loss, self.rollout, temperature)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.reduction, self.micro_batch_tokens, self.answer = reduction, micro_batch_tokens, answer
         self.halve_micro_batches = halve_micro_batches
         self.gradient_checkpointing, self.gradient_clip_val = gradient_checkpointing, gradient_clip_val
-        self.held_out_divergence, self.bad_steps = MeanMetric(), BadSteps(bad_numbers)
+        self.held_out, self.bad_steps = TokenMeans(), BadSteps(bad_numbers)
 
     def setup(self, stage: str) -> None:
         """Check what can be known before a model is loaded."""
@@ -140,8 +140,7 @@ class Distiller(LightningModule):
         check_recorded(self.teacher, self.rollout, self.objective.loss, self.objective.temperature)
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ContextQueryDataModule):
-            teacher = getattr(self.teacher, "config", None)
-            check_windows(datamodule, stage, self.rollout, self.answer, self.student_config, teacher)
+            check_data(datamodule, stage, self.rollout, self.answer, self.student_config, self.teacher)
 
     def configure_model(self) -> None:
         """Load the student and the teacher, once."""
@@ -165,8 +164,8 @@ class Distiller(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step on one batch of queries."""
-        start, clock = time.perf_counter(), Stopwatch(self.device)
-        with naming_the_knob(clock, alone=self.trainer.world_size == 1):
+        clock = Stopwatch(self.device)
+        with clock("step"), naming_the_knob(clock, alone=self.trainer.world_size == 1):
             with clock("sync"):
                 self.rollout.synchronise(self.student)
             with clock("rollout"), leaving_together(self._largest):
@@ -176,7 +175,7 @@ class Distiller(LightningModule):
             means = self._gradients_that_fit(trajectories, clock)
             with clock("optimizer"):
                 gradient_norm = self._optimizer_step(batch, trajectories, means.compute())
-        self._log_step(trajectories, means, clock, time.perf_counter() - start, gradient_norm)
+        self._log_step(trajectories, means, clock, gradient_norm)
 
     def _gradients_that_fit(self, trajectories: Trajectories, clock: Stopwatch) -> TokenMeans:
         """`_gradients`; in smaller micro-batches where memory does not suffice and `halve_micro_batches` says so."""
@@ -214,13 +213,33 @@ class Distiller(LightningModule):
                 self._backward((values["divergence"] * share).sum(), last=number == len(micro_batches))
         return means
 
+    @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Divergence on rollouts of held-out queries."""
-        self._held_out_step(batch, batch_idx, "val")
+        if batch_idx == 0:
+            self.held_out = TokenMeans()
+        # The same draws at every validation, and none taken from the generator that training draws from.
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(batch_idx)
+            self.rollout.synchronise(self.student)
+            trajectories = self.rollout.sample(self.student, self.teacher, batch)
+            self.rollout.release()
+        for rows in trajectories.micro_batches(self.micro_batch_tokens):
+            part = trajectories.select(rows)
+            target = self.teacher.score(part, self.micro_batch_tokens)
+            self.held_out.add(self.objective(self.student.score(part), target, part))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As `validation_step`, on the test queries."""
-        self._held_out_step(batch, batch_idx, "test")
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the divergence of all batches, and of several teachers that of each."""
+        self._log_held_out("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`."""
+        self._log_held_out("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """The student's answers without the context, and with it where there is one, a row each."""
@@ -299,37 +318,16 @@ class Distiller(LightningModule):
         keep_batch(file, batch, trajectories, problem, means)
         self.bad_steps.bad(self.trainer.global_step, problem, file)
 
-    @torch.no_grad()
-    def _held_out_step(self, batch: Batch, batch_idx: int, split: str) -> None:
-        # The same draws at every validation, and none taken from the generator that training draws from.
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(batch_idx)
-            self.rollout.synchronise(self.student)
-            trajectories = self.rollout.sample(self.student, self.teacher, batch)
-            self.rollout.release()
-        for rows in trajectories.micro_batches(self.micro_batch_tokens):
-            part = trajectories.select(rows)
-            target = self.teacher.score(part, self.micro_batch_tokens)
-            self.held_out_divergence.update(self.objective(self.student.score(part), target, part)["divergence"])
-        self.log(f"{split}/divergence", self.held_out_divergence, prog_bar=True, batch_size=len(batch))
+    def _log_held_out(self, split: str) -> None:
+        for name, value in self.held_out.over_ranks(self.compared, self._all_sum).items():
+            self.log(f"{split}/{name}", value, prog_bar=True, sync_dist=self.trainer.world_size > 1)
 
-    def _log_step(
-        self, trajectories: Trajectories, means: TokenMeans, clock: Stopwatch, seconds: float, gradient_norm: Tensor
-    ) -> None:
-        shown = {
-            "train/divergence": means.compute()["divergence"],
-            "train/tokens_per_s": means.tokens / seconds,
-            "train/response_tokens": means.tokens / len(trajectories),
-            "train/ended": sum(trajectories.ended) / len(trajectories),
-        }
-        kept = {f"train/{name}": value for name, value in means.compute().items() if name != "divergence"}
-        kept |= {f"seconds/{part}": value for part, value in clock.seconds.items()} | {"seconds/step": seconds}
-        kept |= {"train/repetition": repetition(trajectories.responses), "train/bad_steps": self.bad_steps.total}
-        kept |= {"train/empty": trajectories.empty / len(trajectories)}
-        kept |= {"train/gradient_norm": float(gradient_norm), "memory/peak_mib": peak_memory_mib(self.device)}
+    def _log_step(self, trajectories: Trajectories, means: TokenMeans, clock: Stopwatch, gradient_norm: Tensor) -> None:
+        logged = step_metrics(trajectories, means, clock, gradient_norm) | {"train/bad_steps": self.bad_steps.total}
+        logged |= {f"train/{name}": value for name, value in means.over_ranks(self.compared, self._all_sum).items()}
         several = self.trainer.world_size > 1
-        self.log_dict(shown, prog_bar=True, batch_size=len(trajectories), sync_dist=several)
-        self.log_dict(kept, batch_size=len(trajectories), sync_dist=several)
+        for name, value in logged.items():
+            self.log(name, value, prog_bar=name in SHOWN, batch_size=len(trajectories), sync_dist=several)
 
     def _largest(self, number: int) -> int:
         """The largest of all ranks' numbers; every rank must ask."""

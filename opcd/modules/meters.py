@@ -3,12 +3,17 @@
 import resource
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from opcd.modules.trajectories import Trajectories
+
+SHOWN = ("train/divergence", "train/tokens_per_s", "train/response_tokens", "train/ended")
+"""What a progress bar shows of a step."""
 
 
 class Stopwatch:
@@ -42,8 +47,8 @@ class TokenMeans:
     """Means over tokens of several micro-batches."""
 
     def __init__(self) -> None:
-        self._counts: defaultdict[str, int] = defaultdict(int)
         self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
 
     @property
     def tokens(self) -> int:
@@ -58,8 +63,14 @@ class TokenMeans:
             self._counts[name] += len(value)
 
     def compute(self) -> dict[str, float]:
-        """Mean of every value over its tokens."""
+        """Mean of every value over the tokens that had it."""
         return {name: float(total) / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
+
+    def over_ranks(self, names: Sequence[str], all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The same of some values over the tokens of all ranks, less those that no token had; every rank must ask."""
+        own = [[float(self._sums.get(name, 0.0)), float(self._counts[name])] for name in names]
+        sums = all_sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
 
 
 def repetition(responses: list[Tensor], length: int = 4) -> float:
@@ -69,6 +80,24 @@ def repetition(responses: list[Tensor], length: int = 4) -> float:
         runs = list(zip(*(response.tolist()[start:] for start in range(length)), strict=False))
         shares.append(1 - len(set(runs)) / len(runs) if runs else 0.0)
     return sum(shares) / max(len(shares), 1)
+
+
+def step_metrics(
+    trajectories: Trajectories, means: TokenMeans, clock: Stopwatch, gradient_norm: Tensor
+) -> dict[str, float]:
+    """What one step is logged as beside its divergences, by name: the same names, in one order, on every rank."""
+    rows = len(trajectories)
+    return {
+        **{f"train/{name}": mean for name, mean in means.compute().items() if not name.startswith("divergence")},
+        "train/tokens_per_s": means.tokens / clock.seconds["step"],
+        "train/response_tokens": means.tokens / rows,
+        "train/ended": sum(trajectories.ended) / rows,
+        "train/empty": trajectories.empty / rows,
+        "train/repetition": repetition(trajectories.responses),
+        "train/gradient_norm": float(gradient_norm),
+        "memory/peak_mib": peak_memory_mib(clock.device),
+        **{f"seconds/{part}": seconds for part, seconds in clock.seconds.items()},
+    }
 
 
 def peak_memory_mib(device: torch.device) -> float:

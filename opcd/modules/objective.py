@@ -7,7 +7,7 @@ from torch import Tensor
 
 from opcd.losses import Divergence, RecordedTopK, SampledReverseKL, TopK, chunked, clip_nats, top1_agreement
 from opcd.losses import log_probs as measure
-from opcd.modules.scoring import States
+from opcd.modules.scoring import Routed, States, Target
 from opcd.modules.trajectories import Trajectories
 
 
@@ -26,12 +26,15 @@ class Objective:
     max_nats: float | None
 
     def __call__(
-        self, student: States, teacher: States | RecordedTopK, trajectories: Trajectories, weights: Tensor | None = None
+        self, student: States, teacher: Target, trajectories: Trajectories, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Nats of every response token (`divergence`), with gradient, and statistics without: each [N].
 
+        Of several teachers, also the `divergence/<name>` of each one's n tokens, [n], where it has any.
         `weights` [N] is what each token will count in the loss, where that is known: see `opcd.losses.chunked`.
         """
+        if isinstance(teacher, Routed):
+            return self._routed(student, teacher, trajectories, weights)
         if isinstance(teacher, RecordedTopK):
             known = {"weights": weights, "temperature": self.temperature}
             values = chunked(self._recorded_terms, student.hidden, student.head, per_token=teacher.rows, **known)  # type: ignore[arg-type]
@@ -40,6 +43,22 @@ class Objective:
         tokens = torch.cat(trajectories.responses).to(student.hidden.device)
         measured = chunked(self._terms, *states, (tokens,), weights=weights, temperature=self.temperature)
         return dict(zip(self._names(), measured, strict=True))
+
+    def _routed(
+        self, student: States, teacher: Routed, trajectories: Trajectories, weights: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Each row's tokens against its own teacher, put back into the order of the rows."""
+        by_row = torch.arange(len(student.hidden), device=student.hidden.device).split(trajectories.lengths.tolist())
+        found, places = {}, []
+        for name, (rows, target) in teacher.parts.items():
+            tokens = torch.cat([by_row[row] for row in rows])
+            share = None if weights is None else weights[tokens]
+            own = States(student.hidden[tokens], student.head)
+            found[name] = self(own, target, trajectories.select(rows), share)
+            places.append(tokens)
+        order, parts = torch.cat(places).argsort(), list(found.values())
+        whole = {name: torch.cat([values[name] for values in parts])[order] for name in parts[0]}
+        return whole | {f"divergence/{name}": values["divergence"] for name, values in found.items()}
 
     def _terms(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         """Everything for one chunk, from the log-probabilities [n, V] and the tokens [n], in the order of `_names`."""

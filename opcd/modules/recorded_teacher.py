@@ -16,8 +16,6 @@ from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.trajectories import Trajectories
 
-KEY = "model.teacher.init_args.folder"
-
 
 class RecordedTeacher(Teacher):
     """Responses and likeliest tokens that `opcd record` has written, for off-policy distillation (TeacherRollout).
@@ -31,13 +29,17 @@ class RecordedTeacher(Teacher):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
+    @property
+    def _folder_key(self) -> str:
+        return f"{self.key}.init_args.folder"
+
     def check(self, loss: Divergence | SampledReverseKL, temperature: float, sampling: Sampling) -> None:
         """Refuse a run that the record does not serve, before a model is loaded.
 
         Raises:
             UserError: there is no record, or it was made for another loss, temperature or sampling.
         """
-        origin = read_origin(self.folder, KEY)
+        origin = read_origin(self.folder, self._folder_key)
         if not isinstance(loss, TopK):
             raise UserError(f"model.loss: a record holds {origin.k} tokens a position; use TopK with support: teacher")
         try:
@@ -54,9 +56,11 @@ class RecordedTeacher(Teacher):
 
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Read and verify the record. UserError where it is damaged or has another tokenizer."""
-        self._record = Record(self.folder, KEY)
+        self._record = Record(self.folder, self._folder_key)
         if self._record.origin.tokenizer != tokenizer_hash(student.tokenizer):
-            raise UserError(f"{KEY}: {self.folder} was recorded with another tokenizer than model.student's")
+            raise UserError(
+                f"{self._folder_key}: {self.folder} was recorded with another tokenizer than model.student's"
+            )
 
     def score(self, trajectories: Trajectories, max_tokens: int) -> RecordedTopK:
         """The recorded tokens and log-probabilities of all response tokens, [N, k]."""

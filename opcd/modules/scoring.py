@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opcd.errors import UserError
-from opcd.losses import Head
+from opcd.losses import Head, RecordedTopK
 
 
 @dataclass
@@ -21,6 +21,22 @@ class States:
 
     hidden: Tensor
     head: Head
+
+
+@dataclass
+class Routed:
+    """What several teachers say about the response tokens of a batch.
+
+    Attributes:
+        parts: of each teacher, by its name: the numbers of its rows, and what it says about their tokens, in that
+            order. Every row is in one part.
+    """
+
+    parts: dict[str, tuple[list[int], "Target"]]
+
+
+Target = States | RecordedTopK | Routed
+"""What a teacher says about N response tokens."""
 
 
 def response_states(model: PreTrainedModel, prompts: list[Tensor], responses: list[Tensor]) -> States:

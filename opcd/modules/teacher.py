@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opcd.data import Batch
-from opcd.losses import RecordedTopK
+from opcd.data import Batch, teacher_key
 from opcd.models import ModelConfig
 from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
-from opcd.modules.prefix import SharedPrefix
-from opcd.modules.scoring import States, head_of, last_hidden
+from opcd.modules.prefix import Mode, SharedPrefix
+from opcd.modules.scoring import States, Target, head_of, last_hidden
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories, length_groups
 
@@ -21,17 +20,31 @@ class Teacher(ABC):
     """Sees the context. Never trained: no gradient, and no parameter of the LightningModule.
 
     Attributes:
-        prefix: keys and values of contexts; one whose weights change clears it. The Distiller sets it.
+        prefix: keys and values of contexts; one whose weights change clears it. `share_prefixes` sets it.
+        config: the model that it loads; None: none of its own, or the student's.
+        key: its config key, for messages.
     """
 
     prefix = SharedPrefix("never")
+    config: ModelConfig | None = None
+    key = teacher_key()
+
+    @property
+    def parts(self) -> "dict[str | None, Teacher]":
+        """The teachers that score rows, by the names that rows give them; one that is alone has none."""
+        return {None: self}
+
+    def share_prefixes(self, mode: Mode, memory_mib: int) -> None:
+        """Let each of them keep keys and values, in `memory_mib` MiB together."""
+        for part in self.parts.values():
+            part.prefix = SharedPrefix(mode, memory_mib // len(self.parts))
 
     @abstractmethod
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Get ready on `device`, once, before the first step."""
 
     @abstractmethod
-    def score(self, trajectories: Trajectories, max_tokens: int) -> States | RecordedTopK:
+    def score(self, trajectories: Trajectories, max_tokens: int) -> Target:
         """What it says about p_T(. | c, x, y<t) for all response tokens, in row order, without gradient.
 
         `max_tokens` is the most of one pass of a model.

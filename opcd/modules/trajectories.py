@@ -32,6 +32,7 @@ class Trajectories:
         ended: whether each response ended by itself, [B].
         log_probs: B tensors [R]: log p(y) in nats of each token under the policy that wrote it, at temperature 1; None
             where that is not known.
+        teachers: names of the teachers that score them, [B]; None where there is only one.
     """
 
     student_prompts: list[Tensor]
@@ -40,6 +41,7 @@ class Trajectories:
     responses: list[Tensor]
     ended: list[bool]
     log_probs: list[Tensor | None]
+    teachers: list[str | None]
 
     @classmethod
     def of(
@@ -61,7 +63,9 @@ class Trajectories:
         ended = [int(response[-1]) in eos_ids for response in cut]
         given = log_probs or [None] * len(cut)
         kept = [each if each is None else each[: len(y)] for each, y in zip(given, cut, strict=True)]
-        return cls(batch.student_prompts, batch.teacher_prompts, batch.teacher_prefixes, cut, ended, kept)
+        teachers = [example.teacher for example in batch.examples]
+        prompts = (batch.student_prompts, batch.teacher_prompts, batch.teacher_prefixes)
+        return cls(*prompts, cut, ended, kept, teachers)
 
     @classmethod
     def joined(cls, parts: list[Trajectories]) -> Trajectories:

@@ -57,6 +57,9 @@ def test_the_teacher_of_the_second_round(fit, tiny):
     with pytest.raises(UserError, match=r"fit.teacher: fixed needs a FrozenTeacher"):
         settings(own, tiny)
     assert "model.teacher.init_args.model.name" not in settings(own, tiny, rounds=1)
+    several = {"class_path": "RoutedTeachers", "init_args": {"teachers": {"a": own["model.teacher"]}, "default": "a"}}
+    with pytest.raises(UserError, match=r"model.teacher of fit: a round has one context and one teacher"):
+        settings(fit | {"model.teacher": several}, tiny)
 
 
 def test_two_rounds(scripted, fit, tiny, tmp_path, capsys):

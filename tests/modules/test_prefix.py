@@ -79,7 +79,7 @@ def mixed():
     prefixes = [one, two, one, two, one, one, two, one, ids(40, seed=4)[0]]
     heads = [*prefixes[:7], one[:20], ids(40, seed=5)[0]]
     prompts = [torch.cat([head, query]) for head, query in zip(heads, queries, strict=True)]
-    return Trajectories(queries, prompts, prefixes, responses, [False] * 9, [None] * 9)
+    return Trajectories(queries, prompts, prefixes, responses, [False] * 9, [None] * 9, [None] * 9)
 
 
 @pytest.mark.parametrize("max_tokens", [10, 40, 4096])
