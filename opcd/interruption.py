@@ -8,6 +8,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from opcd.errors import StepAbandoned
+
 
 class Interrupted(BaseException):
     """The run ends because a signal asked for it. No `Exception`: who handles errors must let it pass.
@@ -58,17 +60,22 @@ def check() -> None:
 
 @contextmanager
 def leaving_together(largest: Callable[[int], int]) -> Iterator[None]:
-    """A block that may be left anywhere by `check`; at its end all ranks leave, if one of them was asked to.
+    """A block that may be left anywhere by `check` or `StepAbandoned`; at its end all ranks leave, if one of them must.
 
     Args:
         largest: the largest of all ranks' numbers; every rank must call it.
     """
     apart, _Note.apart = _Note.apart, True
+    problem: StepAbandoned | None = None
     try:
         yield
     except Interrupted:
         pass  # the others must learn of it first
+    except StepAbandoned as error:
+        problem = error
     finally:
         _Note.apart = apart
     if number := largest(_Note.number):
         raise Interrupted(number)
+    if largest(problem is not None):
+        raise problem or StepAbandoned("another rank has abandoned the step and says why; --ckpt_path last goes on")

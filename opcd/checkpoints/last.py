@@ -1,6 +1,7 @@
 """`ckpt_path: last`: the newest whole checkpoint under a folder of runs."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,6 +26,8 @@ FREE = (
     *("data.val", "data.test", "data.predict", "data.eval_batch_size", "data.num_workers"),
 )
 """Settings that may change when a run goes on: they change what is shown, or rounding."""
+SERVED = re.compile(r"model\.teacher\..*\.?init_args\.(base_url|api_key_env|concurrency|timeout|patience)")
+"""So may where a teacher is served, and how patiently it is asked."""
 
 
 def newest_whole(root: Path) -> Path | None:
@@ -64,7 +67,8 @@ def check_config(then: dict[str, Any] | None, now: dict[str, Any], path: Path) -
     """
     if then is None:
         return
-    changed = changed_keys(_shaping(then), json.loads(json.dumps(_shaping(now))))
+    keys = changed_keys(_shaping(then), json.loads(json.dumps(_shaping(now))))
+    changed = [key for key in keys if not SERVED.fullmatch(key)]
     if changed:
         raise UserError(
             f"{path} was saved with another config; these keys differ: {', '.join(changed)}. Set them as they were "

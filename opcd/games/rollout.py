@@ -30,6 +30,11 @@ class GameRollout(Rollout):
         if self.rollout.several_turns:
             raise ValueError("GameRollout wants a rollout that writes one reply, not another GameRollout")
 
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether it makes moves."""
+        return self.rollout.teacher_writes
+
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """A reply, after the moves that came before it."""
         games = [as_game(example) for example in data.examples(split)]

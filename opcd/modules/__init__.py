@@ -6,6 +6,7 @@ from opcd.modules.generation import Sampling
 from opcd.modules.recorded_teacher import RecordedTeacher
 from opcd.modules.rollouts import MixedRollout, RecordedRollout, Rollout, StudentRollout, TeacherRollout
 from opcd.modules.routed_teachers import RoutedTeachers
+from opcd.modules.served_teacher import ServedTeacher
 from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.teachers import BaseTeacher, FrozenTeacher, MovingAverageTeacher, SelfTeacher
@@ -27,6 +28,7 @@ __all__ = [
     "RoutedTeachers",
     "Sampling",
     "SelfTeacher",
+    "ServedTeacher",
     "Student",
     "StudentRollout",
     "Teacher",

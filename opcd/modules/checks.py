@@ -4,15 +4,20 @@ from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.data.module import STAGES
 from opcd.errors import UserError
 from opcd.losses import Divergence, SampledReverseKL
-from opcd.models import ModelConfig, context_window
+from opcd.models import ModelConfig, context_window, load_tokenizer
 from opcd.modules.adapters import Lora, require_peft
 from opcd.modules.generation import Sampling
+from opcd.modules.objective import Objective
 from opcd.modules.recorded_teacher import RecordedTeacher
 from opcd.modules.rollouts import Rollout, StudentRollout, TeacherRollout
+from opcd.modules.served_teacher import ServedTeacher
 from opcd.modules.teacher import Teacher
 from opcd.modules.teachers import BaseTeacher
 from opcd.modules.vllm_engine import ColocatedVLLM
 from opcd.modules.vllm_rollout import VLLMRollout
+
+Reader = tuple[str, str, int | None]
+"""The config key of a model, its name, and its window where that is known."""
 
 
 def check_positive(**values: float | None) -> None:
@@ -33,16 +38,23 @@ def check_data(
     """Refuse prompts that leave no room for a response in a model's window, and names of other teachers (UserError)."""
     if stage != "predict":
         _check_names(data, teacher)
-    own = ("model.student", student)
-    others = {name: (f"{part.key}.init_args.model", part.config) for name, part in teacher.parts.items() if part.config}
-    readers = dict.fromkeys(teacher.parts, own) | others  # a teacher without a model of its own has the student's
-    if stage == "predict":
-        readers = {None: own}
+    own = ("model.student.name", student.name, context_window(student, "model.student"))
+    readers = {None: own} if stage == "predict" else {name: _reader(part, own) for name, part in teacher.parts.items()}
     for split in (split for split in STAGES[stage] if data.sources[split]):
         new = answer.max_new_tokens if stage == "predict" else rollout.longest_response(data, split)
         _check_window(*own, split, data.longest_student_prompt(split), new)
         for name, reader in readers.items():
             _check_window(*reader, split, data.longest_teacher_prompt(split, name), new)
+
+
+def _reader(teacher: Teacher, own: Reader) -> Reader:
+    """Who sees a teacher's prompts; one without a model of its own has the student's."""
+    if isinstance(teacher, ServedTeacher):
+        return f"{teacher.key}.init_args.name", teacher.name, teacher.window
+    if teacher.config is None:
+        return own
+    key = f"{teacher.key}.init_args.model"
+    return f"{key}.name", teacher.config.name, context_window(teacher.config, key)
 
 
 def _check_names(data: ContextQueryDataModule, teacher: Teacher) -> None:
@@ -55,11 +67,10 @@ def _check_names(data: ContextQueryDataModule, teacher: Teacher) -> None:
         )
 
 
-def _check_window(key: str, config: ModelConfig, split: str, prompt: int, new: int) -> None:
-    window = context_window(config, key)
+def _check_window(key: str, name: str, window: int | None, split: str, prompt: int, new: int) -> None:
     if window is not None and prompt + new > window:
         raise UserError(
-            f"{key}.name: {config.name} takes {window} tokens, but the longest prompt of data.{split} has {prompt} and "
+            f"{key}: {name} takes {window} tokens, but the longest prompt of data.{split} has {prompt} and "
             f"up to {new} are added; shorten the context (data.max_context_tokens, data.overlong_context)"
         )
 
@@ -89,6 +100,19 @@ def check_engine(rollout: Rollout, ranks: int) -> None:
     """Refuse an engine in this process where there are several (UserError)."""
     if ranks > 1 and isinstance(rollout, VLLMRollout) and isinstance(rollout.engine, ColocatedVLLM):
         raise UserError("model.rollout: ColocatedVLLM is for one process; use VLLMServer with several trainer.devices")
+
+
+def check_served(teacher: Teacher, stage: str, rollout: Rollout, objective: Objective, student: ModelConfig) -> None:
+    """Refuse a teacher behind a server that does not answer, or is asked for what it does not say (UserError)."""
+    for served in (part for part in teacher.parts.values() if isinstance(part, ServedTeacher)):
+        if rollout.teacher_writes:
+            raise UserError(
+                "model.rollout: ServedTeacher scores responses and writes none; use StudentRollout, or "
+                "RecordedRollout, which takes those of the data"
+            )
+        served.check(objective.loss, objective.temperature)
+        if stage != "predict":
+            served.connect(load_tokenizer(student, "model.student"))
 
 
 def check_sampled(loss: SampledReverseKL, rollout: Rollout, temperature: float) -> None:

@@ -37,6 +37,7 @@ from opcd.modules.checks import (
     check_positive,
     check_recorded,
     check_sampled,
+    check_served,
 )
 from opcd.modules.drift import Drift
 from opcd.modules.generation import Sampling, eval_mode, own_precision
@@ -138,6 +139,7 @@ class Distiller(LightningModule):
         check_engine(self.rollout, self.trainer.world_size)
         check_adapter(self.student_config, self.adapter, self.teacher)
         check_recorded(self.teacher, self.rollout, self.objective.loss, self.objective.temperature)
+        check_served(self.teacher, stage, self.rollout, self.objective, self.student_config)
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ContextQueryDataModule):
             check_data(datamodule, stage, self.rollout, self.answer, self.student_config, self.teacher)
@@ -172,6 +174,8 @@ class Distiller(LightningModule):
                 trajectories = self.rollout.sample(self.student, self.teacher, batch)
                 self.rollout.release()
                 self.student.release()
+            with clock("teacher"), leaving_together(self._largest):
+                self.teacher.ask(trajectories)
             means = self._gradients_that_fit(trajectories, clock)
             with clock("optimizer"):
                 gradient_norm = self._optimizer_step(batch, trajectories, means.compute())
@@ -224,6 +228,8 @@ class Distiller(LightningModule):
             self.rollout.synchronise(self.student)
             trajectories = self.rollout.sample(self.student, self.teacher, batch)
             self.rollout.release()
+        with leaving_together(self._largest):
+            self.teacher.ask(trajectories)
         for rows in trajectories.micro_batches(self.micro_batch_tokens):
             part = trajectories.select(rows)
             target = self.teacher.score(part, self.micro_batch_tokens)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opcd.losses import Divergence, RecordedTopK, SampledReverseKL, TopK, chunked, clip_nats, top1_agreement
+from opcd.losses import Divergence, SampledReverseKL, TopK, chunked, clip_nats, top1_agreement
 from opcd.losses import log_probs as measure
 from opcd.modules.scoring import Routed, States, Target
 from opcd.modules.trajectories import Trajectories
@@ -35,7 +35,7 @@ class Objective:
         """
         if isinstance(teacher, Routed):
             return self._routed(student, teacher, trajectories, weights)
-        if isinstance(teacher, RecordedTopK):
+        if not isinstance(teacher, States):
             known = {"weights": weights, "temperature": self.temperature}
             values = chunked(self._recorded_terms, student.hidden, student.head, per_token=teacher.rows, **known)  # type: ignore[arg-type]
             return dict(zip(self._recorded_names(), values, strict=True))
@@ -73,14 +73,18 @@ class Objective:
         return tuple(values)
 
     def _recorded_terms(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> tuple[Tensor, ...]:
-        """The same from the teacher's recorded tokens and their log-probabilities, [n, k] each."""
-        assert isinstance(self.loss, TopK)  # `RecordedTeacher.check`
+        """The same from the teacher's recorded tokens and their log-probabilities, [n, k] each; [n] of the sampled."""
+        if isinstance(self.loss, SampledReverseKL):
+            values = self._clipped([self.loss(student.gather(-1, tokens[:, None])[:, 0], log_probs)])
+            return *values, measure.entropy(student)
+        assert isinstance(self.loss, TopK)  # the teacher's `check`
         values = self._clipped([self.loss.from_record(student, tokens, log_probs)])
         agrees = student.argmax(-1) == tokens.gather(-1, log_probs.argmax(-1, keepdim=True))[:, 0]
         return *values, measure.entropy(student), agrees.float()
 
     def _recorded_names(self) -> list[str]:
-        return ["divergence", *([] if self.max_nats is None else ["clipped"]), "student_entropy", "top1_agreement"]
+        agreement = [] if isinstance(self.loss, SampledReverseKL) else ["top1_agreement"]
+        return ["divergence", *([] if self.max_nats is None else ["clipped"]), "student_entropy", *agreement]
 
     def _clipped(self, values: list[Tensor]) -> list[Tensor]:
         """The first value clipped, and whether it was, where there is a limit."""

@@ -28,6 +28,11 @@ class Rollout(ABC):
     several_turns: ClassVar[bool] = False
     max_importance: float | None = None
 
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether the teacher may be asked to respond."""
+        return False
+
     @abstractmethod
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """Most tokens that a prompt of the split gets added. UserError where a row lacks what the rollout needs."""
@@ -108,6 +113,11 @@ class TeacherRollout(Rollout):
     def __init__(self, sampling: Sampling = Sampling()) -> None:  # noqa: B008
         self.sampling = sampling
 
+    @property
+    def teacher_writes(self) -> bool:
+        """It does."""
+        return True
+
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """As many as are sampled at most."""
         return self.sampling.max_new_tokens
@@ -155,6 +165,11 @@ class MixedRollout(Rollout):
         if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"shares must be positive and sum to 1, got {shares}")
         self.rollouts, self.shares = rollouts, shares
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether it does in one of them."""
+        return any(rollout.teacher_writes for rollout in self.rollouts)
 
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """The longest of all: any row may go to any rollout."""

@@ -12,6 +12,7 @@ from opcd.models import ModelConfig
 from opcd.modules.generation import Sampling
 from opcd.modules.recorded_teacher import RecordedTeacher
 from opcd.modules.scoring import Routed
+from opcd.modules.served_teacher import ServedTeacher
 from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.trajectories import Trajectories
@@ -48,6 +49,11 @@ class RoutedTeachers(Teacher):
         """Get all of them ready."""
         for teacher in self.teachers.values():
             teacher.prepare(student, student_config, device)
+
+    def ask(self, trajectories: Trajectories) -> None:
+        """Let each hear of its own rows."""
+        for name, rows in _by_name(trajectories.teachers).items():
+            self.teachers[name].ask(trajectories.select(rows))
 
     def score(self, trajectories: Trajectories, max_tokens: int) -> Routed:
         """What each teacher says of its own rows."""
@@ -102,9 +108,10 @@ def _check(teachers: dict[str, Teacher], default: str | None) -> None:
     for name, teacher in teachers.items():
         if isinstance(teacher, RoutedTeachers):
             raise ValueError(f"{teacher_key(name)} is itself RoutedTeachers; name its teachers one level up")
-    if len({isinstance(teacher, RecordedTeacher) for teacher in teachers.values()}) > 1:
-        raise ValueError(
-            "model.teacher: RecordedTeacher goes with others of its kind alone: of its positions less is known"
-        )
+    for kind in (RecordedTeacher, ServedTeacher):
+        if len({isinstance(teacher, kind) for teacher in teachers.values()}) > 1:
+            raise ValueError(
+                f"model.teacher: {kind.__name__} goes with others of its kind alone: of its positions less is known"
+            )
     if default is not None and default not in teachers:
         raise ValueError(f"model.teacher.init_args.default: no teacher {default!r}; {nearest(default, teachers)}")

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opcd.errors import UserError
-from opcd.losses import Head, RecordedTopK
+from opcd.losses import Head, RecordedTokens, RecordedTopK
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Routed:
     parts: dict[str, tuple[list[int], "Target"]]
 
 
-Target = States | RecordedTopK | Routed
+Target = States | RecordedTopK | RecordedTokens | Routed
 """What a teacher says about N response tokens."""
 
 

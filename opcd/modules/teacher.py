@@ -43,6 +43,13 @@ class Teacher(ABC):
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Get ready on `device`, once, before the first step."""
 
+    def ask(self, trajectories: Trajectories) -> None:  # noqa: B027
+        """Hear of all the trajectories of a step, which `score` gets in parts: one that is far away asks here for all.
+
+        Raises:
+            StepAbandoned: there is no answer.
+        """
+
     @abstractmethod
     def score(self, trajectories: Trajectories, max_tokens: int) -> Target:
         """What it says about p_T(. | c, x, y<t) for all response tokens, in row order, without gradient.

@@ -8,6 +8,7 @@ import pytest
 
 from opcd import interruption
 from opcd.callbacks import LeaveOnSignal, signals
+from opcd.errors import StepAbandoned
 from opcd.interruption import Interrupted, leaving_together
 
 
@@ -53,3 +54,17 @@ def test_ranks_leave_together():
     assert left[-1] == "its own block is done first"
     interruption.check()
     interruption.reset()
+
+
+def test_ranks_abandon_a_step_together():
+    """All of them then save the state before it, which takes all."""
+    asked = []
+    with (
+        pytest.raises(StepAbandoned, match="no answer"),
+        leaving_together(lambda number: asked.append(number) or number),
+    ):
+        raise StepAbandoned("no answer")
+    assert asked == [0, True]
+    answers = iter([0, 1])
+    with pytest.raises(StepAbandoned, match="another rank"), leaving_together(lambda number: next(answers)):
+        pass
