@@ -1,0 +1,222 @@
+"""JSON over HTTP, several requests at a time, and none that is waited for without end.
+
+How a request goes: an attempt has `timeout` seconds. Where it may succeed the next time (no connection, no answer in
+time, 429, 5xx, JSON that is cut), another one follows after a pause that doubles, or that the server asks for
+(Retry-After). After `patience` seconds, or where the server refuses, `ServerError` says why.
+"""
+
+import asyncio
+import itertools
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+import httpx2
+from lightning.pytorch.utilities import rank_zero_info
+
+from opcd.interruption import check
+
+Result = TypeVar("Result")
+
+AGAIN = (408, 429, 500, 502, 503, 504)
+"""Statuses after which the same request may succeed."""
+FIRST, LONGEST = 0.25, 30.0
+"""Seconds of the first pause at most, and of any: between half of it and all of it is drawn."""
+POLL = 0.1
+"""Seconds between two looks for a signal that ends the run."""
+SHOWN = 300
+"""Characters of what a server says in an error."""
+
+_draw = random.Random()  # a generator of its own: training's draws must not depend on a server's mood
+
+
+class ServerError(Exception):
+    """A server that does not give what it is asked for: what it did, and its address.
+
+    Args:
+        message: for the user.
+        status: of its answer, where it refused.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Again(Exception):
+    """An attempt that failed and may succeed the next time: why, and the server's Retry-After."""
+
+    def __init__(self, problem: str, retry_after: str | None = None) -> None:
+        super().__init__(problem)
+        self.retry_after = retry_after
+
+
+class Server:
+    """A server's address, and how patiently it is asked.
+
+    Args:
+        base_url: http(s)://host:port, and a path where there is one.
+        key_env: environment variable that holds its key; where it is not set, no key is sent.
+        concurrency: requests in flight at a time.
+        timeout: seconds of one attempt.
+        patience: seconds of all attempts of a request.
+
+    Raises:
+        ValueError: for an address that is none or holds a secret, a variable's name that is none, or numbers that make
+            no sense.
+    """
+
+    def __init__(self, base_url: str, key_env: str, concurrency: int, timeout: float, patience: float) -> None:
+        _check_url(base_url)
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", key_env):  # the value is not shown: it may be a key
+            raise ValueError(
+                "api_key_env must be the name of an environment variable (capital letters, digits, _); a key itself "
+                "has no place in a config, which is saved with the run"
+            )
+        if concurrency < 1 or not 0 < timeout <= patience:
+            raise ValueError(
+                f"a server wants concurrency >= 1 and 0 < timeout <= patience, got concurrency {concurrency}, "
+                f"timeout {timeout:g} s, patience {patience:g} s"
+            )
+        self.base_url, self.key_env = base_url.rstrip("/"), key_env
+        self.concurrency, self.timeout, self.patience = concurrency, timeout, patience
+
+    def get(self, path: str, patience: float | None = None) -> Any:
+        """The JSON at a path. ServerError where it cannot be had within `patience` (default: the server's)."""
+        return self._all([("GET", path, None)], lambda answer, _: answer, patience or self.patience)[0]
+
+    def post(self, path: str, bodies: list[Any], read: Callable[[Any, int], Result]) -> list[Result]:
+        """What `read` makes of the JSON that each body is answered with, and of the body's number; in their order.
+
+        ServerError for the first that cannot be had, or that `read` raises; the others are then given up.
+        """
+        return self._all([("POST", path, body) for body in bodies], read, self.patience)
+
+    def _all(
+        self, requests: list[tuple[str, str, Any]], read: Callable[[Any, int], Result], patience: float
+    ) -> list[Result]:
+        # A thread of its own: a notebook has an event loop in the main one, and signals are noticed there meanwhile.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, self._gather(requests, read, patience)).result()
+
+    async def _gather(
+        self, requests: list[tuple[str, str, Any]], read: Callable[[Any, int], Result], patience: float
+    ) -> list[Result]:
+        room, told = asyncio.Semaphore(self.concurrency), asyncio.Event()
+        limits = httpx2.Limits(max_connections=self.concurrency)
+        async with httpx2.AsyncClient(headers=self._headers(), timeout=None, limits=limits) as client:
+
+            async def one(number: int) -> Result:
+                async with room:
+                    return read(await self._answer(client, *requests[number], patience, told), number)
+
+            tasks = [asyncio.create_task(one(number)) for number in range(len(requests))]
+            pending = set(tasks)
+            try:
+                while pending:
+                    done, pending = await asyncio.wait(pending, timeout=POLL, return_when=asyncio.FIRST_EXCEPTION)
+                    for task in done:
+                        task.result()
+                    check()
+            finally:
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            return [task.result() for task in tasks]
+
+    async def _answer(
+        self, client: httpx2.AsyncClient, method: str, path: str, body: Any, patience: float, told: asyncio.Event
+    ) -> Any:
+        """The JSON of the first attempt that succeeds; `told`: whether the user knows that it may take a while."""
+        begun = time.monotonic()
+        for attempt in itertools.count(1):
+            left = begun + patience - time.monotonic()
+            try:
+                return await self._attempt(client, method, path, body, min(self.timeout, left))
+            except _Again as problem:
+                wait = pause(attempt, problem.retry_after)
+                seconds = time.monotonic() - begun
+                if wait >= patience - seconds:
+                    raise ServerError(
+                        f"{self.base_url}{path}: {problem}; given up after {attempt} attempts in {seconds:.1f} s"
+                    ) from problem
+                if not told.is_set():
+                    told.set()
+                    rank_zero_info(f"{self.base_url}{path}: {problem}; asked again for up to {patience:g} s")
+            await asyncio.sleep(wait)
+        raise AssertionError("counting has no end")
+
+    async def _attempt(self, client: httpx2.AsyncClient, method: str, path: str, body: Any, seconds: float) -> Any:
+        try:
+            async with asyncio.timeout(seconds):
+                response = await client.request(method, self.base_url + path, json=body)
+        except TimeoutError:
+            raise _Again(f"no answer within {seconds:.3g} s") from None
+        except httpx2.RequestError as error:
+            raise _Again(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+        if response.status_code in AGAIN:
+            raise _Again(self._said(response), response.headers.get("Retry-After"))
+        if response.status_code != 200:
+            key = f"; the key comes from the environment variable {self.key_env}"
+            hint = key if response.status_code in (401, 403) else ""
+            raise ServerError(f"{self.base_url}{path}: {self._said(response)}{hint}", response.status_code)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise _Again("its answer is no whole JSON") from error
+
+    def _key(self) -> str:
+        return os.environ.get(self.key_env, "").strip()
+
+    def _headers(self) -> dict[str, str]:
+        key = self._key()
+        if not re.fullmatch(r"[!-~]*", key):  # it would be shown by whoever refuses it later
+            raise ServerError(f"the environment variable {self.key_env} holds no key: blanks or other than ASCII")
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def _said(self, response: httpx2.Response) -> str:
+        """The status and the beginning of a server's own words, without the key."""
+        try:
+            words = str(response.json()["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            words = response.text
+        words = words.replace(self._key(), "***") if self._key() else words
+        return f"HTTP {response.status_code} {' '.join(words.split())[:SHOWN]}".strip()
+
+
+def pause(attempt: int, retry_after: str | None) -> float:
+    """Seconds after the n-th attempt (from 1): twice as long each time, a part of it drawn, or what the server asks."""
+    longest = min(FIRST * 2.0 ** min(attempt - 1, 16), LONGEST)
+    return max(_draw.uniform(longest / 2, longest), _asked(retry_after))
+
+
+def _asked(retry_after: str | None) -> float:
+    """Seconds of a Retry-After, which is a number or a date; 0 where it is neither."""
+    if retry_after is None:
+        return 0.0
+    try:
+        return float(retry_after)
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except ValueError:
+        return 0.0
+
+
+def _check_url(base_url: str) -> None:
+    try:
+        url = httpx2.URL(base_url)
+    except httpx2.InvalidURL:
+        url = httpx2.URL("")
+    if url.userinfo or url.query or url.fragment:  # not shown: it may be a key
+        raise ValueError(
+            "base_url must be http(s)://host:port alone: a name, a key or a query has no place in a config"
+        )
+    if url.scheme not in ("http", "https") or not url.host or url.path.rstrip("/").endswith("/v1"):
+        raise ValueError(f"base_url must be http(s)://host:port, without the /v1 that follows, got {base_url!r}")

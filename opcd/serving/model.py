@@ -1,0 +1,183 @@
+"""One model of a vLLM server: what it is, and its log-probabilities of the tokens of a prompt.
+
+`POST /v1/completions` with a prompt of token ids and `prompt_logprobs: k` gives, for every token of the prompt but the
+first, a table of the k likeliest tokens of its position and of the token itself.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opcd.serving.client import Server, ServerError
+
+MODELS, TOKENIZE, COMPLETIONS = "/v1/models", "/tokenize", "/v1/completions"
+PROBE = "The 7 harbour masters of Quillhaven: naïve, 漢字, x += 1;\n\n\tdone.  Ferries leave at 08:45 (daily)!"
+"""A text that two tokenizers hardly cut alike."""
+START = 10.0
+"""Seconds within which a server must be there when a run begins; later it may be away for longer."""
+ROUNDING = 1e-3
+"""Nats by which a log-probability may lie above 0."""
+
+Row = tuple[list[int], list[int]]
+"""Token ids of a prompt, and of the response that follows it."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a server says of a model."""
+
+    root: str | None
+    """Folder or hub id of its weights."""
+    window: int | None
+    """Most tokens of a prompt and what follows it; None where it is not said."""
+
+
+class ServedModel:
+    """A model behind a server; `connect` comes first.
+
+    Args:
+        server: where.
+        name: as the server lists it.
+    """
+
+    def __init__(self, server: Server, name: str) -> None:
+        self.server, self.name = server, name
+        self._card: Card | None = None
+        self._called: str | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Most tokens of a request's prompt; None where the server does not say."""
+        return None if self._card is None or self._card.window is None else self._card.window - 1  # it generates one
+
+    def connect(self, tokenizer: PreTrainedTokenizerBase, k: int) -> None:
+        """Find the model, and see that its token ids are the tokenizer's and that it gives k tokens a position.
+
+        Raises:
+            ServerError: it is not there, or does not do so.
+        """
+        self._card = self._find(min(START, self.server.patience))
+        ids = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+        by_text = self._tokenized(ids)
+        ((answer, _),) = self._ask([(ids[:1], ids[1:])], k)
+        self._called = answer.get("model")
+        if not by_text:
+            _check_decoded(answer, ids, tokenizer)
+
+    def log_probs(self, rows: Sequence[Row], k: int) -> list[tuple[Tensor, Tensor]]:
+        """Token ids and their log-probabilities at each token of each response, [R, k] x2.
+
+        With k = 0 those of the response's own tokens, [R] x2. The model divides its logits by nothing.
+
+        Raises:
+            ServerError: they cannot be had, make no sense, or come from another model than `connect` has found.
+        """
+        answers = self._ask(rows, k)
+        found = self._find(self.server.patience)  # afterwards: whoever has answered is there now
+        if found != self._card:
+            raise ServerError(f"{self.server.base_url} serves another {self.name} now: {found}; it was {self._card}")
+        return [values for _, values in answers]
+
+    def _find(self, patience: float) -> Card:
+        try:
+            cards = {card["id"]: card for card in self.server.get(MODELS, patience)["data"]}
+            if self.name not in cards:
+                raise ServerError(f"{self.server.base_url} serves no model {self.name}, but {', '.join(cards)}")
+            card = cards[self.name]
+            base = cards.get(card.get("parent"), {})  # an adapter's window is its base's
+            return Card(card.get("root"), card.get("max_model_len") or base.get("max_model_len"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ServerError(f"{self.server.base_url}{MODELS} lists no models: {error!r}") from error
+
+    def _tokenized(self, ids: list[int]) -> bool:
+        """Compare the probe's ids with the server's; False where it does not tell them."""
+        body = {"model": self.name, "prompt": PROBE, "add_special_tokens": False}
+        try:
+            (served,) = self.server.post(TOKENIZE, [body], lambda answer, _: answer["tokens"])
+        except (ServerError, KeyError, TypeError) as error:
+            if isinstance(error, ServerError) and error.status not in (404, 405, 501):
+                raise
+            return False
+        if served != ids:
+            raise ServerError(
+                f"{self.name} has another tokenizer than model.student: it cuts a probe into {_short(served)}, the "
+                f"student's into {_short(ids)}; teacher and student must be of one family"
+            )
+        return True
+
+    def _ask(self, rows: Sequence[Row], k: int) -> list[tuple[Any, tuple[Tensor, Tensor]]]:
+        """Each answer, and what is read out of it."""
+
+        def read(answer: Any, number: int) -> tuple[Any, tuple[Tensor, Tensor]]:
+            try:
+                values = read_positions(answer["choices"][0].get("prompt_logprobs"), *rows[number], k)
+                called = answer.get("model")
+            except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+                raise ServerError(f"{where}: an answer that is not of vLLM's form: {error!r}") from error
+            except ServerError as error:
+                raise ServerError(f"{where}: {error}") from error
+            if self._called is not None and called != self._called:
+                raise ServerError(f"{where}: answered by {called}; it was {self._called} when the run began")
+            return answer, values
+
+        where = self.server.base_url + COMPLETIONS
+        bodies = [
+            {"model": self.name, "prompt": prompt + response, "prompt_logprobs": k, "max_tokens": 1, "temperature": 0.0}
+            for prompt, response in rows
+        ]
+        try:
+            return self.server.post(COMPLETIONS, bodies, read)
+        except ServerError as error:
+            hint = f"; start the server with --max-logprobs {k}" if "max allowed" in str(error) else ""
+            raise ServerError(f"{error}{hint}", error.status) from error
+
+
+def read_positions(positions: Any, prompt: list[int], response: list[int], k: int) -> tuple[Tensor, Tensor]:
+    """What `prompt_logprobs` says at the response's tokens: token ids and log-probabilities, [R, k] or, k = 0, [R].
+
+    Raises:
+        ServerError: there are other positions than tokens, fewer than k tokens at one, or values that are no
+            log-probabilities.
+    """
+    if positions is None:
+        raise ServerError("it gives no prompt_logprobs; vLLM does")
+    if len(positions) != len(prompt) + len(response):
+        raise ServerError(f"{len(positions)} positions for a prompt of {len(prompt) + len(response)} tokens")
+    pairs = [_at(*one, k) for one in zip(positions[len(prompt) :], response, strict=True)]
+    tokens, log_probs = (torch.tensor([[pair[n] for pair in row] for row in pairs]) for n in (0, 1))
+    if k and float(log_probs.logsumexp(-1).max()) > ROUNDING:
+        raise ServerError("the probabilities of a position sum to more than 1")
+    return (tokens, log_probs) if k else (tokens[:, 0], log_probs[:, 0])
+
+
+def _at(table: dict[str, Any], token: int, k: int) -> list[tuple[int, float]]:
+    """The k likeliest tokens of a position, or with k = 0 the one that is there."""
+    said = {int(key): float(entry["logprob"]) for key, entry in table.items()}
+    bad = next((value for value in said.values() if not math.isfinite(value) or value > ROUNDING), None)
+    if bad is not None:
+        raise ServerError(f"{bad} for a log-probability, which is finite and at most 0")
+    if token not in said:
+        raise ServerError(f"a position without the token that was sent there ({token})")
+    if len(said) < k:
+        raise ServerError(f"{len(said)} tokens at a position where {k} were asked for")
+    return heapq.nlargest(k, said.items(), key=lambda pair: pair[1]) if k else [(token, said[token])]
+
+
+def _check_decoded(answer: Any, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compare the texts that a server gives for the probe's tokens with the tokenizer's; those of plain ASCII."""
+    for token, table in list(zip(ids, answer["choices"][0]["prompt_logprobs"], strict=True))[1:]:
+        ours, theirs = str(tokenizer.decode([token])), str(table[str(token)].get("decoded_token"))
+        if ours.isascii() and ours.strip() != theirs.strip():
+            raise ServerError(
+                f"another tokenizer than model.student's: token {token} is {theirs!r} there, {ours!r} here"
+            )
+
+
+def _short(ids: list[int]) -> str:
+    return f"{ids[:8]}..."
