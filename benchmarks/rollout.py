@@ -2,8 +2,8 @@
 
     .venv/vllm/bin/python benchmarks/rollout.py [--student NAME] [--rows 8 32] [--tokens 128] [--dtype bfloat16]
 
-Every row is a warm rollout, the mean of `--repeat`; the gap is the mean of |log p_S(y) - log p_B(y)| over the tokens, p_S
-in `--dtype`.
+Every row is a warm rollout, the mean of `--repeat`; the gap is the mean of |log p_S(y) - log p_B(y)| over the tokens,
+p_S in `--dtype`.
 """
 
 import argparse
@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default=ModelConfig().name)
     parser.add_argument("--train", default="configs/data/quickstart_train.jsonl")
+    parser.add_argument("--context", default="configs/data/quickstart_context.txt")
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--tokens", type=int, default=128, help="of each response; end-of-sequence ends none earlier")
     parser.add_argument("--dtype", default="bfloat16")
@@ -35,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     config = ModelConfig(name=options.student)
     student = Student.load(config)
-    data = ContextQueryDataModule(student=config, train=options.train, shuffle=False)
+    data = ContextQueryDataModule(student=config, train=options.train, context=options.context, shuffle=False)
     data.setup("fit")
     examples = data.examples("train")
     options_of_all = {"sampling": Sampling(options.tokens, options={"min_new_tokens": options.tokens})}

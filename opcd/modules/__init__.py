@@ -13,6 +13,7 @@ from opcd.modules.teachers import BaseTeacher, FrozenTeacher, MovingAverageTeach
 from opcd.modules.trajectories import Trajectories
 from opcd.modules.vllm_engine import ColocatedVLLM
 from opcd.modules.vllm_rollout import VLLMRollout
+from opcd.modules.vllm_server import VLLMServer
 
 __all__ = [
     "BaseTeacher",
@@ -35,4 +36,5 @@ __all__ = [
     "TeacherRollout",
     "Trajectories",
     "VLLMRollout",
+    "VLLMServer",
 ]

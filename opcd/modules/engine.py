@@ -1,11 +1,14 @@
 """Inference engines that write responses with the student's weights, and how they are asked."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from opcd.modules.adapters import has_adapter, merged
 from opcd.modules.generation import Sampling
 from opcd.modules.student import Student
 
@@ -43,6 +46,16 @@ class Engine(ABC):
 
     def sleep(self) -> None:  # noqa: B027
         """Give back what only `complete` needs; `renew` or `complete` takes it again."""
+
+
+def named_weights(student: Student, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Copies of all weights in `dtype`, an adapter merged.
+
+    A head that is the embedding too comes under both names: vLLM keeps a copy of its own for it.
+    """
+    model = merged(student.model, dtype) if has_adapter(student.model) else student.model
+    for name, weight in model.state_dict().items():
+        yield name, weight.to(dtype, copy=True)
 
 
 def check_options(sampling: Sampling) -> None:

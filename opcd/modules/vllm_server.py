@@ -1,0 +1,114 @@
+"""vLLM as a server beside the trainer: it reads the student's weights from a folder that both see."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from opcd.errors import StepAbandoned
+from opcd.modules.engine import Completion, Engine, named_weights
+from opcd.modules.student import Student
+from opcd.serving import Server, ServerError
+
+COMPLETIONS, RPC, PREFIXES = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
+
+
+class VLLMServer(Engine):
+    """A server that was started with VLLM_SERVER_DEV_MODE=1 on the student's model (docs/vllm.md).
+
+    At every renewal the first rank writes the weights to `weights`, and has the server read them; all ranks ask it for
+    the responses to their own rows.
+
+    Args:
+        base_url: of the server, without /v1: http://localhost:8000.
+        name: of the model, as the server lists it (--served-model-name).
+        weights: a folder for the weights that trainer and server both see under this path, best in memory
+            (/dev/shm/opcd); it is overwritten.
+        api_key_env: environment variable that holds the server's key; where it is not set, no key is sent.
+        concurrency: requests in flight at a time, of each rank.
+        timeout: seconds that one request may take.
+        patience: seconds that a response is asked for in all, before the run ends with a checkpoint.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        name: str,
+        weights: str,
+        api_key_env: str = "OPCD_ROLLOUT_KEY",
+        concurrency: int = 64,
+        timeout: float = 600.0,
+        patience: float = 1200.0,
+    ) -> None:
+        self._server = Server(base_url, api_key_env, concurrency, timeout, patience)
+        self.name, self.weights = name, Path(weights).expanduser().absolute()
+
+    def renew(self, student: Student, dtype: torch.dtype) -> None:
+        """Through the folder; every rank waits for the first one.
+
+        Raises:
+            StepAbandoned: the server does not take them.
+        """
+        problem: list[str | None] = [None]
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not several or torch.distributed.get_rank() == 0:
+            try:
+                self._hand_over(student, dtype)
+            except ServerError as error:
+                problem = [str(error)]
+        if several:
+            torch.distributed.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise _abandoned(problem[0])
+
+    def _hand_over(self, student: Student, dtype: torch.dtype) -> None:
+        scratch = self.weights.with_name(f".{self.weights.name}-being-written")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        save_file(dict(named_weights(student, dtype)), scratch / "model.safetensors", {"format": "pt"})
+        shutil.rmtree(self.weights, ignore_errors=True)
+        scratch.rename(self.weights)
+        request = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
+        try:
+            self._server.post(RPC, [request], lambda answer, _: answer)
+            (answer,) = self._server.post(PREFIXES, [{}], lambda answer, _: answer)
+            if not answer.get("success"):
+                raise ServerError(f"{self._server.base_url} keeps what it has computed with the former weights")
+        except ServerError as error:
+            if error.status != 404:
+                raise
+            raise ServerError(f"{error}; start the server with VLLM_SERVER_DEV_MODE=1", 404) from error
+
+    def complete(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
+        """A request a prompt; the server makes batches of them.
+
+        Raises:
+            StepAbandoned: it does not answer in time, or not in vLLM's form.
+        """
+        common = {"model": self.name, "return_token_ids": True} | settings
+        bodies = [common | {"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+        try:
+            return self._server.post(COMPLETIONS, bodies, self._read)
+        except ServerError as error:
+            raise _abandoned(str(error)) from error
+
+    def _read(self, answer: Any, number: int) -> Completion:
+        try:
+            (choice,) = answer["choices"]
+            tokens = [int(token) for token in choice["token_ids"]]
+            log_probs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
+        except (KeyError, TypeError, ValueError) as error:
+            where = self._server.base_url + COMPLETIONS
+            raise ServerError(f"{where}: an answer that is not of vLLM's form: {error!r}") from error
+        if len(tokens) != len(log_probs) or not tokens:
+            raise ServerError(f"{self._server.base_url}: {len(log_probs)} log-probabilities of {len(tokens)} tokens")
+        return Completion(tokens, log_probs)
+
+
+def _abandoned(problem: str) -> StepAbandoned:
+    return StepAbandoned(
+        f"the rollout: {problem}. The weights are as before the step: see to the server, and go on with "
+        "--ckpt_path last"
+    )
