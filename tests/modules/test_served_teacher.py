@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from benchmarks.tiny import make_tiny
 from opcd import interruption
 from opcd.errors import StepAbandoned, UserError
 from opcd.interruption import Interrupted
@@ -35,6 +36,7 @@ from opcd.modules.objective import Objective
 from opcd.serving.client import LONGEST, pause
 from opcd.serving.model import COMPLETIONS, MODELS, TOKENIZE
 from tests.serving.server import Served, serving
+from tests.serving.vllm import vllm_here, vllm_serving
 
 TOP = TopK(ReverseKL(), k=4, support="teacher")
 HASTY = {"timeout": 0.3, "patience": 0.4}
@@ -506,3 +508,32 @@ def test_validation(opcd, words, rows):
 def test_predictions_need_no_server():
     teacher = ServedTeacher("http://localhost:1", "teacher")
     check_served(teacher, "predict", RecordedRollout(), Objective(TOP, 1.0, None), ModelConfig())
+
+
+@pytest.mark.slow
+@vllm_here
+def test_vllm_itself_teaches(opcd, rows, context, tmp_path, monkeypatch):
+    """Three steps against a real server give the weights that the model at hand gives, in float32."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    folder = make_tiny(tmp_path / "model", hidden=128)  # vLLM's attention on a CPU wants heads of 32 numbers or more
+    loss = "{class_path: TopK, init_args: {inner: {class_path: ReverseKL}, k: 16, support: teacher, tail: bucket}}"
+    words = ["fit", "--model.student.name", folder, "--data.train", rows, "--data.context", context]
+    words += ["--trainer.max_steps", 3, "--trainer.precision", "32-true", "--model.loss", loss]
+    words += ["--model.rollout", "StudentRollout", "--model.rollout.sampling.max_new_tokens", 8]
+    # Not Adam, which makes whole steps out of a gradient's rounding.
+    words += ["--model.rollout.dtype", "float32", "--model.optimizer", "SGD", "--model.optimizer.lr", 0.1]
+    at_hand = ("--model.teacher", "FrozenTeacher", "--model.teacher.model.name", folder)
+    at_hand += ("--model.teacher.model.dtype", "float32", "--trainer.default_root_dir", tmp_path / "at_hand")
+    code, said = opcd(*words, *at_hand)
+    assert code == 0, said
+    with vllm_serving(folder, "teacher", "--max-logprobs", 16) as address:
+        served = ("--model.teacher", "ServedTeacher", "--model.teacher.base_url", address)
+        served += ("--model.teacher.name", "teacher", "--trainer.default_root_dir", tmp_path / "served")
+        code, said = opcd(*words, *served)
+        assert code == 0, said
+        code, said = opcd(*words, *served, "--model.loss.init_args.k", 17)
+        assert code == 2 and "--max-logprobs 17" in said, said
+    one, other = (load_file(tmp_path / name / "version_0/student/model.safetensors") for name in ("at_hand", "served"))
+    start = load_file(folder / "model.safetensors")
+    moved = [torch.cat([(end[name] - start[name]).flatten() for name in start]) for end in (one, other)]
+    assert float((moved[0] - moved[1]).norm() / moved[0].norm()) < 1e-3

@@ -2,13 +2,7 @@
 
 import copy
 import csv
-import os
-import socket
 import subprocess
-import time
-import urllib.request
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +19,7 @@ from opcd.modules.generation import generate
 from opcd.modules.scoring import response_states
 from opcd.modules.student import Student
 from tests.modules.test_distiller import gradients, relative_difference, trainer
-
-VLLM = Path(__file__).parents[2] / ".venv" / "vllm" / "bin" / "python"
+from tests.serving.vllm import ENVIRONMENT, VLLM, vllm_here, vllm_serving
 
 
 class Plain(Engine):
@@ -217,10 +210,6 @@ def wide(tmp_path):
     return make_tiny(tmp_path / "tiny", hidden=128)
 
 
-vllm_here = pytest.mark.skipif(not VLLM.exists(), reason="make vllm-cpu")
-ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
-
-
 @pytest.mark.slow
 @vllm_here
 @pytest.mark.parametrize("adapter", [False, True])
@@ -234,45 +223,12 @@ def test_vllm_in_this_process(wide, rows, context, adapter):
     assert len(gaps(wide)) == 3 and max(gaps(wide)) < 1e-3, gaps(wide)
 
 
-@pytest.fixture
-def served(wide, tmp_path):
-    """The address of a vLLM server of the model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # The command `vllm` itself looks for a package of that name, which the build for CPUs is not.
-    command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", wide, "--served-model-name", "student"]
-    command += [
-        "--dtype",
-        "float32",
-        "--port",
-        port,
-        "--max-model-len",
-        256,
-        "--enforce-eager",
-        "--generation-config",
-        "vllm",
-    ]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen([*map(str, command)], env=ENVIRONMENT, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert process.poll() is None, (tmp_path / "server.log").read_text()[-4000:]
-            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1):
-                break
-            time.sleep(0.5)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
 @pytest.mark.slow
 @vllm_here
-def test_a_vllm_server(opcd, wide, rows, context, served, tmp_path):
-    engine = ("--model.rollout.engine", "VLLMServer", "--model.rollout.engine.base_url", served)
+def test_a_vllm_server(opcd, wide, rows, context, tmp_path):
     more = ("--model.rollout.engine.name", "student", "--model.rollout.engine.weights", tmp_path / "weights")
-    code, said = opcd(*words(wide, rows, context, *engine, *more))
+    with vllm_serving(wide, "student", "--generation-config", "vllm") as address:
+        engine = ("--model.rollout.engine", "VLLMServer", "--model.rollout.engine.base_url", address)
+        code, said = opcd(*words(wide, rows, context, *engine, *more))
     assert code == 0, said
     assert len(gaps(wide)) == 3 and max(gaps(wide)) < 1e-3, gaps(wide)
