@@ -16,7 +16,6 @@ from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import ColocatedVLLM, FrozenTeacher, Sampling, StudentRollout, VLLMRollout
 from opcd.modules.drift import Drift
-from opcd.modules.generation import cast_copy
 from opcd.modules.rollouts import Rollout
 from opcd.modules.scoring import States, head_of, last_hidden
 from opcd.modules.student import Student
@@ -73,7 +72,7 @@ def measured(rollout: Rollout, student: Student, batch: object, options: argpars
 @torch.no_grad()
 def gap(student: Student, written: Trajectories, options: argparse.Namespace) -> str:
     """The mean over all tokens, where the rollout gives log-probabilities."""
-    model = cast_copy(student.model, getattr(torch, options.dtype)).eval()
+    model = student.plain(getattr(torch, options.dtype)).model.eval()
     states = States(last_hidden(model, written.student_prompts, written.responses), head_of(model))
     drift = Drift.of(states, written)
     return "0 (the same weights)" if drift is None else f"{float(drift.gap.mean()):.4f}"

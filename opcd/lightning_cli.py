@@ -33,6 +33,7 @@ from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.errors import StepAbandoned, UserError
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, FrozenTeacher, StudentRollout
+from opcd.modules.strategies import chosen
 from opcd.run_folder import RunFolder, one_at_a_time, refuse_living
 
 SOURCES = ("data.train", "data.val", "data.test", "data.predict")
@@ -64,6 +65,7 @@ class Command(LightningCLI):
         config = self.config[self.subcommand]
         self.plain = plain_config(self._parser(self.subcommand), config)
         self.plain.pop("ckpt_path", None)
+        config.trainer.strategy = chosen(config.trainer.strategy)
         if config.ckpt_path is None and self.subcommand == "fit" and started_again():
             config.ckpt_path = "last"
         root = Path(config.trainer.default_root_dir)

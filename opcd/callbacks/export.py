@@ -13,7 +13,7 @@ from opcd.callbacks.folder import run_folder
 from opcd.data import ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.models import architecture
-from opcd.modules import Distiller, FrozenTeacher, Teacher
+from opcd.modules import Distiller, FrozenTeacher, Student, Teacher
 
 CARD = """---
 library_name: transformers
@@ -76,18 +76,29 @@ class ExportStudent(Callback):
         self._write(trainer, pl_module, "student")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        """Write beside the target first, then rename: the folder is whole or not there."""
+        """Write beside the target first, then rename: the folder is whole or not there. Ranks wait for the writer."""
         assert isinstance(pl_module, Distiller)
-        if not trainer.is_global_zero:
-            return
+        student = self._whole(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._write_folder(trainer, pl_module, student, name)
+        trainer.strategy.barrier()  # a rank that ends early may have its launcher end the others
+
+    def _write_folder(self, trainer: Trainer, pl_module: Distiller, student: Student, name: str) -> None:
         target = self._folder / name
         scratch = target.with_name(f".{name}-being-written")
         shutil.rmtree(scratch, ignore_errors=True)
-        pl_module.student.save(scratch, self._dtype(pl_module), self.merge)
+        student.save(scratch, self._dtype(pl_module), self.merge)
         (scratch / "README.md").write_text(model_card(trainer, pl_module), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
         rank_zero_info(f"student written to {target}")
+
+    def _whole(self, trainer: Trainer, distiller: Distiller) -> Student:
+        """The student; where it is sharded, a copy on the CPU of the rank that writes, which all ranks make."""
+        if not distiller.student.is_sharded:
+            return distiller.student
+        dtype = self._dtype(distiller) or distiller.student.model.dtype
+        return distiller.student.plain(dtype, torch.device("cpu" if trainer.is_global_zero else "meta"))
 
     def _dtype(self, distiller: Distiller) -> torch.dtype | None:
         if self.dtype != "auto":

@@ -14,7 +14,7 @@ from opcd.evaluation.report import write_rows
 from opcd.games import GameSeeds
 from opcd.memory import give_back
 from opcd.modules import Distiller
-from opcd.modules.generation import cast_copy
+from opcd.modules.generation import computing_dtype
 from opcd.modules.student import Student
 
 
@@ -136,11 +136,10 @@ class LMEval(Callback):
         return metrics
 
     def _answering(self, trainer: Trainer, student: Student) -> Student:
-        """The student itself, or a copy in another type."""
+        """The student itself, or a copy: in another type, or whole where its weights are sharded."""
         own: torch.dtype = student.model.dtype
-        low = torch.bfloat16 if str(trainer.precision).startswith("bf16") else own
-        dtype = low if self.dtype == "auto" else getattr(torch, self.dtype)
-        return student if dtype == own else Student(cast_copy(student.model, dtype), student.tokenizer)
+        auto = computing_dtype(trainer.precision, own)
+        return student.plain(auto if self.dtype == "auto" else getattr(torch, self.dtype))
 
     def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:

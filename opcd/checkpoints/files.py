@@ -80,7 +80,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     else:
         rank_zero_warn(f"{path} has no manifest ({manifest_of(path).name}): that it is whole cannot be verified")
     try:
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped: the ranks of a machine read one copy of the file, and what each of them takes of it.
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise BrokenCheckpoint(f"{path} is no checkpoint that can be loaded: {str(error).splitlines()[0]}") from error
     return loaded

@@ -1,5 +1,7 @@
 """What a Distiller refuses before a model is loaded."""
 
+import torch
+
 from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.data.module import STAGES
 from opcd.errors import UserError
@@ -11,6 +13,7 @@ from opcd.modules.objective import Objective
 from opcd.modules.recorded_teacher import RecordedTeacher
 from opcd.modules.rollouts import Rollout, StudentRollout, TeacherRollout
 from opcd.modules.served_teacher import ServedTeacher
+from opcd.modules.strategies import SHARDED
 from opcd.modules.teacher import Teacher
 from opcd.modules.teachers import BaseTeacher
 from opcd.modules.vllm_engine import ColocatedVLLM
@@ -83,6 +86,26 @@ def check_adapter(student: ModelConfig, adapter: Lora | None, teacher: Teacher) 
         raise UserError("model.student.quantization: quantized weights cannot be trained; set model.adapter as well")
     elif any(isinstance(part, BaseTeacher) for part in teacher.parts.values()):
         raise UserError("model.teacher: BaseTeacher is the student without its adapter; set model.adapter")
+
+
+def check_shards(
+    adapter: Lora | None, rollout: Rollout, halve_micro_batches: bool, optimizer: type[torch.optim.Optimizer]
+) -> None:
+    """Refuse what a sharded student cannot be trained with (UserError)."""
+    if any(isinstance(part, VLLMRollout) for part in getattr(rollout, "rollouts", [rollout])):
+        raise UserError(f"model.rollout: VLLMRollout takes no sharded weights ({SHARDED}); use StudentRollout, or ddp")
+    if optimizer.__module__.startswith("bitsandbytes"):
+        raise UserError(
+            f"model.optimizer: {optimizer.__name__} of bitsandbytes takes no sharded weights; use torch.optim.AdamW, "
+            "whose moments are sharded, or ddp"
+        )
+    if adapter is not None:
+        raise UserError(
+            f"trainer.strategy: {SHARDED} is for a student whose own weights are trained: an adapter's gradients and "
+            "moments are small, and its base is needed whole on every rank that generates; use ddp with model.adapter"
+        )
+    if halve_micro_batches:
+        raise UserError(f"model.halve_micro_batches does not work under {SHARDED}; remove it")
 
 
 def check_recorded(teacher: Teacher, rollout: Rollout, loss: Divergence | SampledReverseKL, temperature: float) -> None:

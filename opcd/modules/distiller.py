@@ -38,14 +38,17 @@ from opcd.modules.checks import (
     check_recorded,
     check_sampled,
     check_served,
+    check_shards,
 )
 from opcd.modules.drift import Drift
-from opcd.modules.generation import Sampling, eval_mode, own_precision
+from opcd.modules.generation import Sampling, computing_dtype, eval_mode, own_precision
 from opcd.modules.meters import SHOWN, Stopwatch, TokenMeans, step_metrics
 from opcd.modules.objective import Objective
 from opcd.modules.out_of_memory import halving, naming_the_knob
 from opcd.modules.prefix import Mode, SharedPrefix
 from opcd.modules.rollouts import Rollout, StudentRollout
+from opcd.modules.sharding import whole
+from opcd.modules.strategies import FullyShard, check_strategy
 from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.teachers import FrozenTeacher
@@ -136,8 +139,12 @@ class Distiller(LightningModule):
             )
         if self.halve_micro_batches and self.trainer.world_size > 1:
             raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
+        check_strategy(self.trainer.strategy)
         check_engine(self.rollout, self.trainer.world_size)
         check_adapter(self.student_config, self.adapter, self.teacher)
+        if self._sharded:
+            optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
+            check_shards(self.adapter, self.rollout, self.halve_micro_batches, type(optimizer))
         check_recorded(self.teacher, self.rollout, self.objective.loss, self.objective.temperature)
         check_served(self.teacher, stage, self.rollout, self.objective, self.student_config)
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -156,6 +163,10 @@ class Distiller(LightningModule):
             )
         if self.trainer.state.fn != "predict":
             self.teacher.prepare(self.student, self.student_config, self.trainer.strategy.root_device)
+        if self._sharded:
+            dtype = computing_dtype(self.trainer.precision, self.student.model.dtype)
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
+            self.student.shard(mesh, dtype if dtype != self.student.model.dtype else None)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable weights, and the scheduler if there is one."""
@@ -170,6 +181,7 @@ class Distiller(LightningModule):
         with clock("step"), naming_the_knob(clock, alone=self.trainer.world_size == 1):
             with clock("sync"):
                 self.rollout.synchronise(self.student)
+                self.teacher.synchronise(self.student)
             with clock("rollout"), leaving_together(self._largest):
                 trajectories = self.rollout.sample(self.student, self.teacher, batch)
                 self.rollout.release()
@@ -194,8 +206,8 @@ class Distiller(LightningModule):
         """Teacher, student and loss over all responses, a micro-batch at a time; gradients add up in the student."""
         means = TokenMeans()
         weights = token_weights(trajectories.lengths, self.reduction, self._all_sum)
-        micro_batches = trajectories.micro_batches(max_tokens)
-        for number, rows in enumerate(micro_batches, start=1):
+        micro_batches = self._in_step(trajectories.micro_batches(max_tokens))
+        for number, (rows, counts) in enumerate(micro_batches, start=1):
             check()
             part = trajectories.select(rows)
             with clock("teacher"):
@@ -204,13 +216,14 @@ class Distiller(LightningModule):
             with clock("student"):
                 states = self.student.score(part)
             with clock("loss"), large_blocks_kept():
-                share = self._share(weights[rows], part)
+                measured = means if counts else TokenMeans()
+                share = self._share(weights[rows] * counts, part)
                 if (drift := Drift.of(states, part)) is not None:
-                    means.add({"rollout_gap": drift.gap})
+                    measured.add({"rollout_gap": drift.gap})
                     if (limit := self.rollout.max_importance) is not None:
                         share = share * drift.importance(limit)
                 values = self.objective(states, target, part, share)
-                means.add(values)
+                measured.add(values)
                 self.teacher.release()  # its head, which the loss has read
                 self.student.release()
             with clock("student"):
@@ -226,14 +239,17 @@ class Distiller(LightningModule):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(batch_idx)
             self.rollout.synchronise(self.student)
+            self.teacher.synchronise(self.student)
             trajectories = self.rollout.sample(self.student, self.teacher, batch)
             self.rollout.release()
         with leaving_together(self._largest):
             self.teacher.ask(trajectories)
-        for rows in trajectories.micro_batches(self.micro_batch_tokens):
+        for rows, counts in self._in_step(trajectories.micro_batches(self.micro_batch_tokens)):
             part = trajectories.select(rows)
             target = self.teacher.score(part, self.micro_batch_tokens)
-            self.held_out.add(self.objective(self.student.score(part), target, part))
+            measured = self.held_out if counts else TokenMeans()
+            measured.add(self.objective(self.student.score(part), target, part))
+        self.student.reshard()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As `validation_step`, on the test queries."""
@@ -262,12 +278,15 @@ class Distiller(LightningModule):
 
     def answers(self, batch: Batch, context: bool) -> list[str]:
         """The student's answers as `answer` draws them, with the context in the prompt or without."""
+        student = self.student
+        if student.is_sharded:
+            student = student.plain(computing_dtype(self.trainer.precision, student.model.dtype))
         if not context:
-            return self.student.answer(batch.student_prompts, self.answer)
-        model = self.student.model
+            return student.answer(batch.student_prompts, self.answer)
+        model = student.model
         with torch.no_grad(), eval_mode(model), own_precision(model):
             prefixes = self.answering.encoded(model, batch.teacher_prefixes, batch.teacher_prompts)
-        return self.student.answer(batch.teacher_prompts, self.answer, prefixes)
+        return student.answer(batch.teacher_prompts, self.answer, prefixes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the teacher's state where it cannot be loaded again; a frozen teacher stays out."""
@@ -283,6 +302,19 @@ class Distiller(LightningModule):
         self.bad_steps.total, self.bad_steps.in_a_row = checkpoint.get("bad_steps", (0, 0))
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether this run has a sharded student: only training does, for whoever answers needs whole weights."""
+        return isinstance(self.trainer.strategy, FullyShard) and self.trainer.state.fn == "fit"
+
+    def _in_step(self, micro_batches: list[list[int]]) -> list[tuple[list[int], bool]]:
+        """The rows of each pass, and whether they count.
+
+        Ranks that gather weights from one another make as many passes: one with fewer repeats its shortest row.
+        """
+        idle = self._largest(len(micro_batches)) - len(micro_batches) if self._sharded else 0
+        return [*((rows, True) for rows in micro_batches), *[(micro_batches[-1][-1:], False)] * idle]
 
     def _share(self, weights: Tensor, trajectories: Trajectories) -> Tensor:
         """What each response token counts in this rank's loss, from the weights of a token of each row: [B] -> [N]."""
@@ -302,7 +334,7 @@ class Distiller(LightningModule):
         """Step where all numbers are finite; the norm of the gradients."""
         optimizer = self.optimizers()
         limit = float("inf") if self.gradient_clip_val is None else self.gradient_clip_val
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit))
         problem = what_is_bad(means, norm)
         if self._largest(problem is not None):
             optimizer.zero_grad()  # type: ignore[union-attr]

@@ -1,6 +1,5 @@
 """Sampling responses from a model with transformers' `generate`."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -162,9 +161,6 @@ def eval_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy whose weights have another type. Its buffers do not: rotary frequencies stay in float32."""
-    copied = copy.deepcopy(model)
-    for parameter in copied.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return copied
+def computing_dtype(precision: object, own: torch.dtype) -> torch.dtype:
+    """The type that a trainer of this precision computes in, with weights of type `own`."""
+    return torch.bfloat16 if str(precision).startswith("bf16") else own

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from opcd.data import Batch, ContextQueryDataModule, Example
 from opcd.errors import UserError
-from opcd.modules.generation import Sampling, cast_copy, generate
+from opcd.modules.generation import Sampling, generate
+from opcd.modules.sharding import fill
 from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.trajectories import Trajectories
@@ -54,8 +55,8 @@ class StudentRollout(Rollout):
 
     Args:
         sampling: how tokens are drawn.
-        dtype: type of the weights that generate. Where it differs from the student's, `synchronise` fills a copy from
-            the master weights; its memory is given back after the rollout.
+        dtype: type of the weights that generate. Where it differs from the student's, or these are sharded,
+            `synchronise` fills a copy from the master weights; its memory is given back after the rollout.
     """
 
     def __init__(
@@ -78,21 +79,21 @@ class StudentRollout(Rollout):
     def synchronise(self, student: Student) -> None:
         """Overwrite the copy, where one is needed."""
         master = student.model
-        if master.dtype == self.dtype:
+        if not self._needs_copy(student):
             return
         if getattr(master, "is_quantized", False):
             raise UserError(
                 f"model.rollout: a quantized student computes in {str(master.dtype)[6:]}; give the rollout that dtype"
             )
         if self._copy is None or self._copy.device != master.device:
-            self._copy = cast_copy(master, self.dtype)
+            self._copy = student.blank_copy(self.dtype)
         for parameter in self._copy.parameters():
             parameter.untyped_storage().resize_(parameter.nbytes)
-        torch._foreach_copy_(list(self._copy.parameters()), list(master.parameters()))
+        fill(self._copy, master)
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Generate with the student of this step."""
-        model = student.model if student.model.dtype == self.dtype else self._copy
+        model = self._copy if self._needs_copy(student) else student.model
         assert model is not None, "synchronise() comes first"
         responses = generate(model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
         return Trajectories.of(batch, responses, student.eos_ids)
@@ -101,6 +102,9 @@ class StudentRollout(Rollout):
         """The memory of the copy's weights goes to the gradients that follow."""
         for parameter in self._copy.parameters() if self._copy else ():
             parameter.untyped_storage().resize_(0)
+
+    def _needs_copy(self, student: Student) -> bool:
+        return student.is_sharded or student.model.dtype != self.dtype
 
 
 class TeacherRollout(Rollout):

@@ -50,6 +50,11 @@ class RoutedTeachers(Teacher):
         for teacher in self.teachers.values():
             teacher.prepare(student, student_config, device)
 
+    def synchronise(self, student: Student) -> None:
+        """Let all of them take over what they need."""
+        for teacher in self.teachers.values():
+            teacher.synchronise(student)
+
     def ask(self, trajectories: Trajectories) -> None:
         """Let each hear of its own rows."""
         for name, rows in _by_name(trajectories.teachers).items():

@@ -39,11 +39,6 @@ Target = States | RecordedTopK | RecordedTokens | Routed
 """What a teacher says about N response tokens."""
 
 
-def response_states(model: PreTrainedModel, prompts: list[Tensor], responses: list[Tensor]) -> States:
-    """What the model says about the responses, in row order."""
-    return States(last_hidden(model, prompts, responses), head_of(model))
-
-
 def last_hidden(model: PreTrainedModel, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
     """Run prompt + response of every row and keep the states that predict the responses, in row order: [N, H].
 

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd.memory import KEPT, give_back
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
 from opcd.modules.generation import EncodedPrefix, Sampling, generate
-from opcd.modules.scoring import States, check_head, response_states
+from opcd.modules.scoring import States, check_head, head_of, last_hidden
+from opcd.modules.sharding import blank_copy, fill, shard
 from opcd.modules.trajectories import Trajectories
 
 
@@ -29,6 +32,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self._structure: tuple[PreTrainedModel, ...] = ()  # within a tuple it is no part of this module
         if has_adapter(model):  # frozen weights are no part of a checkpoint: they can be loaded again
             self.register_state_dict_post_hook(_only_trainable)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_post_hook(_frozen_may_be_missing)  # type: ignore[no-untyped-call]
@@ -58,10 +62,49 @@ class Student(nn.Module):
         """Token id that fills short rows."""
         return int(self.tokenizer.pad_token_id)
 
+    def shard(self, mesh: DeviceMesh, low: torch.dtype | None) -> None:
+        """Leave each rank its part of the weights; see `opcd.modules.sharding.shard`. Only `score` runs them then."""
+        self._structure = (blank_copy(self.model, device=torch.device("meta")),)
+        shard(self, self.model, mesh, low)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the weights."""
+        return bool(self._structure)
+
+    def reshard(self) -> None:
+        """Give back what a pass without a backward pass has left gathered."""
+        if self.is_sharded:
+            FSDPModule.reshard(self)  # type: ignore[arg-type]
+
+    def blank_copy(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+        """A whole model like the student's, by default on its device, whose weights are not filled."""
+        device = device or self.model.device
+        source = self._structure[0] if self.is_sharded else self.model  # FSDP's modules cannot be copied
+        copied = blank_copy(source, dtype, device)
+        copied.to(device)  # type: ignore[arg-type]  # its buffers
+        return copied
+
+    def plain(self, dtype: torch.dtype, device: torch.device | None = None) -> "Student":
+        """A student that generates by itself: this one where it is whole and of that type, else a copy.
+
+        Where the weights are sharded, every rank must ask at the same time. One that is content with `meta` as the
+        device keeps nothing.
+        """
+        if not self.is_sharded and self.model.dtype == dtype:
+            return self
+        copied = self.blank_copy(dtype, device)
+        fill(copied, self.model)
+        return Student(copied, self.tokenizer)
+
+    def forward(self, trajectories: Trajectories) -> Tensor:
+        """Last hidden states that predict the responses, [N, H]; sharded weights are gathered around this call."""
+        return last_hidden(self.model, trajectories.student_prompts, trajectories.responses)
+
     def score(self, trajectories: Trajectories) -> States:
         """States of p_S(. | x, y<t) for all response tokens, with gradient."""
         with _without_kept_casts(self.model):
-            return response_states(self.model, trajectories.student_prompts, trajectories.responses)
+            return States(self(trajectories), head_of(self.model))
 
     def release(self) -> None:
         """Give back what the next part of a step does not need, where memory matters more than time: with gradient

@@ -43,6 +43,9 @@ class Teacher(ABC):
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Get ready on `device`, once, before the first step."""
 
+    def synchronise(self, student: Student) -> None:  # noqa: B027
+        """Take over what it needs of the student's weights of this step; comes first in it, on all ranks at once."""
+
     def ask(self, trajectories: Trajectories) -> None:  # noqa: B027
         """Hear of all the trajectories of a step, which `score` gets in parts: one that is far away asks here for all.
 

@@ -11,6 +11,7 @@ from opcd.memory import let_go
 from opcd.models import ModelConfig, load_model
 from opcd.modules.adapters import trainable, twin, without_adapter
 from opcd.modules.scoring import check_head
+from opcd.modules.sharding import whole
 from opcd.modules.student import Student
 from opcd.modules.teacher import ModelTeacher
 
@@ -57,7 +58,8 @@ class FrozenTeacher(ModelTeacher):
 class MovingAverageTeacher(ModelTeacher):
     """An exponential moving average of the student's weights, in float32: w_T <- decay * w_T + (1 - decay) * w_S.
 
-    Of the adapter's alone where the student has one; the frozen weights are then the student's own.
+    Of the adapter's alone where the student has one; the frozen weights are then the student's own. Of a sharded
+    student, each rank keeps a whole average.
 
     Args:
         decay: share of the old average that stays at every optimizer step, 0 < decay < 1.
@@ -88,7 +90,12 @@ class MovingAverageTeacher(ModelTeacher):
     def after_step(self, student: Student) -> None:
         """Move the average."""
         averages: list[Tensor] = list(trainable(self.model).values())
-        torch._foreach_lerp_(averages, [weight.float() for weight in trainable(student.model).values()], 1 - self.decay)
+        if student.is_sharded:  # one whole tensor at a time
+            for average, weight in zip(averages, trainable(student.model).values(), strict=True):
+                average.lerp_(whole(weight).float(), 1 - self.decay)
+        else:
+            weights = [weight.float() for weight in trainable(student.model).values()]
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
         self.prefix.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,7 +140,10 @@ class BaseTeacher(ModelTeacher):
 
 
 class SelfTeacher(ModelTeacher):
-    """The live student itself under the context: it learns to answer without the context as it does with it."""
+    """The live student itself under the context: it learns to answer without the context as it does with it.
+
+    Of a sharded student, each rank keeps a whole copy of this step's weights.
+    """
 
     def __init__(self) -> None:
         self._student: Student | None = None
@@ -142,9 +152,16 @@ class SelfTeacher(ModelTeacher):
         """Keep the student itself."""
         self._student = student
 
+    @torch.inference_mode(mode=False)  # as in `StudentRollout.synchronise`
+    def synchronise(self, student: Student) -> None:
+        """Gather sharded weights: a pass of the student's own would wait for ranks that have fewer."""
+        if student.is_sharded:
+            self._student = None  # the former copy goes first
+            self._student = student.plain(student.model.dtype)
+
     @property
     def model(self) -> PreTrainedModel:
-        """The model that scores; there after `prepare`."""
+        """The model that scores; there after `prepare`, of a sharded student after `synchronise`."""
         assert self._student is not None, "prepare() comes first"
         return self._student.model
 

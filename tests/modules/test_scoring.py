@@ -1,4 +1,4 @@
-"""Response positions: what `response_states` selects equals each row run alone, in both views."""
+"""Response positions: what `last_hidden` selects equals each row run alone, in both views."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers import (
 from opcd.errors import UserError
 from opcd.models import ModelConfig, load_model
 from opcd.modules import Student
-from opcd.modules.scoring import check_head, head_of, response_states
+from opcd.modules.scoring import check_head, head_of, last_hidden
 from opcd.modules.trajectories import Trajectories
 
 SMALL = {
@@ -39,8 +39,8 @@ def trajectories(batch):
 @pytest.mark.parametrize("view", ["student_prompts", "teacher_prompts"])
 def test_states_equal_those_of_each_row_alone(tiny, trajectories, view):
     model = load_model(ModelConfig(name=tiny), torch.float32)
-    states = response_states(model, getattr(trajectories, view), trajectories.responses)
-    logits = states.head(states.hidden).split(trajectories.lengths.tolist())
+    hidden = last_hidden(model, getattr(trajectories, view), trajectories.responses)
+    logits = head_of(model)(hidden).split(trajectories.lengths.tolist())
     for row, (prompt, response) in enumerate(zip(getattr(trajectories, view), trajectories.responses, strict=True)):
         alone = model(torch.cat([prompt, response])[None]).logits[0]
         # The logits at position i predict token i + 1: the first that counts stands on the last prompt token.
@@ -49,9 +49,9 @@ def test_states_equal_those_of_each_row_alone(tiny, trajectories, view):
 
 def test_both_views_score_the_same_tokens(tiny, trajectories):
     student = Student.load(ModelConfig(name=tiny))
-    one = response_states(student.model, trajectories.student_prompts, trajectories.responses)
-    two = response_states(student.model, trajectories.teacher_prompts, trajectories.responses)
-    assert len(one.hidden) == len(two.hidden) == int(trajectories.lengths.sum())
+    one = last_hidden(student.model, trajectories.student_prompts, trajectories.responses)
+    two = last_hidden(student.model, trajectories.teacher_prompts, trajectories.responses)
+    assert len(one) == len(two) == int(trajectories.lengths.sum())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from opcd.modules import Distiller, FrozenTeacher, MixedRollout, RecordedRollout
 from opcd.modules.drift import Drift
 from opcd.modules.engine import Completion, Engine, vllm_settings
 from opcd.modules.generation import generate
-from opcd.modules.scoring import response_states
+from opcd.modules.scoring import States, head_of, last_hidden
 from opcd.modules.student import Student
 from tests.modules.test_distiller import gradients, relative_difference, trainer
 from tests.serving.vllm import ENVIRONMENT, VLLM, vllm_here, vllm_serving
@@ -77,7 +77,7 @@ def test_the_gap_of_responses_that_are_known(tiny, batch):
     responses = [torch.tensor([5, 6, 7]), torch.tensor([8]), torch.tensor([9, 10])]
     given = [torch.tensor([-1.0, -2.0, -3.0]), None, torch.tensor([-4.0, -5.0])]
     trajectories = Trajectories.of(part, responses, {2}, given)
-    states = response_states(student.model, trajectories.student_prompts, responses)
+    states = States(last_hidden(student.model, trajectories.student_prompts, responses), head_of(student.model))
     drift = Drift.of(states, trajectories)
     own = []
     for prompt, response in zip(trajectories.student_prompts, responses, strict=True):
