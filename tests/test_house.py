@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -156,6 +157,18 @@ def defined(body: list[ast.stmt], name: str) -> str | None:
 def test_the_public_names(package):
     assert exported(package) == PUBLIC[package]
     assert [name for name in exported(package) if not docstring(package, name)] == []
+
+
+def test_every_file_of_data_goes_into_the_wheel():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["opcd"]
+    package = ROOT / "opcd"
+    data = [
+        file.relative_to(package) for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts
+    ]
+    data = [file for file in data if file.suffix != ".py"]
+    assert Path("py.typed") in data
+    assert [file for file in data if not any(file.match(pattern) for pattern in patterns)] == []
 
 
 def test_the_map_shows_every_part():
