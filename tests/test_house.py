@@ -46,9 +46,9 @@ PUBLIC = {
         *("clip_nats", "entropy", "functional", "retained_mass", "sampled_reverse_kl", "top1_agreement"),
     ],
     "modules": [
-        *("BaseTeacher", "Distiller", "FrozenTeacher", "Lora", "MixedRollout", "MovingAverageTeacher"),
+        *("BaseTeacher", "ColocatedVLLM", "Distiller", "FrozenTeacher", "Lora", "MixedRollout", "MovingAverageTeacher"),
         *("RecordedRollout", "RecordedTeacher", "Rollout", "Sampling", "SelfTeacher", "Student", "StudentRollout"),
-        *("Teacher", "TeacherRollout", "Trajectories"),
+        *("Teacher", "TeacherRollout", "Trajectories", "VLLMRollout"),
     ],
 }
 """What others may import, and name in their configs: a name that goes breaks them."""
