@@ -7,7 +7,7 @@
 import csv
 from pathlib import Path
 
-from opcd.data import Example, ExampleSource, parse_rows
+from opcd.data import Example, ExampleSource, OnBadRow, parse_rows
 from opcd.errors import UserError
 
 
@@ -27,7 +27,7 @@ class Csv(ExampleSource):
     def __str__(self) -> str:
         return str(self.file)
 
-    def examples(self, key: str) -> list[Example]:
+    def examples(self, key: str, on_bad_row: OnBadRow = "raise") -> list[Example]:
         """The rows. UserError for a file or a column that is not there, for a wrong row, and for none."""
         if not self.file.is_file():
             raise UserError(f"{key}: no file {self.file.absolute()}")
@@ -40,9 +40,9 @@ class Csv(ExampleSource):
                 (f"{self.file}:{reader.line_num}", {field: row[column] for field, column in self.columns.items()})
                 for row in reader
             ]
-        if not fields:
+        if not (examples := parse_rows(fields, key, on_bad_row)):
             raise UserError(f"{key}: {self.file} has no rows")
-        return parse_rows(fields, key)
+        return examples
 
     def overlap(self, other: ExampleSource) -> str | None:
         """The file, where both read the same."""

@@ -36,9 +36,9 @@ PUBLIC = {
         *("SaveCheckpoints", "StepProgress"),
     ],
     "data": [
-        *("Batch", "ContextQueryDataModule", "ContextSource", "Example", "ExampleSource", "Placement", "Views"),
-        *("check_same_vocabulary", "context_hash", "parse_row", "parse_rows", "read_contexts", "read_examples"),
-        "read_rows",
+        *("Batch", "ContextQueryDataModule", "ContextSource", "DataSet", "DataSets", "Example", "ExampleSource"),
+        *("OnBadRow", "Placement", "TeacherModels", "Views", "check_same_vocabulary", "context_hash", "nearest"),
+        *("parse_row", "parse_rows", "read_contexts", "read_examples", "read_rows", "teacher_key"),
     ],
     "losses": [
         *("JSD", "Divergence", "ForwardKL", "Head", "Mixture", "RecordedTokens", "RecordedTopK", "ReverseKL"),
@@ -47,7 +47,16 @@ PUBLIC = {
     ],
     "modules": [
         *("BaseTeacher", "ColocatedVLLM", "Distiller", "FrozenTeacher", "Lora", "MixedRollout", "MovingAverageTeacher"),
-        *("RecordedRollout", "RecordedTeacher", "Rollout", "Sampling", "SelfTeacher", "Student", "StudentRollout"),
+        *(
+            "RecordedRollout",
+            "RecordedTeacher",
+            "Rollout",
+            "RoutedTeachers",
+            "Sampling",
+            "SelfTeacher",
+            "Student",
+            "StudentRollout",
+        ),
         *("Teacher", "TeacherRollout", "Trajectories", "VLLMRollout"),
     ],
 }
