@@ -22,7 +22,7 @@ LAYERS = [
     {"evaluation"},
     {"checkpoints", "doctor", "games", "tasks"},
     {"modules"},
-    {"data"},
+    {"data", "serving"},
     {"changes", "interruption", "losses", "memory", "models", "parsing", "run_folder"},
     {"gguf", "hub"},
     {"errors"},
@@ -47,17 +47,9 @@ PUBLIC = {
     ],
     "modules": [
         *("BaseTeacher", "ColocatedVLLM", "Distiller", "FrozenTeacher", "Lora", "MixedRollout", "MovingAverageTeacher"),
-        *(
-            "RecordedRollout",
-            "RecordedTeacher",
-            "Rollout",
-            "RoutedTeachers",
-            "Sampling",
-            "SelfTeacher",
-            "Student",
-            "StudentRollout",
-        ),
-        *("Teacher", "TeacherRollout", "Trajectories", "VLLMRollout"),
+        *("RecordedRollout", "RecordedTeacher", "Rollout", "RoutedTeachers", "Sampling", "SelfTeacher"),
+        *("ServedTeacher", "Student", "StudentRollout", "Teacher", "TeacherRollout", "Trajectories", "VLLMRollout"),
+        "VLLMServer",
     ],
 }
 """What others may import, and name in their configs: a name that goes breaks them."""
