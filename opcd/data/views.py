@@ -11,6 +11,7 @@ from opcd.data.rendering import MARK, ChatRenderer
 from opcd.errors import UserError
 
 Placement = Literal["system", "user", "raw"]
+"""Where the teacher's context goes: `ContextQueryDataModule` explains each."""
 
 DEFAULT_TEMPLATE = "{context}\n\n{query}"
 PROBES = ("A word.", "\n7")

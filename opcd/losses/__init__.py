@@ -2,17 +2,18 @@
 
 Unreduced, in nats, computed in float32; the gradient goes to the student alone.
 
->>> import torch
->>> from opcd.losses import JSD, ReverseKL, TopK, chunked_divergence
->>> student_logits, teacher_logits = torch.randn(2, 5, 1000), torch.randn(2, 5, 1000)      # [..., V]
->>> ReverseKL()(student_logits, teacher_logits).shape                                      # [...]: nats per position
-torch.Size([2, 5])
->>> TopK(JSD(beta=0.5), k=256, support="student", tail="bucket")(student_logits, teacher_logits).shape
-torch.Size([2, 5])
->>> student_hidden, student_head = torch.randn(10, 16), torch.randn(1000, 16)              # [N, H_s], [V, H_s]
->>> teacher_hidden, teacher_head = torch.randn(10, 32), torch.randn(1000, 32)              # [N, H_t], [V, H_t]
->>> chunked_divergence(ReverseKL(), student_hidden, student_head, teacher_hidden, teacher_head, temperature=1.0).shape
-torch.Size([10])
+Examples:
+    >>> import torch
+    >>> from opcd.losses import JSD, ReverseKL, TopK, chunked_divergence
+    >>> student_logits, teacher_logits = torch.randn(2, 5, 1000), torch.randn(2, 5, 1000)    # [..., V]
+    >>> ReverseKL()(student_logits, teacher_logits).shape                                    # [...]: nats per position
+    torch.Size([2, 5])
+    >>> TopK(JSD(beta=0.5), k=256, support="student", tail="bucket")(student_logits, teacher_logits).shape
+    torch.Size([2, 5])
+    >>> student_hidden, student_head = torch.randn(10, 16), torch.randn(1000, 16)            # [N, H_s], [V, H_s]
+    >>> teacher_hidden, teacher_head = torch.randn(10, 32), torch.randn(1000, 32)            # [N, H_t], [V, H_t]
+    >>> chunked_divergence(ReverseKL(), student_hidden, student_head, teacher_hidden, teacher_head).shape
+    torch.Size([10])
 """
 
 from opcd.losses import functional

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
+from examples.environment import Doors
 from opcd.callbacks import LMEval
 from opcd.evaluation import Evaluation, Evaluator, answering
 from opcd.games import FrozenLake, GameSeeds
 from opcd.models import ModelConfig
 from opcd.modules.student import Student
-from tests.games.doors import Doors
 
-DOORS = {"class_path": "tests.games.doors.Doors"}
+DOORS = {"class_path": "examples.environment.Doors"}
 SEEDS = {"class_path": "opcd.games.GameSeeds", "init_args": {"environment": DOORS, "start": 0, "count": 6}}
 
 

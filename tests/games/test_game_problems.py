@@ -2,10 +2,10 @@
 
 import pytest
 
+from examples.environment import Doors
 from opcd.errors import UserError
 from opcd.experience import GameProblems, Writer, Written
 from opcd.games import GameSeeds
-from tests.games.doors import Doors
 
 
 class Opener(Writer):

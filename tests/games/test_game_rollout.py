@@ -6,6 +6,7 @@ from lightning import Trainer
 from torch.testing import assert_close
 from transformers import AutoTokenizer
 
+from examples.environment import Doors
 from opcd.data import ContextQueryDataModule
 from opcd.games import FrozenLake, Game, GameRollout, GameSeeds
 from opcd.losses import ReverseKL
@@ -14,7 +15,6 @@ from opcd.modules import Distiller, FrozenTeacher, MixedRollout, Sampling, Stude
 from opcd.modules import teacher as teacher_module
 from opcd.modules.student import Student
 from tests.games.conftest import LESSONS
-from tests.games.doors import Doors
 
 SHORT = Sampling(max_new_tokens=6)
 

@@ -2,12 +2,12 @@
 
 import pytest
 
+from examples.environment import Doors
 from opcd.callbacks import LMEval
 from opcd.data import ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.evaluation import Evaluation
 from opcd.games import FrozenLake, GameSeeds, Sokoban
-from tests.games.doors import Doors
 
 
 def test_rows():

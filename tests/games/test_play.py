@@ -2,8 +2,8 @@
 
 import pytest
 
+from examples.environment import Doors
 from opcd.games import last_action, play
-from tests.games.doors import Doors
 
 
 @pytest.mark.parametrize(

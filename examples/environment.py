@@ -1,4 +1,14 @@
-"""A third environment: three doors, of which the seed opens one. That it is one file is what it shows."""
+"""A game in one file: three doors, of which the seed opens one. As an overlay, DOORS.yaml:
+
+model: {rollout: {class_path: opcd.games.GameRollout}}
+data:
+  train:
+    class_path: opcd.games.GameSeeds
+    init_args: {environment: {class_path: examples.environment.Doors}, start: 0, count: 64}
+  val: null
+
+python -m opcd fit --config configs/quickstart.yaml --config DOORS.yaml --data.context LESSONS.txt
+"""
 
 from opcd.games import Environment, Step
 

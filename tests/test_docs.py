@@ -1,0 +1,146 @@
+"""What README, docs/, configs/ and examples/ show: their Python runs, and the words of their commands are known."""
+
+import argparse
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import jsonargparse
+import pytest
+import torch
+
+import opcd.losses
+from opcd import gguf
+from opcd.cli import TRAINER, main
+from opcd.lightning_cli import fit_parser
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHORTER = {"max_steps=10": "max_steps=1"}
+N, V, H_S, H_T, K = 6, 48, 8, 12, 20
+
+
+def python_pages() -> list[Path]:
+    """Pages with Python."""
+    return [page for page in PAGES if any(block[1] == "python" for block in FENCED.finditer(page.read_text()))]
+
+
+def given() -> dict[str, object]:
+    """What the blocks speak of without making it: two models' logits, states, heads, and records."""
+    torch.manual_seed(0)
+    states = {"student_hidden": torch.randn(N, H_S, requires_grad=True), "student_head": torch.randn(V, H_S)}
+    states |= {"teacher_hidden": torch.randn(N, H_T), "teacher_head": torch.randn(V, H_T)}
+    log_probs, tokens = torch.randn(N, V).log_softmax(-1).topk(K)
+    return (
+        {name: getattr(opcd.losses, name) for name in opcd.losses.__all__}
+        | states
+        | {"states": tuple(states.values()), "mask": torch.arange(N) % 3 > 0, "lengths": torch.tensor([2, 4])}
+        | {"student_logits": torch.randn(N, V, requires_grad=True), "teacher_logits": torch.randn(N, V)}
+        | {"tokens": tokens, "log_probs": log_probs, "token": tokens[:, 0], "log_prob": log_probs[:, 0]}
+        | {name: SimpleNamespace(lm_head=states[f"{name}_head"]) for name in ("student", "teacher")}
+    )
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path, tiny):
+    """A folder like the repository's root after a run, where the packaged model is a tiny one."""
+    for name in ("configs", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "runs" / "version_0").mkdir(parents=True)
+    (tmp_path / "runs" / "version_0" / "student").symlink_to(tiny)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gguf, "converted", lambda *_: tiny)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, of defaults that the page takes
+@pytest.mark.parametrize("page", python_pages(), ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(here, page):
+    names = given()
+    text = page.read_text(encoding="utf-8")
+    for block in FENCED.finditer(text):
+        if block[1] == "python":
+            code = "\n" * (text.count("\n", 0, block.start()) + 1) + block[2]
+            for long, short in SHORTER.items():
+                code = code.replace(long, short)
+            exec(compile(code, str(page), "exec"), names)
+
+
+def shown() -> Iterator[tuple[str, str]]:
+    """(where, text) of what shows commands: pages, the comments of recipes, the first docstring of an example."""
+    for page in PAGES:
+        yield page.name, page.read_text(encoding="utf-8")
+    for recipe in sorted((ROOT / "configs").glob("*.yaml")):
+        yield recipe.name, re.sub(r"^# ?", "", recipe.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        yield example.name, str(ast.get_docstring(ast.parse(example.read_text(encoding="utf-8")), clean=False))
+
+
+def commands() -> dict[str, str]:
+    """Every command in a block, fenced or indented, less its first word opcd -> where it stands first."""
+    found: dict[str, str] = {}
+    for where, text in shown():
+        text = text.replace("\\\n", " ")
+        fenced = "\n".join(block[2] for block in FENCED.finditer(text) if block[1] in ("", "sh", "bash", "console"))
+        indented = "\n".join(re.findall(r"^ {4}(.*)$", FENCED.sub("", text), re.MULTILINE))
+        for line in re.findall(r"^(?:python -m )?opcd ([a-z].*)$", f"{fenced}\n{indented}", re.MULTILINE):
+            found.setdefault(shlex.join(shlex.split(line, comments=True)), where)
+    return found
+
+
+def words_of(command: str) -> list[str]:
+    """The words, of which a file YOURS.yaml is made where there is none."""
+    words = shlex.split(command)
+    for word in words:
+        if re.fullmatch(r"[A-Z_]+\.yaml", word):
+            Path(word).write_text("{}")
+    return words
+
+
+PARSER = cache(fit_parser)
+"""One for all: it takes seconds to build."""
+
+
+class Parsed(BaseException):
+    """The words were understood."""
+
+
+@pytest.fixture
+def only_parse(monkeypatch):
+    """Commands stop when they have parsed their words."""
+    for kind in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+
+        def parse(self, *args, original=kind.parse_args, **options):
+            original(self, *args, **options)
+            raise Parsed
+
+        monkeypatch.setattr(kind, "parse_args", parse)
+
+    def read(*_: object) -> None:
+        raise Parsed
+
+    monkeypatch.setattr("opcd.sweep.command.read_sweep", read)
+    monkeypatch.setattr("opcd.record.fit_parser", PARSER)
+
+
+LIGHTNINGS = [command for command in commands() if command.split()[0] in TRAINER]
+OTHERS = [command for command in commands() if command.split()[0] not in TRAINER]
+
+
+@pytest.mark.parametrize("command", LIGHTNINGS)
+def test_lightnings_commands_are_known(here, command):
+    assert PARSER().parse_args(words_of(command)[1:]), commands()[command]
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_the_other_commands_are_known(here, only_parse, command):
+    with pytest.raises(Parsed):
+        assert main(words_of(command)) == 0, commands()[command]
+
+
+def test_there_are_commands_and_blocks_of_python_at_all():
+    assert len(LIGHTNINGS) > 15 and len(OTHERS) > 15 and len(python_pages()) >= 2

@@ -1,0 +1,180 @@
+"""The rules of CONTRIBUTING.md that a program can check: imports that run one way, sizes, public names, the map."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "opcd").rglob("*.py"))
+
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"experience"},
+    {"record", "sweep"},
+    {"lightning_cli"},
+    {"callbacks"},
+    {"evaluation"},
+    {"checkpoints", "doctor", "games", "tasks"},
+    {"modules"},
+    {"data", "serving"},
+    {"changes", "interruption", "losses", "memory", "models", "parsing", "run_folder"},
+    {"gguf", "hub"},
+    {"errors"},
+]
+"""Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
+runs by its name (`COMMANDS` of opcd/cli.py) stands below it like everything else."""
+
+PUBLIC = {
+    "callbacks": [
+        *("Alarms", "AnswerSamples", "ExactResume", "ExportStudent", "LMEval", "LeaveOnSignal", "PredictionWriter"),
+        *("SaveCheckpoints", "StepProgress"),
+    ],
+    "data": [
+        *("Batch", "ContextQueryDataModule", "ContextSource", "DataSet", "DataSets", "Example", "ExampleSource"),
+        *("OnBadRow", "Placement", "TeacherModels", "Views", "check_same_vocabulary", "context_hash", "nearest"),
+        *("parse_row", "parse_rows", "read_contexts", "read_examples", "read_rows", "teacher_key"),
+    ],
+    "losses": [
+        *("JSD", "Divergence", "ForwardKL", "Head", "Mixture", "RecordedTokens", "RecordedTopK", "ReverseKL"),
+        *("SampledReverseKL", "SkewKL", "SkewReverseKL", "TopK", "as_head", "chunked", "chunked_divergence"),
+        *("clip_nats", "entropy", "functional", "retained_mass", "sampled_reverse_kl", "top1_agreement"),
+    ],
+    "modules": [
+        *("BaseTeacher", "ColocatedVLLM", "Distiller", "FrozenTeacher", "Lora", "MixedRollout", "MovingAverageTeacher"),
+        *("RecordedRollout", "RecordedTeacher", "Rollout", "RoutedTeachers", "Sampling", "SelfTeacher"),
+        *("ServedTeacher", "Student", "StudentRollout", "Teacher", "TeacherRollout", "Trajectories", "VLLMRollout"),
+        "VLLMServer",
+    ],
+}
+"""What others may import, and name in their configs: a name that goes breaks them."""
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def unit(module: str) -> str:
+    """The part of opcd that a module belongs to: opcd.data.files -> data."""
+    return module.split(".")[1]
+
+
+def imported(file: Path) -> Iterator[tuple[str, int]]:
+    """(module of opcd, line) of every import of a file, those inside of functions too."""
+    for node in ast.walk(parsed(file)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            whole = node.module == "opcd"
+            names = [f"opcd.{alias.name}" for alias in node.names] if whole else [str(node.module)]
+        yield from ((name, node.lineno) for name in names if name.startswith("opcd."))
+
+
+def units() -> set[str]:
+    """The modules and packages directly in opcd/."""
+    inside = {file.relative_to(ROOT / "opcd") for file in FILES} - {Path("__init__.py")}
+    return {path.parts[0].removesuffix(".py") for path in inside}
+
+
+def test_every_part_of_opcd_has_its_layer():
+    listed = [name for layer in LAYERS for name in layer]
+    assert sorted(listed) == sorted(units())
+
+
+def test_imports_run_one_way():
+    layer = {name: number for number, names in enumerate(LAYERS) for name in names}
+    wrong = []
+    for file in FILES:
+        own = unit(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        for module, line in imported(file):
+            if unit(module) != own and layer[unit(module)] <= layer.get(own, 0):
+                wrong.append(f"{file.relative_to(ROOT)}:{line} imports {module}, which is not below {own}")
+    assert wrong == []
+
+
+def test_data_knows_nothing_of_what_is_trained():
+    names = {
+        f"{file.name}: {alias.name}"
+        for file in (ROOT / "opcd" / "data").glob("*.py")
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if alias.name in ("LightningModule", "Trainer", "PreTrainedModel")
+    }
+    assert names == set()
+
+
+def test_no_file_is_over_400_lines():
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+
+
+def test_no_function_is_over_80_lines():
+    long = {
+        f"{file.relative_to(ROOT)}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for file in FILES
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 80
+    }
+    assert long == {}
+
+
+def exported(package: str) -> list[str]:
+    """`__all__` of a package."""
+    for node in parsed(ROOT / "opcd" / package / "__init__.py").body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"opcd.{package} has no __all__")
+
+
+def docstring(package: str, name: str) -> str | None:
+    """That of a public name, where it is defined; of a name for a type, the text below it."""
+    for node in parsed(ROOT / "opcd" / package / "__init__.py").body:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            inside = ROOT / "/".join(node.module.split("."))
+            if inside.is_dir():  # from opcd.losses import functional
+                return ast.get_docstring(parsed(inside / f"{name}.py"))
+            return defined(parsed(inside.with_suffix(".py")).body, name)
+    raise AssertionError(f"opcd.{package} exports {name} and does not import it")
+
+
+def defined(body: list[ast.stmt], name: str) -> str | None:
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return ast.get_docstring(node)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            text = after.value if isinstance(after, ast.Expr) else None
+            return text.value if isinstance(text, ast.Constant) and isinstance(text.value, str) else None
+    raise AssertionError(f"no definition of {name}")
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_the_public_names(package):
+    assert exported(package) == PUBLIC[package]
+    assert [name for name in exported(package) if not docstring(package, name)] == []
+
+
+def test_every_file_of_data_goes_into_the_wheel():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["opcd"]
+    package = ROOT / "opcd"
+    data = [
+        file.relative_to(package) for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts
+    ]
+    data = [file for file in data if file.suffix != ".py"]
+    assert Path("py.typed") in data
+    assert [file for file in data if not any(file.match(pattern) for pattern in patterns)] == []
+
+
+def test_the_map_shows_every_part():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^ {4}(\w\S*)  +\S", text.partition("## The map")[2].partition("## ")[0], re.MULTILINE)
+    assert [entry for entry in entries if not (ROOT / entry).exists()] == []
+    shown = {entry.removeprefix("opcd/").rstrip("/").removesuffix(".py") for entry in entries if "opcd/" in entry}
+    assert shown == units() - {"__main__"}
