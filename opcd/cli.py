@@ -30,6 +30,7 @@ TRAINER = {
 }
 """Lightning's subcommands."""
 COMMANDS = {
+    "init": ("opcd.init", "a folder to begin with: a commented recipe, a context, questions"),
     "evaluate": ("opcd.evaluation.command", "ask any model DAPO-Math, IFEval and other tasks, scored with lm-eval"),
     "experience": ("opcd.experience.command", "make a context: lessons from attempts, the list that serves best"),
     "show": ("opcd.experience.show", "what an experience run has made, also as a page"),

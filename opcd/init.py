@@ -1,0 +1,48 @@
+"""`opcd init`: a folder to begin with, a commented recipe, a context and questions, that trains as it is."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from opcd.data.files import write_whole
+from opcd.errors import UserError
+
+STARTER = Path(__file__).parent / "starter"
+FIT = "opcd fit --config recipe.yaml"
+CHAT = "opcd chat runs/version_0 --context context.txt"
+
+
+def main(args: list[str]) -> int:
+    """Write the files. Returns 0.
+
+    Raises:
+        UserError: the folder is not empty, or cannot be made.
+    """
+    parser = argparse.ArgumentParser(
+        prog="opcd init",
+        description="Write a recipe that says what each of its keys does, a context, and questions to learn it by: "
+        f"`{FIT}` runs there as it is. Then put in your own.",
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=Path(), metavar="FOLDER", help="new or empty; default: ."
+    )
+    folder: Path = parser.parse_args(args).folder
+    _make(folder)
+    for file in sorted(STARTER.iterdir()):
+        write_whole(folder / file.name, file.read_text(encoding="utf-8"))
+        print(f"wrote {folder / file.name}")
+    steps = [f"cd {shlex.quote(str(folder))}"] * (folder != Path()) + [FIT, CHAT]
+    print("next:", *steps, sep="\n    ")
+    return 0
+
+
+def _make(folder: Path) -> None:
+    """The folder, where it is not there; UserError where something would be overwritten."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"FOLDER: cannot make {folder.resolve()}: {error.strerror}; name a new folder") from error
+    there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))  # such as .git
+    if there:
+        names = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
+        raise UserError(f"FOLDER: {folder.resolve()} is not empty (it holds {names}); name a new or empty folder")
