@@ -9,10 +9,14 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def main() -> int:
-    """Run the command with the arguments of this process; returns its exit code."""
-    from opcd.cli import main as command
+    """Run the command with the arguments of this process; returns its exit code, 130 after Ctrl-C."""
+    try:
+        from opcd.cli import main as command
 
-    return command()
+        return command()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -36,6 +36,18 @@ def read_contexts(path: str, key: str = "data.context") -> list[str]:
     return [_context(value, source, key) for source, value in found]
 
 
+def read_context(path: str, key: str) -> str:
+    """The only context of a file, as `read_contexts` reads it.
+
+    Raises:
+        UserError: the file cannot be read, or holds several.
+    """
+    contexts = read_contexts(path, key)
+    if len(contexts) > 1:
+        raise UserError(f"{key}: {path} holds {len(contexts)} contexts, and one is wanted here; name a file with one")
+    return contexts[0]
+
+
 def context_hash(contexts: Sequence[str]) -> str:
     """SHA-256, in hex, of the contexts in their order: names them in a model card without their text."""
     digest = hashlib.sha256()

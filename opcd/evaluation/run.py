@@ -14,8 +14,8 @@ import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
-from opcd.data import Views, read_contexts
-from opcd.data.contexts import context_hash
+from opcd.data import Views
+from opcd.data.contexts import context_hash, read_context
 from opcd.errors import UserError
 from opcd.evaluation.answering import Answering, prompt_ids
 from opcd.evaluation.config import Evaluation
@@ -52,7 +52,8 @@ class Evaluator:
     def __init__(self, evaluation: Evaluation, model: ModelConfig, key: str = "model", prefix: str = "") -> None:
         _check_packages(evaluation)
         self.evaluation, self.model, self.key, self.prefix = evaluation, model, key, prefix
-        self.context = _read_context(evaluation, prefix)
+        given = evaluation.context
+        self.context = None if given is None else read_context(given, f"{prefix}context")
         with _quiet():
             self.tasks = load_tasks(evaluation, prefix)
         tokenizer, window = load_tokenizer(model, key), context_window(model, key)
@@ -220,15 +221,6 @@ def _row(task: TaskRows, sample: dict[str, Any], number: int) -> Row:
 
 def _plain(score: Any) -> Any:
     return [bool(value) for value in score] if isinstance(score, list) else bool(score)
-
-
-def _read_context(evaluation: Evaluation, prefix: str) -> str | None:
-    if evaluation.context is None:
-        return None
-    contexts = read_contexts(evaluation.context, f"{prefix}context")
-    if len(contexts) > 1:
-        raise UserError(f"{prefix}context: {evaluation.context} holds {len(contexts)} contexts; evaluation takes one")
-    return contexts[0]
 
 
 @contextmanager

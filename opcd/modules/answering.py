@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from opcd.data import Views
+from opcd.modules.decoding import Told
 from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
 from opcd.modules.prefix import SharedPrefix
 from opcd.modules.student import Student
@@ -16,6 +17,7 @@ def respond(
     context: str | None,
     sampling: Sampling,
     prefix: SharedPrefix,
+    told: Told | None = None,
 ) -> list[Tensor]:
     """Token ids [R] of one response to each prompt.
 
@@ -26,6 +28,7 @@ def respond(
         context: the context that stands in all of them, or None.
         sampling: how tokens are drawn, from torch's default generator.
         prefix: what keeps the keys and values of the context.
+        told: hears of every token when it is written.
     """
     rows = [torch.tensor(prompt) for prompt in prompts]
     prefixes = None
@@ -36,4 +39,4 @@ def respond(
             # The first row once more: a row that is alone is then answered as it would be beside others.
             found = prefix.encoded(model, [shared] * (len(rows) + 1), [*rows, rows[0]])
         prefixes = found[:-1] if found else None
-    return generate(model, rows, sampling, student.eos_ids, student.pad_id, prefixes)
+    return generate(model, rows, sampling, student.eos_ids, student.pad_id, prefixes, told)

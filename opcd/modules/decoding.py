@@ -5,6 +5,7 @@ the batch, so that the others go on without it, and a token is drawn with one ra
 `torch.multinomial` takes one a token of the vocabulary: on a CPU 8 ms for 8 rows of 49,152 (docs/log.md).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from opcd.interruption import check
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.20") else "past_key_values"
 """What transformers calls the keys and values: vLLM still wants a release from before they were renamed."""
 
+Told = Callable[[Tensor, Tensor], None]
+"""Is told of tokens as they are written: numbers of the rows that go on [r], and a token for each [r]."""
+
 
 def decode(
     model: Any,  # a PreTrainedModel: transformers types its methods as tensors or modules
@@ -26,6 +30,7 @@ def decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
+    told: Told | None = None,
     **inputs: Any,
 ) -> Tensor:
     """Prompts [B, T] -> [B, T + R]: what `generate` returns for one sampled or greedy sequence a row.
@@ -46,6 +51,8 @@ def decode(
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
         if not done:
             written[rows, step] = tokens
+            if told is not None:
+                told(rows[going], tokens[going])
             going &= ~stopping_criteria(input_ids, None)
             step, done = step + 1, not bool(going.any())
             if not done and not bool(going.all()) and _can_leave(inputs, len(rows)):

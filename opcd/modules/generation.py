@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from opcd.modules.decoding import CACHE, decode
+from opcd.modules.decoding import CACHE, Told, decode
 from opcd.modules.packed_linear import packed_linears
 from opcd.modules.trajectories import first_sequence
 
@@ -94,10 +94,12 @@ def generate(
     eos_ids: set[int],
     pad_id: int,
     prefixes: list[EncodedPrefix] | None = None,
+    told: Told | None = None,
 ) -> list[Tensor]:
     """One response a prompt: B tensors [P] of token ids -> B tensors [R], 1 <= R <= max_new_tokens.
 
     `prefixes` are the keys and values of the ids that each prompt begins with; they are not computed again.
+    `told` hears of every token of the responses when it is written.
 
     Each response ends with its first end-of-sequence token or at the limit. Draws come from torch's default generator.
     Leave `requires_grad` of the model's weights on: without it, torch copies the head once a row to project the last
@@ -118,6 +120,7 @@ def generate(
             input_ids=ids.to(model.device),
             attention_mask=torch.cat([begin_mask, rest_mask], dim=1).to(model.device),
             generation_config=sampling.generation_config(eos_ids, pad_id),
+            told=told,
             **({CACHE: joined_cache(prefixes)} if prefixes else {}),
         )
     return [first_sequence(row, eos_ids) for row in output[:, ids.shape[1] :]]

@@ -6,10 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from opcd.callbacks.samples import right
+from opcd.errors import UserError
 
 Series = dict[str, list[tuple[int, float]]]
 """Name -> (step, value), in the order in which they were logged."""
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The whole config of a run.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run.resolve()} holds no run of `opcd fit`: it has no config.yaml")
+    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return config
 
 
 def read_metrics(run: Path) -> Series:

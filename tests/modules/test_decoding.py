@@ -56,6 +56,17 @@ def test_greedy_responses_are_those_of_each_prompt_alone(model, prompts):
     assert sizes == [sum(length > step for length in lengths) for step in range(max(lengths))]
 
 
+def test_every_token_of_a_response_is_told_as_it_is_written(model, prompts):
+    heard = [[] for _ in prompts]
+
+    def told(rows, tokens):
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            heard[row].append(token)
+
+    responses = generate(model, prompts, Sampling(STEPS, temperature=0.0), ENDS, PAD, told=told)
+    assert heard == [response.tolist() for response in responses]
+
+
 def test_rows_that_cannot_leave_end_the_loop_once_all_have_ended(model, prompts, monkeypatch):
     """What an ended row writes on does not count, and does not bring it back."""
     sampling, ends = Sampling(STEPS, temperature=0.0), set(range(0, 49152, 4))

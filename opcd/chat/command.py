@@ -1,0 +1,119 @@
+"""`opcd chat MODEL`: the same question to the model before, and after, and with the context in the prompt.
+
+opcd chat runs/version_0 --context context.txt
+opcd chat org/name --context context.txt --beside org/other < questions.txt
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from opcd.chat.display import show_answers
+from opcd.chat.speakers import Origin, Source, Speaker
+from opcd.data import Placement
+from opcd.data.contexts import read_context
+from opcd.data.files import check_text
+from opcd.errors import UserError
+from opcd.evaluation.command import torch_device
+from opcd.modules.generation import Sampling
+
+DESCRIPTION = """Ask a model, beside the one that it was made from (or --beside), and with --context in its prompt as
+the teacher sees it. Every question stands alone: a model does not see those before. /quit or Ctrl-D ends; questions can
+come from a pipe, one a line."""
+QUIT = "/quit"
+
+
+def main(args: list[str]) -> int:
+    """Ask and show until there are no more questions. Returns 0; UserError for the user's mistakes."""
+    options, sampling = _parse(args)
+    device = torch_device(options.device)
+    speakers = _speakers(options)
+    for speaker in speakers:
+        speaker.source.load(device)
+    torch.manual_seed(options.seed)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    console = Console(force_terminal=interactive)
+    for question in _questions(interactive):
+        if not interactive:
+            print(f"> {question}")
+        try:
+            check_text(question, "the question")
+            show_answers(console, speakers, question, sampling)
+        except UserError as error:
+            if not interactive:
+                raise
+            print(f"opcd: error: {error}", file=sys.stderr)
+    return 0
+
+
+def _parse(args: list[str]) -> tuple[Namespace, Sampling]:
+    parser = ArgumentParser(prog="opcd chat", description=DESCRIPTION, exit_on_error=False)
+    parser.add_argument("model", metavar="MODEL", help="a run (its student), a model's or adapter's folder, a hub id")
+    parser.add_argument("--context", type=str, help="file with a context: MODEL answers with it in the prompt as well")
+    parser.add_argument("--beside", type=str, help="another such model; default: what MODEL was made from, where known")
+    parser.add_argument("--placement", type=Placement | None, help="the context's place; default: the run's, or system")
+    parser.add_argument("--template", type=str, help="joins {context} and {query}; default: the run's")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    parser.add_argument("--device", type=str, help="a torch device; default: a GPU where there is one")
+    parser.add_class_arguments(Sampling, None)
+    parser.set_defaults({"temperature": 0.0, "max_new_tokens": 256})
+    options = parser.parse_args(args)
+    try:
+        return options, Sampling(**{field.name: options[field.name] for field in fields(Sampling)})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _speakers(options: Namespace) -> list[Speaker]:
+    """Who answers, from left to right, all checked before weights are loaded."""
+    origin = Origin.of(options.model)
+    base = origin.base if options.beside is None else Origin.of(options.beside, "--beside").config
+    if options.context is None:
+        for name in ("placement", "template"):
+            if options[name] not in (None, "raw"):
+                raise UserError(f"--{name} has no effect without --context; remove it, or name a context")
+    context = None if options.context is None else read_context(options.context, "--context")
+    placement = options.placement or origin.data.get("placement", "system")
+    own = options.placement is None and options.template is None
+    template = origin.data.get("template") if own else options.template
+    model = Source(origin.config, "MODEL")
+    speakers = []
+    if base is not None:
+        speakers.append(Speaker(base.name, Source(base, "--beside"), None, placement, None))
+    if context is not None:
+        speakers.append(Speaker(f"{options.model} with the context", model, context, placement, template))
+    return [*speakers, Speaker(options.model, model, None, placement, None)]
+
+
+def _questions(interactive: bool) -> Iterator[str]:
+    """What is asked, until /quit or the end of the input."""
+    for line in _typed() if interactive else _piped():
+        question = line.strip()
+        if question == QUIT:
+            return
+        if question:
+            yield question
+
+
+def _typed() -> Iterator[str]:
+    """Lines typed at a prompt, with readline's keys and history where there is readline."""
+    with suppress(ImportError):
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+
+
+def _piped() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not valid UTF-8 ({error.reason}); questions come as UTF-8") from error

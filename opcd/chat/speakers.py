@@ -1,0 +1,139 @@
+"""Who answers in a chat: models, each with the context in its prompt or without."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd.data import Placement, Views
+from opcd.errors import UserError
+from opcd.evaluation.answering import prompt_ids
+from opcd.models import ModelConfig, base_of, context_window, load_model, load_tokenizer
+from opcd.modules.answering import respond
+from opcd.modules.generation import Sampling
+from opcd.modules.prefix import SharedPrefix
+from opcd.modules.student import Student
+from opcd.sweep.results import read_config
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What MODEL names.
+
+    Attributes:
+        config: how to load it.
+        base: the model that it was made from, where that is known.
+        data: how the run placed the context, where it is a run's.
+    """
+
+    config: ModelConfig
+    base: ModelConfig | None
+    data: dict[str, Any]
+
+    @classmethod
+    def of(cls, name: str, key: str = "MODEL") -> "Origin":
+        """A run's folder is its student, made from its model.student; an adapter is made from its base.
+
+        Raises:
+            UserError: the run has no student (yet), or its config cannot be read.
+        """
+        folder = Path(name).expanduser()
+        run = folder.parent if folder.name.startswith("student") else folder
+        if not (run / "config.yaml").is_file():
+            base = base_of(name, key)
+            return cls(ModelConfig(name), ModelConfig(base) if base != name else None, {})
+        config = read_config(run)
+        before = ModelConfig(**config["model"]["student"])
+        kwargs = before.chat_template_kwargs
+        return cls(ModelConfig(str(_student(folder, key)), chat_template_kwargs=kwargs), before, config["data"])
+
+
+def _student(folder: Path, key: str) -> Path:
+    """The student's folder itself, or that of a run.
+
+    Raises:
+        UserError: there is none; names those that the run has written on the way.
+    """
+    if folder.name.startswith("student"):
+        return folder
+    if not (folder / "student").is_dir():
+        steps = sorted(student.name for student in folder.glob("student-step=*"))
+        hint = f"; it has {', '.join(steps)}: name one" if steps else "; it is written when training ends"
+        raise UserError(f"{key}: {folder.resolve()} has no student{hint}")
+    return folder / "student"
+
+
+class Source:
+    """A model whose tokenizer is read, and whose weights come with `load`.
+
+    Args:
+        config: how to load it.
+        key: what the user named it by, for messages.
+    """
+
+    def __init__(self, config: ModelConfig, key: str) -> None:
+        self.config, self.key = config, key
+        self.tokenizer, self.window = load_tokenizer(config, key), context_window(config, key)
+        self.student: Student | None = None
+
+    def load(self, device: torch.device) -> None:
+        """Load the weights, once."""
+        if self.student is None:
+            model = load_model(self.config, key=self.key).to(device)  # type: ignore[arg-type]
+            self.student = Student(model, self.tokenizer)
+
+
+class Speaker:
+    """A model that answers, with the context in its prompt or without.
+
+    Args:
+        title: what to call it.
+        source: the model; several speakers can have the same.
+        context: what stands in its prompts; None: nothing.
+        placement: the context's place, as in training.
+        template: joins context and query, as in training.
+
+    Raises:
+        UserError: the chat template does not fit.
+    """
+
+    def __init__(
+        self, title: str, source: Source, context: str | None, placement: Placement, template: str | None
+    ) -> None:
+        self.title, self.source, self.context = title, source, context
+        if context is None:  # where it would stand is not asked for: a template need not have a system role
+            placement, template = "raw" if placement == "raw" else "user", None
+        kwargs = None if placement == "raw" else source.config.chat_template_kwargs
+        keys = (source.key, source.key, "--")
+        self.views = Views(source.tokenizer, source.tokenizer, placement, template, kwargs, kwargs, keys)
+        self.prefix = SharedPrefix()
+
+    def answer(self, question: str, sampling: Sampling, show: Callable[[str], None]) -> str:
+        """The answer; with every token `show` is given all that is written.
+
+        Raises:
+            UserError: the question does not fit the chat template or the model's window.
+        """
+        assert self.source.student is not None, "load first"
+        ids = prompt_ids(self.views, question, self.context, "the question")
+        longest, window = len(ids) + sampling.max_new_tokens, self.source.window
+        if window is not None and longest > window:
+            raise UserError(
+                f"{self.title} takes {window} tokens, and prompt and answer may have {longest}: ask in fewer words, "
+                "or lower --max_new_tokens"
+            )
+        written: list[int] = []
+
+        def told(rows: Tensor, tokens: Tensor) -> None:
+            """Show a token more, but not half of a character."""
+            written.extend(tokens.tolist())
+            show(self._text(written).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+        respond(self.source.student, self.views, [ids], self.context, sampling, self.prefix, told)
+        return self._text(written)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.source.tokenizer.decode(ids, skip_special_tokens=True)).strip()
