@@ -33,6 +33,7 @@ COMMANDS = {
     "init": ("opcd.init", "a folder to begin with: a commented recipe, a context, questions"),
     "evaluate": ("opcd.evaluation.command", "ask any model DAPO-Math, IFEval and other tasks, scored with lm-eval"),
     "chat": ("opcd.chat.command", "the same question to a model before and after, and with the context, side by side"),
+    "report": ("opcd.report.command", "one page on a run, or on several side by side"),
     "experience": ("opcd.experience.command", "make a context: lessons from attempts, the list that serves best"),
     "show": ("opcd.experience.show", "what an experience run has made, also as a page"),
     "sweep": ("opcd.sweep.command", "many fits from one file"),

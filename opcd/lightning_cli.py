@@ -24,6 +24,7 @@ from opcd.callbacks import (
     PredictionWriter,
     SaveCheckpoints,
     StepProgress,
+    WriteEnvironment,
 )
 from opcd.callbacks.slurm import started_again
 from opcd.changes import plain_config
@@ -114,7 +115,8 @@ class Command(LightningCLI):
 
     def _own_callbacks(self, configured: list[Callback], config: Any) -> list[Callback]:
         """Those that are always there; one that the config holds too is taken from there."""
-        own: list[Callback] = [LeaveOnSignal(), ExactResume(self.plain), ExportStudent(), PredictionWriter()]
+        own: list[Callback] = [WriteEnvironment(), LeaveOnSignal(), ExactResume(self.plain), ExportStudent()]
+        own.append(PredictionWriter())
         if config["enable_progress_bar"] is not False:
             own.append(StepProgress())
         if config["enable_checkpointing"] is not False:

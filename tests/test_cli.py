@@ -39,6 +39,7 @@ def test_what_a_run_leaves(fit, tmp_path, tiny, tiny_teacher):
     assert sorted(file.name for file in run.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "environment.json",
         "metrics.csv",
         "samples.jsonl",
         "student",

@@ -3,6 +3,7 @@ checkpoints, exact resume, signals."""
 
 from opcd.callbacks.alarms import Alarms
 from opcd.callbacks.checkpoints import SaveCheckpoints
+from opcd.callbacks.environment import WriteEnvironment
 from opcd.callbacks.export import ExportStudent
 from opcd.callbacks.lm_eval import LMEval
 from opcd.callbacks.predictions import PredictionWriter
@@ -21,4 +22,5 @@ __all__ = [
     "PredictionWriter",
     "SaveCheckpoints",
     "StepProgress",
+    "WriteEnvironment",
 ]

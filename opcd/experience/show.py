@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +21,7 @@ from opcd.errors import UserError
 from opcd.experience.folder import ATTEMPTS, EXTRACTIONS, IDENTITY, LISTS, SCORES, SELECTION, VALIDATION
 from opcd.experience.rounds import Round, read_rounds
 from opcd.experience.selection import Score, best_of_each
+from opcd.pages import render
 from opcd.sweep.plots import curves, drawn
 from opcd.sweep.results import read_jsonl
 
@@ -153,10 +153,8 @@ def print_run(run: Path, console: Console | None = None) -> None:
 def make_page(run: Path) -> str:
     """The run as one HTML file that needs no network."""
     rounds, parts = read_run(run)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("page.html.j2").render(
+    return render(
+        Path(__file__).parent / "page.html.j2",
         title=f"Experience: {run.resolve().name}",
         round_header=ROUND_HEADER,
         rounds=[round_cells(one) for one in rounds],

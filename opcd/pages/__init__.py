@@ -1,0 +1,16 @@
+"""Pages of results: one HTML file each, which needs no network.
+
+A template extends `layout.html.j2`, which has the style of all pages, and imports tables from `parts.html.j2`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+def render(template: Path, **values: Any) -> str:
+    """The page of a template with these values, escaped but for what is `Markup`."""
+    folders = [template.parent, Path(__file__).parent]
+    environment = Environment(loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template(template.name).render(**values)

@@ -1,0 +1,1 @@
+"""`opcd report`: one page on a run, or on several side by side."""

@@ -1,0 +1,63 @@
+"""`opcd report RUN ...`: one HTML page on a run, or on several side by side, that needs no network.
+
+opcd report runs/version_0
+opcd report runs/version_0 runs/version_1 --out both.html
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+from markupsafe import Markup
+
+from opcd.data.files import write_whole
+from opcd.errors import UserError
+from opcd.pages import render
+from opcd.report import runs as told
+from opcd.report.curves import plots
+from opcd.report.runs import Run, read_runs
+
+
+def main(args: list[str]) -> int:
+    """Write the page. Returns 0.
+
+    Raises:
+        UserError: a folder holds no run of `opcd fit`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="opcd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, such as runs/version_0")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default: %(default)s")
+    options = parser.parse_args(args)
+    text = page(read_runs(options.runs))
+    try:
+        write_whole(options.out, text)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {options.out.resolve()}: {error.strerror}") from error
+    print(f"page: {options.out}")
+    return 0
+
+
+def page(runs: list[Run]) -> str:
+    """The page as text; without curves, and with one message, where matplotlib is missing."""
+    try:
+        drawn = {name: Markup(svg) for name, svg in plots(runs).items()}
+    except UserError as error:
+        drawn = {}
+        print(f"opcd: the page has no curves: {error}", file=sys.stderr)
+    return render(
+        Path(__file__).parent / "report.html.j2",
+        title=", ".join(run.name for run in runs),
+        overview=told.overview(runs),
+        plots=drawn,
+        questions=told.questions(runs),
+        evaluations=told.evaluations(runs),
+        numbers=told.all_numbers(runs),
+        several=len(runs) > 1,
+        differences=told.differences(runs),
+        environments=told.environments(runs),
+        commands={run.name: run.environment.get("command", told.NONE) for run in runs},
+        configs={run.name: yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) for run in runs},
+    )
