@@ -15,16 +15,16 @@ FILES = sorted((ROOT / "opcd").rglob("*.py"))
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"experience"},
+    {"chat", "experience", "report"},
     {"record", "sweep"},
     {"lightning_cli"},
     {"callbacks"},
-    {"evaluation"},
-    {"checkpoints", "doctor", "games", "tasks"},
+    {"environment", "evaluation"},
+    {"checkpoints", "doctor", "games", "init", "tasks"},
     {"modules"},
     {"data", "serving"},
     {"changes", "interruption", "losses", "memory", "models", "parsing", "run_folder"},
-    {"gguf", "hub"},
+    {"gguf", "hub", "pages"},
     {"errors"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
@@ -33,7 +33,7 @@ runs by its name (`COMMANDS` of opcd/cli.py) stands below it like everything els
 PUBLIC = {
     "callbacks": [
         *("Alarms", "AnswerSamples", "ExactResume", "ExportStudent", "LMEval", "LeaveOnSignal", "PredictionWriter"),
-        *("SaveCheckpoints", "StepProgress"),
+        *("SaveCheckpoints", "StepProgress", "WriteEnvironment"),
     ],
     "data": [
         *("Batch", "ContextQueryDataModule", "ContextSource", "DataSet", "DataSets", "Example", "ExampleSource"),
