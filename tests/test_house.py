@@ -19,12 +19,12 @@ LAYERS = [
     {"record", "sweep"},
     {"lightning_cli"},
     {"callbacks"},
-    {"evaluation"},
+    {"evaluation", "export"},
     {"checkpoints", "doctor", "games", "tasks"},
     {"modules"},
     {"data", "serving"},
     {"changes", "interruption", "losses", "memory", "models", "parsing", "run_folder"},
-    {"gguf", "hub"},
+    {"card", "gguf", "hub"},
     {"errors"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
