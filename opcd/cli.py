@@ -38,6 +38,7 @@ COMMANDS = {
     "show": ("opcd.experience.show", "what an experience run has made, also as a page"),
     "sweep": ("opcd.sweep.command", "many fits from one file"),
     "record": ("opcd.record", "write down what a teacher says, for trainings without a teacher in memory"),
+    "export": ("opcd.export.command", "a trained student as a folder, merged, as a GGUF file, or on the hub"),
     "doctor": ("opcd.doctor", "what is installed here, which devices and models there are, what is missing"),
 }
 """The project's own: the module whose `main` takes the words after the name, and what it does."""

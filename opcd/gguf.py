@@ -13,7 +13,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd.errors import UserError
 
@@ -54,22 +56,25 @@ def converted(file: Path, key: str) -> Path:
     return target
 
 
-def _convert(file: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+def read(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file, its weights in `dtype`, and its tokenizer, as transformers reads them."""
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=dtype,
+        quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+    )
+    # transformers goes on to treat the dense weights as quantized, and would refuse to save or train them.
+    model.config.__dict__.pop("quantization_config", None)
+    vars(model).update(hf_quantizer=None, is_quantized=False)
+    return model, tokenizer
 
+
+def _convert(file: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         folder = Path(scratch) / target.name
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
-        )
-        # transformers goes on to treat the dense weights as quantized, and would refuse to save or train them.
-        model.config.__dict__.pop("quantization_config", None)
-        vars(model).update(hf_quantizer=None, is_quantized=False)
+        model, tokenizer = read(file, torch.bfloat16)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "opcd.json").write_text(json.dumps({"gguf": file.name, "sha256": _hashes(folder)}, indent=1))

@@ -10,32 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from opcd.callbacks.folder import run_folder
+from opcd.card import Facts, model_card
 from opcd.data import ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.models import architecture
 from opcd.modules import Distiller, FrozenTeacher, Student, Teacher
-
-CARD = """---
-library_name: transformers
-base_model: {base}
-tags: [context-distillation, opcd]
----
-# {base} with a context in its weights
-
-Trained with [opcd](https://arxiv.org/abs/2602.12275): the student answers without the context, the teacher scores the
-answer with it.
-
-| | |
-|---|---|
-| base | {base} |
-| teacher | {teacher} |
-| context (sha256) | {context} |
-| data | {data} |
-| loss | {loss}, temperature {temperature}, reduction {reduction} |
-| rollout | {rollout} |
-| steps | {steps} |
-| command | `{command}` |
-"""
 
 
 class ExportStudent(Callback):
@@ -88,7 +67,10 @@ class ExportStudent(Callback):
         scratch = target.with_name(f".{name}-being-written")
         shutil.rmtree(scratch, ignore_errors=True)
         student.save(scratch, self._dtype(pl_module), self.merge)
-        (scratch / "README.md").write_text(model_card(trainer, pl_module), encoding="utf-8")
+        facts, adapter = facts_of(trainer, pl_module), pl_module.adapter is not None and not self.merge
+        facts.write(scratch)
+        card = model_card(facts, adapter, shlex.join(["opcd", *sys.argv[1:]]))
+        (scratch / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
         rank_zero_info(f"student written to {target}")
@@ -107,26 +89,31 @@ class ExportStudent(Callback):
         return base.dtype if isinstance(base.dtype, torch.dtype) else None
 
 
-def model_card(trainer: Trainer, distiller: Distiller) -> str:
-    """What a reader must know to make this student again."""
+def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
+    """How the student stands now, and what it was made from."""
     datamodule = getattr(trainer, "datamodule", None)
     data = datamodule if isinstance(datamodule, ContextQueryDataModule) else None
     base = distiller.student_config.name
-    return CARD.format(
+    return Facts(
         base=base,
-        teacher="; ".join(_teacher(name, part, base) for name, part in distiller.teacher.parts.items()),
-        context=data.context_hash if data else "unknown",
-        data=data.sources["train"] if data else "unknown",
-        loss=distiller.objective.loss,
+        teacher={_label(name, part): _model(part, base) for name, part in distiller.teacher.parts.items()},
+        context=data.context if data else None,
+        context_sha256=data.context_hash if data else None,
+        data=str(data.sources["train"]) if data else None,
+        loss=str(distiller.objective.loss),
         temperature=distiller.objective.temperature,
         reduction=distiller.reduction,
         rollout=type(distiller.rollout).__name__,
         steps=trainer.global_step,
-        command=shlex.join(["opcd", *sys.argv[1:]]),
     )
 
 
-def _teacher(name: str | None, teacher: Teacher, base: str) -> str:
+def _label(name: str | None, teacher: Teacher) -> str:
     """What a teacher is, with its name where there are several."""
-    model = f" of {(teacher.config.name if teacher.config else base)}" if isinstance(teacher, FrozenTeacher) else ""
-    return f"{name}: {type(teacher).__name__}{model}" if name else f"{type(teacher).__name__}{model}"
+    return f"{name}: {type(teacher).__name__}" if name else type(teacher).__name__
+
+
+def _model(teacher: Teacher, base: str) -> str | None:
+    if not isinstance(teacher, FrozenTeacher):
+        return None
+    return teacher.config.name if teacher.config else base

@@ -1,6 +1,7 @@
 """Exact resume: what a checkpoint of Lightning's leaves out."""
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from opcd.callbacks.export import facts_of
 from opcd.checkpoints import check_config
 from opcd.modules import Distiller
 
@@ -71,7 +73,9 @@ class ExactResume(Callback):
             torch.distributed.all_gather_object(states, own)
         checkpoint[KEY] = states
         if self.config is not None:
+            assert isinstance(pl_module, Distiller)
             checkpoint["config"] = self.config
+            checkpoint["facts"] = asdict(facts_of(trainer, pl_module))  # for the card of a student exported from it
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep this rank's state for the first step."""

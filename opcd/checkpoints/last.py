@@ -38,8 +38,20 @@ def newest_whole(root: Path) -> Path | None:
     Raises:
         UserError: there are checkpoints, and all of them are broken.
     """
+    path = _first_whole(_newest_first(root), "ckpt_path: last", root)
+    if path is None:
+        rank_zero_info(f"ckpt_path: last: there is no checkpoint under {root} yet; training begins at step 0")
+    return path
+
+
+def newest_of_run(run: Path) -> Path | None:
+    """The newest whole checkpoint of one run (checkpoints/*.ckpt); otherwise as `newest_whole`."""
+    return _first_whole(_of_run(run), str(run), run)
+
+
+def _first_whole(paths: Iterator[Path], asked: str, where: Path) -> Path | None:
     broken: list[str] = []
-    for path in _newest_first(root):
+    for path in paths:
         try:
             manifest = verify(path)
         except BrokenCheckpoint as error:
@@ -49,8 +61,7 @@ def newest_whole(root: Path) -> Path | None:
             rank_zero_warn(f"{'; '.join(broken)}. Going on from {path} (step {manifest['step']}) instead")
         return path
     if broken:
-        raise UserError(f"ckpt_path: last: no checkpoint under {root} is whole: {'; '.join(broken)}")
-    rank_zero_info(f"ckpt_path: last: there is no checkpoint under {root} yet; training begins at step 0")
+        raise UserError(f"{asked}: no checkpoint under {where} is whole: {'; '.join(broken)}")
     return None
 
 
@@ -97,7 +108,11 @@ def _newest_first(root: Path) -> Iterator[Path]:
     """Checkpoints of the newest run first, in each the one of the most steps."""
     runs = [(int(number), path) for path in root.glob("version_*") if (number := path.name[8:]).isdigit()]
     for _, run in sorted(runs, reverse=True):
-        yield from sorted((run / "checkpoints").glob("*.ckpt"), key=_age, reverse=True)
+        yield from _of_run(run)
+
+
+def _of_run(run: Path) -> Iterator[Path]:
+    yield from sorted((run / "checkpoints").glob("*.ckpt"), key=_age, reverse=True)
 
 
 def _age(path: Path) -> tuple[int, int]:

@@ -140,9 +140,10 @@ class Student(nn.Module):
         for weight in self.model.state_dict().values():
             casts.setdefault(weight.data_ptr(), weight.to(dtype) if weight.is_floating_point() else weight)
         weights = {name: casts[weight.data_ptr()] for name, weight in self.model.state_dict().items()}
-        self.model.config.dtype = dtype
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.model.config.dtype = dtype  # `save_pretrained` has written the type of the model, not of `weights`
         try:
-            self.model.save_pretrained(folder, state_dict=weights)
+            self.model.config.save_pretrained(folder)
         finally:
             self.model.config.dtype = own
         self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,141 @@
+"""The student that is exported: out of a run, a model's folder or an adapter's, known before its weights are loaded."""
+
+import difflib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedConfig
+
+from opcd.card import Facts
+from opcd.checkpoints import newest_of_run, read_checkpoint
+from opcd.checkpoints.last import saved_config
+from opcd.data.files import read_text
+from opcd.errors import UserError
+from opcd.models import ADAPTER, ModelConfig, architecture, base_of, load_model, load_tokenizer, resolve
+from opcd.modules.adapters import Lora, keep_differentiable
+from opcd.modules.student import Student
+
+KEY = "RUN"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A student on this disk.
+
+    Attributes:
+        model: its folder; with a checkpoint, the model that the run began with.
+        checkpoint: what holds its weights, where the run has left no folder of it.
+        lora: the adapter that the checkpoint's weights are of.
+    """
+
+    model: ModelConfig
+    checkpoint: Path | None = None
+    lora: Lora | None = None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the student is an adapter over a base."""
+        return self.lora is not None or (Path(self.model.name) / ADAPTER).is_file()
+
+    @property
+    def base(self) -> str:
+        """The folder or hub id of the model, of an adapter's base."""
+        return base_of(resolve(self.model, KEY), KEY)
+
+    @property
+    def architecture(self) -> PreTrainedConfig:
+        """The config of the model, without its weights."""
+        return architecture(self.model, KEY)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its weights, of an adapter's base; for a checkpoint that of the model that the run began with."""
+        own = self.architecture.dtype
+        return own if isinstance(own, torch.dtype) else torch.float32
+
+    def load(self) -> tuple[Student, Facts]:
+        """The student in float32, in eval mode, and how it was made.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        if self.checkpoint is None:
+            facts = Facts.read(Path(self.model.name)) or Facts(base=self.base, opcd=None)
+            return load_folder(self.model), facts
+        checkpoint = read_checkpoint(self.checkpoint)
+        student = Student.load(replace(self.model, dtype="float32"), adapter=self.lora)
+        student.load_state_dict(_of_student(checkpoint["state_dict"]))
+        student.model.eval()
+        return student, Facts.of(checkpoint["facts"])
+
+
+def load_folder(config: ModelConfig) -> Student:
+    """A student's folder in float32, in eval mode. UserError where it cannot be loaded."""
+    config = replace(config, dtype="float32")
+    model = load_model(config, key=KEY)
+    keep_differentiable(model)  # in place of the kernel that a CPU has for frozen 4-bit weights, which rounds inputs
+    return Student(model, load_tokenizer(config, KEY))
+
+
+def find_source(run: Path) -> Source:
+    """What RUN means: a run's folder (its student/, else its newest whole checkpoint), or a student's.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if not run.is_dir():
+        parent = run.resolve().parent
+        near = difflib.get_close_matches(run.name, [e.name for e in parent.glob("*")] if parent.is_dir() else [], n=1)
+        hint = f"; did you mean {parent / near[0]}?" if near else ""
+        raise UserError(f"{KEY}: no folder {run.resolve()}{hint}")
+    if _is_student(run):
+        return Source(ModelConfig(str(run)))
+    if not (run / "config.yaml").is_file():
+        raise UserError(
+            f"{KEY}: {run.resolve()} is no run of `opcd fit` (it has no config.yaml) and no student's folder (it has "
+            f"neither config.json nor {ADAPTER})"
+        )
+    if _is_student(run / "student"):
+        trained = _student_config(_read_config(run / "config.yaml"))
+        # An adapter was trained over the base as the run quantized it.
+        quantization = trained.quantization if (run / "student" / ADAPTER).is_file() else "none"
+        code, attention = trained.trust_remote_code, trained.attention
+        return Source(ModelConfig(str(run / "student"), "auto", quantization, attention, trust_remote_code=code))
+    return _from_checkpoint(run)
+
+
+def _from_checkpoint(run: Path) -> Source:
+    checkpoint = newest_of_run(run)
+    if checkpoint is None:
+        raise UserError(f"{KEY}: {run.resolve()} has neither student/ nor a checkpoint: it has trained nothing yet")
+    config = saved_config(checkpoint)
+    if config is None:
+        raise UserError(f"{KEY}: {checkpoint} was not saved by `opcd fit`: its manifest holds no config")
+    lora = config["model"]["adapter"]
+    return Source(_student_config(config), checkpoint, lora and Lora(**lora))
+
+
+def _read_config(file: Path) -> Any:
+    try:
+        return yaml.safe_load(read_text(file, KEY))
+    except yaml.YAMLError as error:
+        raise UserError(f"{KEY}: {file} is not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def _student_config(config: Any) -> ModelConfig:
+    """Out of the plain values of a run's config."""
+    try:
+        return ModelConfig(**config["model"]["student"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{KEY}: its config has no model.student of this opcd: {error}") from error
+
+
+def _is_student(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / ADAPTER).is_file()
+
+
+def _of_student(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
