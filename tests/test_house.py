@@ -19,21 +19,12 @@ LAYERS = [
     {"record", "sweep"},
     {"lightning_cli"},
     {"callbacks"},
-<<<<<<< HEAD
-    {"environment", "evaluation"},
+    {"environment", "evaluation", "export"},
     {"checkpoints", "doctor", "games", "init", "tasks"},
     {"modules"},
     {"data", "serving"},
     {"changes", "interruption", "losses", "memory", "models", "parsing", "run_folder"},
-    {"gguf", "hub", "pages"},
-=======
-    {"evaluation", "export"},
-    {"checkpoints", "doctor", "games", "tasks"},
-    {"modules"},
-    {"data", "serving"},
-    {"changes", "interruption", "losses", "memory", "models", "parsing", "run_folder"},
-    {"card", "gguf", "hub"},
->>>>>>> a5b6d622677553994d498660d101a44398444eaf
+    {"card", "gguf", "hub", "pages"},
     {"errors"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
