@@ -8,7 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@300         # seconds before the limit: the longest rollout and a save must fit
+#SBATCH --signal=USR1@300         # seconds before the limit: a step, a rollout and a save must fit
 #SBATCH --requeue
 #SBATCH --open-mode=append        # one log for all starts
 #SBATCH --output=opcd-%j.log

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +25,15 @@ ONE = (
     *("--trainer.precision", "32-true", "--trainer.max_steps", 1),
 )
 SHARDED = ("--trainer.accelerator", "cpu", "--trainer.strategy", "ModelParallelStrategy", "--trainer.devices", 2)
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Lightning tells a rank in the environment who it is, and at which port the others are."""
+    with patch.dict(os.environ):
+        yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
@@ -111,10 +121,7 @@ def test_what_cannot_work_is_refused(fit, opcd, tmp_path, strategy, said):
 def test_a_student_that_cannot_be_sharded_is_refused(fit, opcd, tmp_path, monkeypatch, words, said):
     monkeypatch.setattr(Student, "load", None)  # it comes before
     root = ("--trainer.default_root_dir", tmp_path / "runs")
-    try:
-        code, text = opcd(*fit, *root, *words, *ONE, "--trainer.strategy", "ModelParallelStrategy")
-    finally:
-        torch.distributed.destroy_process_group()
+    code, text = opcd(*fit, *root, *words, *ONE, "--trainer.strategy", "ModelParallelStrategy")
     assert code == 2 and said in text, text
 
 
