@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd.errors import UserError
@@ -72,6 +73,11 @@ def read(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 def _convert(file: Path, target: Path) -> None:
+    if any(tensor.name == "rope_freqs.weight" for tensor in GGUFReader(file).tensors):
+        raise ValueError(
+            "its rotary frequencies are scaled (Llama 3.1 and later), and transformers does not read that from GGUF; "
+            "use the model's Hugging Face folder"
+        )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         folder = Path(scratch) / target.name
         model, tokenizer = read(file, torch.bfloat16)

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file
 
 from opcd import gguf
@@ -45,6 +47,20 @@ def test_two_processes_convert_once_and_a_damaged_copy_is_made_again(tmp_path, m
     assert resolve(ModelConfig()) == str(folder)
     assert weights.read_bytes() == written
     assert [file.name for file in (tmp_path / "models").iterdir() if file.name.startswith(".conv")] == []
+
+
+def test_scaled_rotary_frequencies_of_a_gguf_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path / "cache"))
+    writer = GGUFWriter(tmp_path / "llama3.gguf", "llama")
+    writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        UserError, match=r"llama3\.gguf .*rotary frequencies are scaled .*use the model's Hugging Face folder"
+    ):
+        gguf.converted(tmp_path / "llama3.gguf", "model.student")
 
 
 def test_a_file_that_is_no_gguf(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`opcd chat MODEL`: the same question to the model before, and after, and with the context in the prompt.
+"""`opcd chat MODEL`: the same question to what a student was made from, to that with the context, and to the student.
 
 opcd chat runs/version_0 --context context.txt
 opcd chat org/name --context context.txt --beside org/other < questions.txt
@@ -22,8 +22,8 @@ from opcd.errors import UserError
 from opcd.evaluation.command import torch_device
 from opcd.modules.generation import Sampling
 
-DESCRIPTION = """Ask a model, beside the one that it was made from (or --beside), and with --context in its prompt as
-the teacher sees it. Every question stands alone: a model does not see those before. /quit or Ctrl-D ends; questions can
+DESCRIPTION = """Ask a model, beside the one that it was made from (or --beside): as it is and, with --context in its
+prompt, as the teacher sees it. Every question stands alone: a model does not see those before. /quit or Ctrl-D ends; questions can
 come from a pipe, one a line."""
 QUIT = "/quit"
 
@@ -54,7 +54,11 @@ def main(args: list[str]) -> int:
 def _parse(args: list[str]) -> tuple[Namespace, Sampling]:
     parser = ArgumentParser(prog="opcd chat", description=DESCRIPTION, exit_on_error=False)
     parser.add_argument("model", metavar="MODEL", help="a run (its student), a model's or adapter's folder, a hub id")
-    parser.add_argument("--context", type=str, help="file with a context: MODEL answers with it in the prompt as well")
+    parser.add_argument(
+        "--context",
+        type=str,
+        help="file with a context: the model beside answers with it as well; or MODEL, if none is beside",
+    )
     parser.add_argument("--beside", type=str, help="another such model; default: what MODEL was made from, where known")
     parser.add_argument("--placement", type=Placement | None, help="the context's place; default: the run's, or system")
     parser.add_argument("--template", type=str, help="joins {context} and {query}; default: the run's")
@@ -81,13 +85,12 @@ def _speakers(options: Namespace) -> list[Speaker]:
     placement = options.placement or origin.data.get("placement", "system")
     own = options.placement is None and options.template is None
     template = origin.data.get("template") if own else options.template
-    model = Source(origin.config, "MODEL")
-    speakers = []
-    if base is not None:
-        speakers.append(Speaker(base.name, Source(base, "--beside"), None, placement, None))
+    model = Speaker(options.model, Source(origin.config, "MODEL"), None, placement, None)
+    before = model if base is None else Speaker(base.name, Source(base, "--beside"), None, placement, None)
+    speakers = [] if before is model else [before]
     if context is not None:
-        speakers.append(Speaker(f"{options.model} with the context", model, context, placement, template))
-    return [*speakers, Speaker(options.model, model, None, placement, None)]
+        speakers.append(Speaker(f"{before.title} with the context", before.source, context, placement, template))
+    return [*speakers, model]
 
 
 def _questions(interactive: bool) -> Iterator[str]:

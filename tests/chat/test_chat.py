@@ -86,7 +86,7 @@ def test_piped_questions_and_plain_answers(opcd, typed, tiny, tiny_teacher, cont
     code, text = opcd("chat", tiny, *words)
     assert code == 0 and "\x1b" not in text
     sources = {name: Source(ModelConfig(name), "MODEL") for name in (tiny_teacher, tiny)}
-    who = [(tiny_teacher, None), (f"{tiny} with the context", CONTEXT), (tiny, None)]
+    who = [(tiny_teacher, None), (f"{tiny_teacher} with the context", CONTEXT), (tiny, None)]
     expected = ""
     for query in (QUESTION, "What is 2 + 2?"):
         expected += f"> {query}\n"
@@ -138,7 +138,7 @@ def test_a_chat_with_a_run_puts_its_base_beside_it(opcd, typed, run, tiny, conte
     typed(QUESTION + "\n")
     code, text = opcd("chat", run, "--context", context, "--max_new_tokens", 3)
     assert code == 0, text
-    assert re.findall(r"^\[(.*)\]$", text, re.M)[:3] == [tiny, f"{run} with the context", str(run)]
+    assert re.findall(r"^\[(.*)\]$", text, re.M)[:3] == [tiny, f"{tiny} with the context", str(run)]
     student, _, prompts, *_ = asked[1]
     assert f"{QUESTION} Know: {CONTEXT}" in student.tokenizer.decode(prompts[0])
     assert asked[0][0] is not student and asked[2][0] is student  # one copy of the weights for both
