@@ -42,7 +42,7 @@ from opcd.modules.checks import (
 )
 from opcd.modules.drift import Drift
 from opcd.modules.generation import Sampling, computing_dtype, eval_mode, own_precision
-from opcd.modules.meters import SHOWN, Stopwatch, TokenMeans, step_metrics
+from opcd.modules.meters import SHOWN, UNEVEN, Stopwatch, TokenMeans, step_metrics
 from opcd.modules.objective import Objective
 from opcd.modules.out_of_memory import halving, naming_the_knob
 from opcd.modules.prefix import Mode, SharedPrefix
@@ -122,7 +122,7 @@ class Distiller(LightningModule):
         self.teacher, self.rollout = teacher or FrozenTeacher(), rollout or StudentRollout()
         self.teacher.share_prefixes(shared_prefix, prefix_memory_mib)
         self.answering = SharedPrefix(shared_prefix, prefix_memory_mib)
-        self.compared = ["divergence", *(f"divergence/{name}" for name in self.teacher.parts if name is not None)]
+        self.uneven = [*UNEVEN, *(f"divergence/{name}" for name in self.teacher.parts if name is not None)]
         if isinstance(loss, SampledReverseKL):
             check_sampled(loss, self.rollout, temperature)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -357,12 +357,12 @@ class Distiller(LightningModule):
         self.bad_steps.bad(self.trainer.global_step, problem, file)
 
     def _log_held_out(self, split: str) -> None:
-        for name, value in self.held_out.over_ranks(self.compared, self._all_sum).items():
+        for name, value in self.held_out.over_ranks(self.uneven, self._all_sum).items():
             self.log(f"{split}/{name}", value, prog_bar=True, sync_dist=self.trainer.world_size > 1)
 
     def _log_step(self, trajectories: Trajectories, means: TokenMeans, clock: Stopwatch, gradient_norm: Tensor) -> None:
         logged = step_metrics(trajectories, means, clock, gradient_norm) | {"train/bad_steps": self.bad_steps.total}
-        logged |= {f"train/{name}": value for name, value in means.over_ranks(self.compared, self._all_sum).items()}
+        logged |= {f"train/{name}": value for name, value in means.over_ranks(self.uneven, self._all_sum).items()}
         several = self.trainer.world_size > 1
         for name, value in logged.items():
             self.log(name, value, prog_bar=name in SHOWN, batch_size=len(trajectories), sync_dist=several)

@@ -14,6 +14,8 @@ from opcd.modules.trajectories import Trajectories
 
 SHOWN = ("train/divergence", "train/tokens_per_s", "train/response_tokens", "train/ended")
 """What a progress bar shows of a step."""
+UNEVEN = ("divergence", "rollout_gap")
+"""How the names begin of values that a rank may lack, for it has no row of a teacher or of an engine's."""
 
 
 class Stopwatch:
@@ -85,10 +87,10 @@ def repetition(responses: list[Tensor], length: int = 4) -> float:
 def step_metrics(
     trajectories: Trajectories, means: TokenMeans, clock: Stopwatch, gradient_norm: Tensor
 ) -> dict[str, float]:
-    """What one step is logged as beside its divergences, by name: the same names, in one order, on every rank."""
+    """What one step is logged as beside what is `UNEVEN`, by name: the same names, in one order, on every rank."""
     rows = len(trajectories)
     return {
-        **{f"train/{name}": mean for name, mean in means.compute().items() if not name.startswith("divergence")},
+        **{f"train/{name}": mean for name, mean in means.compute().items() if not name.startswith(UNEVEN)},
         "train/tokens_per_s": means.tokens / clock.seconds["step"],
         "train/response_tokens": means.tokens / rows,
         "train/ended": sum(trajectories.ended) / rows,

@@ -23,8 +23,9 @@ from opcd.modules import (
     Sampling,
     SelfTeacher,
     TeacherRollout,
+    Trajectories,
 )
-from opcd.modules.meters import TokenMeans
+from opcd.modules.meters import Stopwatch, TokenMeans, step_metrics
 from tests.conftest import write_rows
 from tests.modules.test_distiller import (
     RESPONSES,
@@ -141,6 +142,22 @@ def test_means_over_ranks_leave_out_what_no_rank_has():
         rank.over_ranks(names, lambda own: sums.append(own) or own)
     expected = {"divergence": 3.0, "divergence/a": 1.5, "divergence/b": 6.0}
     assert [rank.over_ranks(names, lambda own: sum(sums)) for rank in ranks] == [expected] * 2
+
+
+def test_a_step_is_logged_under_the_same_names_on_every_rank(batch):
+    """Where one rank lacks a value, Lightning would average it with the next one."""
+    trajectories = Trajectories.of(batch, [torch.tensor([4, 5, 2])] * len(batch), {2})
+    known = {"divergence": torch.ones(3), "student_entropy": torch.ones(3)}
+    more = {"rollout_gap": torch.ones(2), "divergence/a": torch.ones(3)}
+    clock = Stopwatch(torch.device("cpu"))
+    with clock("step"):
+        ranks = [TokenMeans(), TokenMeans()]
+    for means, values in zip(ranks, (known, more | known), strict=True):
+        means.add(values)
+    logged = [list(step_metrics(trajectories, means, clock, torch.tensor(1.0))) for means in ranks]
+    assert logged[0] == logged[1] and "train/student_entropy" in logged[0]
+    uneven = Distiller(teacher=RoutedTeachers({"a": SelfTeacher()})).uneven
+    assert set(uneven) == {"divergence", "rollout_gap", "divergence/a"}
 
 
 @pytest.fixture
