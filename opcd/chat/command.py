@@ -22,9 +22,9 @@ from opcd.errors import UserError
 from opcd.evaluation.command import torch_device
 from opcd.modules.generation import Sampling
 
-DESCRIPTION = """Ask a model, beside the one that it was made from (or --beside): as it is and, with --context in its
-prompt, as the teacher sees it. Every question stands alone: a model does not see those before. /quit or Ctrl-D ends; questions can
-come from a pipe, one a line."""
+DESCRIPTION = """Ask a model, beside the one that it was made from (or --beside): that one as it is and, with --context
+in its prompt, as the teacher sees it. Every question stands alone: a model does not see those before. /quit or Ctrl-D
+ends; questions can come from a pipe, one a line."""
 QUIT = "/quit"
 
 
@@ -57,7 +57,7 @@ def _parse(args: list[str]) -> tuple[Namespace, Sampling]:
     parser.add_argument(
         "--context",
         type=str,
-        help="file with a context: the model beside answers with it as well; or MODEL, if none is beside",
+        help="file with a context: the one beside (else MODEL) answers with it too",
     )
     parser.add_argument("--beside", type=str, help="another such model; default: what MODEL was made from, where known")
     parser.add_argument("--placement", type=Placement | None, help="the context's place; default: the run's, or system")
