@@ -1,4 +1,7 @@
-"""`opcd doctor`: what is installed here, which devices and models there are, and what is missing."""
+"""`opcd doctor`: what is installed here, which devices and models there are, and what is missing.
+
+`opcd doctor --plan` and the options of `opcd fit`: what that run would take, in `opcd/planning`.
+"""
 
 import argparse
 import importlib.metadata
@@ -27,8 +30,14 @@ OPTIONAL = {
 
 
 def main(args: list[str]) -> int:
-    """Print one screen. Returns 0, or 1 where something that a run needs is missing."""
-    argparse.ArgumentParser(prog="opcd doctor", description=__doc__).parse_args(args)
+    """Print one screen. Returns 0, or 1 where something that a run needs is missing, or memory for it."""
+    parser = argparse.ArgumentParser(prog="opcd doctor", description=__doc__)
+    plan = "the memory of `opcd fit` with the options that follow, before a weight is loaded; --plan --help: more"
+    parser.add_argument("--plan", nargs=argparse.REMAINDER, help=plan)
+    if (words := parser.parse_args(args).plan) is not None:
+        from opcd.planning.command import main as plan_main
+
+        return plan_main(words)
     lines = [*_python(), *_packages(), *_devices(), *_models(), *_hub()]
     for ok, text in lines:
         print(("  ok   " if ok else "MISSING " if ok is False else "  --   ") + text)

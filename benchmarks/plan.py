@@ -1,0 +1,107 @@
+"""The memory that `opcd doctor --plan` predicts beside the peak of the process that `opcd fit` then is.
+
+    python benchmarks/plan.py                       # all cells, about eight minutes on two cores
+    python benchmarks/plan.py lora "lora, long"     # some of them
+    python benchmarks/plan.py --measured plan.json  # goes on where it was stopped; predictions are always new
+
+Each cell is three steps of the packaged model in a process of its own; the peak is what the kernel says of it when it
+has ended (`ru_maxrss`, which is VmHWM). Most have responses of a fixed length: rows are then as long as the
+plan takes them to be.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+QUICK = ("--config", "configs/quickstart.yaml")
+LORA = ("--config", "configs/lora.yaml")
+CHECKPOINTING = ("--model.gradient_checkpointing", "true")
+LONG = ("--data.context", "{long}")
+WORDS = ("river", "stone", "lamp", "garden", "winter", "copper", "cloud", "market", "bridge", "forest", "paper")
+FIXED = (
+    "--model.rollout",
+    "{class_path: StudentRollout, init_args: {sampling: {max_new_tokens: 64, options: {min_new_tokens: 64}}}}",
+)
+CELLS: dict[str, tuple[str, ...]] = {
+    "quickstart": (),
+    "quickstart, micro-batches of 256 tokens": ("--model.micro_batch_tokens", "256"),
+    "64 tokens": FIXED,
+    "checkpointing": (*FIXED, *CHECKPOINTING),
+    "lora": (*LORA, *FIXED),
+    "lora, checkpointing": (*LORA, *FIXED, *CHECKPOINTING),
+    "long": (*FIXED, *LONG),
+    "checkpointing, long": (*FIXED, *LONG, *CHECKPOINTING),
+    "lora, long": (*LORA, *FIXED, *LONG),
+}
+
+
+def words_of(cell: str, folder: Path) -> list[str]:
+    """The words after `opcd fit`."""
+    long = folder / "long.txt"
+    draw = random.Random(0)
+    long.write_text(" ".join(draw.choice(WORDS) for _ in range(2000)) + ".")
+    given = [word.replace("{long}", str(long)) for word in CELLS[cell]]
+    return [*QUICK, *given, "--trainer.max_steps", "3", "--trainer.default_root_dir", str(folder / "runs")]
+
+
+def measured(words: list[str]) -> int:
+    """Peak of the process in bytes."""
+    command = [sys.executable, "-W", "ignore", "-m", "opcd", "fit", *words]
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(output.read().decode()[-3000:])
+    return usage.ru_maxrss * 2**10
+
+
+def all_measured(cells: list[str], folder: Path, file: Path | None) -> dict[str, int]:
+    """The peak of each cell; those that the file has are not run again."""
+    known: dict[str, int] = json.loads(file.read_text()) if file and file.exists() else {}
+    for cell in (cell for cell in cells if cell not in known):
+        known[cell] = measured(words_of(cell, folder))
+        if file:
+            file.write_text(json.dumps(known, indent=1))
+    return known
+
+
+def main() -> None:
+    """Print a row a cell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*", choices=[*CELLS, []], help="default: all")
+    parser.add_argument("--measured", type=Path, help="a file that keeps what was measured")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cell that runs ends too
+    cells = options.cells or list(CELLS)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        peaks = all_measured(cells, folder, options.measured)
+        # Only now: what this process has once been would count as the peak of those that it starts.
+        from opcd.planning import parts, peak
+        from opcd.planning.command import read
+
+        print("| run | predicted MiB | phase | measured MiB | ratio |\n|---|---|---|---|---|")
+        process = None
+        for cell in cells:
+            setting = read(words_of(cell, folder))
+            process = process or setting.process  # of the first: what the next ones add is no run's
+            phase, ours = peak(parts(replace(setting, process=process)))
+            row = f"{ours / 2**20:,.0f} | {phase} | {peaks[cell] / 2**20:,.0f} | {ours / peaks[cell]:.2f}"
+            print(f"| {cell} | {row} |")
+
+
+if __name__ == "__main__":
+    main()
