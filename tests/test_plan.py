@@ -13,13 +13,27 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from opcd.errors import UserError
 from opcd.lightning_cli import fit_parser
 from opcd.models import ModelConfig, load_model
-from opcd.modules import Distiller, Lora
+from opcd.modules import (
+    Distiller,
+    FrozenTeacher,
+    Lora,
+    MixedRollout,
+    MovingAverageTeacher,
+    RecordedRollout,
+    RoutedTeachers,
+    SelfTeacher,
+    ServedTeacher,
+    StudentRollout,
+    TeacherRollout,
+)
 from opcd.modules.adapters import add_lora
 from opcd.planning import Setting, Shape, Weights, parts, peak, shape_of
 from opcd.planning.activations import kept_of_pass
 from opcd.planning.command import size
 from opcd.planning.levers import until_it_fits, ways
 from opcd.planning.reading import _kept, _optimizer
+from opcd.planning.roles import teacher_of, writers_of
+from opcd.planning.setting import adapter_weights
 from opcd.planning.sizes import casts
 
 LAYER = (("q", 8, 8), ("k", 8, 4), ("v", 8, 4), ("o", 8, 8), ("gate", 8, 16), ("up", 8, 16), ("down", 16, 8))
@@ -247,6 +261,33 @@ def test_a_folder_with_a_config_is_enough(pair):
     assert large.weights == 8190735360  # what Qwen3-8B is known to have
     assert Weights(large, torch.bfloat16).token(None) == 36 * 8 * 128 * 2 * 2  # docs/speed.md: 147 kB
     assert small.head_norms and small.norms == 2
+
+
+def test_who_scores_and_who_writes(tiny, tiny_teacher):
+    small = shape_of(ModelConfig(tiny), "model.student")
+    student = Weights(small, torch.float32)
+
+    def teachers(teacher, sharded: bool = False, **options) -> tuple[int | None, int, bool]:
+        found = teacher_of(Distiller(ModelConfig(tiny), teacher, **options), student, False, sharded)
+        return found["scorer"] and found["scorer"].shape.hidden, found["teacher_bytes"], found["teacher_leaves"]
+
+    large = shape_of(ModelConfig(tiny_teacher), "model.student").weights
+    # The files of both are in float32, so that a bfloat16 teacher is converted and stays in memory.
+    assert teachers(FrozenTeacher(ModelConfig(tiny_teacher))) == (48, 2 * large, False)
+    assert teachers(FrozenTeacher(ModelConfig(tiny_teacher, "float32"))) == (48, 4 * large, True)
+    both = RoutedTeachers({"own": FrozenTeacher(), "other": FrozenTeacher(ModelConfig(tiny_teacher))})
+    assert teachers(both) == (48, 2 * large + 2 * small.weights, False)
+    assert teachers(SelfTeacher()) == (32, 0, False)
+    assert teachers(SelfTeacher(), sharded=True) == (32, 4 * small.weights, False)
+    assert teachers(MovingAverageTeacher()) == (32, 4 * small.weights, False)
+    lora = Lora(rank=2)
+    assert teachers(MovingAverageTeacher(), adapter=lora) == (32, 4 * adapter_weights(small, lora), False)
+    assert teachers(ServedTeacher("http://localhost:1", "large")) == (None, 0, False)
+
+    mixed = MixedRollout([StudentRollout(dtype="float32"), TeacherRollout()], [0.5, 0.5])
+    assert writers_of(mixed, recorded=False) == {"writers": ("student", "teacher"), "rollout_dtype": torch.float32}
+    assert writers_of(TeacherRollout(), recorded=True) == {"writers": ()}
+    assert writers_of(RecordedRollout(), recorded=False) == {"writers": ()}
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
