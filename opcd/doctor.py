@@ -4,7 +4,6 @@
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -18,6 +17,7 @@ from huggingface_hub import constants
 from opcd import gguf
 from opcd.hub import hub_reachable
 from opcd.models import PACKAGED
+from opcd.versions import installed_version
 
 REQUIRED = ("lightning", "torch", "transformers", "torchmetrics", "jsonargparse", "datasets", "safetensors")
 OPTIONAL = {
@@ -32,12 +32,12 @@ OPTIONAL = {
 def main(args: list[str]) -> int:
     """Print one screen. Returns 0, or 1 where something that a run needs is missing, or memory for it."""
     parser = argparse.ArgumentParser(prog="opcd doctor", description=__doc__)
-    plan = "the memory of `opcd fit` with the options that follow, before a weight is loaded; --plan --help: more"
-    parser.add_argument("--plan", nargs=argparse.REMAINDER, help=plan)
+    what = "the memory of `opcd fit` with the options that follow, before a weight is loaded; --plan --help: more"
+    parser.add_argument("--plan", nargs=argparse.REMAINDER, help=what)
     if (words := parser.parse_args(args).plan) is not None:
-        from opcd.planning.command import main as plan_main
+        from opcd.planning.command import main as plan  # it imports all that a run imports
 
-        return plan_main(words)
+        return plan(words)
     lines = [*_python(), *_packages(), *_devices(), *_models(), *_hub()]
     for ok, text in lines:
         print(("  ok   " if ok else "MISSING " if ok is False else "  --   ") + text)
@@ -87,11 +87,3 @@ def _hub() -> Iterator[tuple[bool | None, str]]:
         yield True, f"the hub {constants.ENDPOINT} can be found"
     else:
         yield None, f"the hub {constants.ENDPOINT} cannot be reached: use folders, .gguf files or {PACKAGED}"
-
-
-def installed_version(name: str) -> str | None:
-    """The version of a package of this environment, or None where it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from opcd.doctor import installed_version
+from opcd.versions import installed_version
 
 
 def machine() -> dict[str, str]:

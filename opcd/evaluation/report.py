@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from opcd.data.files import write_whole
-from opcd.doctor import installed_version
 from opcd.errors import UserError
 from opcd.evaluation.results import Metric, Results, Row
+from opcd.versions import installed_version
 
 PACKAGES = ("opcd", "lm-eval", "math-verify", "torch", "transformers")
 SUMMARY = "results.json"

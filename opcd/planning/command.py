@@ -127,7 +127,7 @@ def _memory(setting: Setting) -> int | None:
 def _title(s: Setting) -> str:
     kind, part = "GPU" if s.gpu else "CPU", ", each with a part of the student" if s.sharded else ""
     prompts = f"prompts of {s.query} tokens, with the context {s.context} more, responses of {s.response}"
-    passes = f"micro-batches of {s.micro_rows} rows, {s.tokens} tokens"
+    passes = f"micro-batches of {s.micro_rows} row{'s' if s.micro_rows > 1 else ''}, {s.tokens} tokens"
     return f"{s.ranks} {kind}{'s' if s.ranks > 1 else ''}{part}; {s.batch} rows a step, {prompts}; {passes}"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from opcd.data import ContextQueryDataModule
 from opcd.data.contexts import read_contexts
 from opcd.errors import UserError
-from opcd.modules.checks import check_windows
+from opcd.modules.checks import check_data
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ def read_lengths(made: Any, query: int | None, context: int | None) -> Lengths:
             return Lengths(query, context, rollout.longest_response(data, "train"))
         data.setup("fit")
         response = rollout.longest_response(data, "train")
-        teacher = getattr(distiller.teacher, "config", None)
-        check_windows(data, "fit", rollout, distiller.answer, distiller.student_config, teacher)
+        check_data(data, "fit", rollout, distiller.answer, distiller.student_config, distiller.teacher)
     except RuntimeError as error:
         raise UserError(
             f"model.rollout: the length of what {type(rollout).__name__} gives stands in the rows of data.train; leave "
@@ -45,7 +44,8 @@ def read_lengths(made: Any, query: int | None, context: int | None) -> Lengths:
     except UserError as error:
         raise UserError(f"{error} (no row is read where --query_tokens and --context_tokens are given)") from error
     longest = data.longest_student_prompt("train")
-    added = max(0, data.longest_teacher_prompt("train") - longest)
+    taught = max(data.longest_teacher_prompt("train", name) for name in distiller.teacher.parts)
+    added = max(0, taught - longest)
     return Lengths(
         longest if query is None else query, added if context is None else context, response, _number_of_contexts(data)
     )

@@ -20,11 +20,12 @@ def ways(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield "model.gradient_checkpointing: true", replace(setting, checkpointing=True)
     if setting.lora is None and not setting.sharded:
         frozen = replace(setting.student, dtype=torch.bfloat16)
-        yield "an adapter (configs/lora.yaml's model.adapter)", replace(setting, student=frozen, lora=Lora())
+        small = replace(setting, student=frozen, scorer=_following(setting, frozen), lora=Lora())
+        yield "an adapter (configs/lora.yaml's model.adapter)", small
     if setting.lora is not None and setting.student.quantization == "none":
         quantized = replace(setting.student, quantization="4bit")
-        scorer = quantized if setting.scorer == setting.student else setting.scorer
-        yield "model.student.quantization: 4bit", replace(setting, student=quantized, scorer=scorer)
+        small = replace(setting, student=quantized, scorer=_following(setting, quantized))
+        yield "model.student.quantization: 4bit", small
     if (frozen_teacher := _quantizable(setting)) is not None:
         teacher = replace(frozen_teacher, quantization="4bit")
         smaller = replace(setting, scorer=teacher, teacher_bytes=teacher.bytes, teacher_leaves=False)
@@ -59,6 +60,11 @@ def until_it_fits(setting: Setting, memory: int) -> list[tuple[str, int]]:
             taken.pop()
         taken.append((name, now))
     return taken
+
+
+def _following(setting: Setting, student: Weights) -> Weights | None:
+    """What scores when the student's weights are others."""
+    return student if setting.scorer == setting.student else setting.scorer
 
 
 def _quantizable(setting: Setting) -> Weights | None:

@@ -1,6 +1,5 @@
 """A parsed config of `opcd fit` as a `Setting`."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,24 +7,12 @@ import torch
 from opcd.callbacks import AnswerSamples
 from opcd.errors import UserError
 from opcd.memory import GLIBC
-from opcd.models import ModelConfig
-from opcd.modules import (
-    BaseTeacher,
-    Distiller,
-    FrozenTeacher,
-    MixedRollout,
-    MovingAverageTeacher,
-    RecordedRollout,
-    RecordedTeacher,
-    Rollout,
-    SelfTeacher,
-    StudentRollout,
-    TeacherRollout,
-)
-from opcd.modules.checks import check_adapter, check_recorded
+from opcd.modules import Distiller, RecordedTeacher
+from opcd.modules.checks import check_adapter, check_engine, check_recorded, check_shards
+from opcd.modules.strategies import SHARDED, FullyShard, chosen
 from opcd.planning.lengths import Lengths
-from opcd.planning.setting import Setting, adapter_weights
-from opcd.planning.shapes import Weights, shape_of
+from opcd.planning.roles import student_of, teacher_of, writers_of
+from opcd.planning.setting import Setting
 
 SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "None": "32-true"}
 """Lightning's other names."""
@@ -53,15 +40,15 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
     Raises:
         UserError: something that `opcd fit` refuses, or that is not known here.
     """
-    check_adapter(distiller.student_config, distiller.adapter, distiller.teacher)
-    check_recorded(distiller.teacher, distiller.rollout, distiller.objective.loss, distiller.objective.temperature)
     autocast, forced = _precision(trainer.precision)
     gpu = on_gpu(trainer)
     ranks, sharded = _ranks(trainer, gpu)
-    scoring = getattr(distiller.teacher, "config", None) or distiller.student_config
-    _check_attention(distiller.student_config, scoring)
-    student = _student(distiller, forced)
-    prefix = distiller.teacher.prefix
+    student = student_of(distiller, forced)
+    optimizer = _optimizer(distiller, torch.float32 if distiller.adapter else student.dtype)
+    _check(distiller, ranks, sharded, type(optimizer))
+    teachers = list(distiller.teacher.parts.values())
+    scoring = [teacher.config or distiller.student_config for teacher in teachers]
+    prefixes = [teacher.prefix for teacher in teachers]
     return Setting(
         student,
         lora=distiller.adapter,
@@ -75,9 +62,9 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
         micro_batch_tokens=distiller.micro_batch_tokens,
         several_turns=distiller.rollout.several_turns,
         checkpointing=distiller.gradient_checkpointing,
-        shared_prefix=prefix.mode != "never",
-        prefix_bytes=prefix.memory_mib * 2**20,
-        masks=gpu and scoring.attention != "flex_attention",
+        shared_prefix=prefixes[0].mode != "never",
+        prefix_bytes=sum(prefix.memory_mib for prefix in prefixes) * 2**20,
+        masks=gpu and any(model.attention != "flex_attention" for model in scoring),
         autocast=autocast,
         gpu=gpu,
         packs=not gpu and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
@@ -85,9 +72,10 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
         ranks=ranks,
         sharded=sharded,
         process=0 if gpu else process,
-        **_teacher(distiller, student, gpu),
-        **_rollout(distiller.rollout, recorded=isinstance(distiller.teacher, RecordedTeacher)),
-        **_optimizer(distiller, torch.float32 if distiller.adapter else student.dtype),
+        state_bytes=_kept(optimizer),
+        fused=bool(optimizer.defaults.get("fused")),
+        **teacher_of(distiller, student, gpu, sharded),
+        **writers_of(distiller.rollout, recorded=any(isinstance(t, RecordedTeacher) for t in teachers)),
     )
 
 
@@ -99,8 +87,15 @@ def on_gpu(trainer: Any) -> bool:
     return name in ("gpu", "cuda") or (name == "auto" and torch.cuda.is_available())
 
 
-def _check_attention(*models: ModelConfig) -> None:
-    if any(model.attention == "eager" for model in models):
+def _check(distiller: Distiller, ranks: int, sharded: bool, optimizer: type[torch.optim.Optimizer]) -> None:
+    """Refuse what `opcd fit` refuses, as far as memory depends on it, and attention that is not counted."""
+    check_engine(distiller.rollout, ranks)
+    check_adapter(distiller.student_config, distiller.adapter, distiller.teacher)
+    check_recorded(distiller.teacher, distiller.rollout, distiller.objective.loss, distiller.objective.temperature)
+    if sharded:
+        check_shards(distiller.adapter, distiller.rollout, distiller.halve_micro_batches, optimizer)
+    models = [distiller.student_config, *(part.config for part in distiller.teacher.parts.values())]
+    if any(model is not None and model.attention == "eager" for model in models):
         raise UserError("attention: there is no plan for eager, which has a score for every pair of tokens; use sdpa")
 
 
@@ -118,11 +113,11 @@ def _ranks(trainer: Any, gpu: bool) -> tuple[int, bool]:
         number = max(1, torch.cuda.device_count()) if gpu else 1
     else:
         number = len(devices) if isinstance(devices, list) else int(devices)
-    strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
-    name = str(strategy).rpartition(".")[2].lower()
-    sharded = name in ("modelparallelstrategy", "fullyshard")
+    strategy = chosen(trainer.strategy)
+    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2].lower()
+    sharded = name in (SHARDED.lower(), FullyShard.__name__.lower())
     if not sharded and name not in ("auto", "singledevicestrategy") and not name.startswith("ddp"):
-        raise UserError(f"trainer.strategy: there is no plan for {name}; use ddp, or ModelParallelStrategy (FSDP2)")
+        raise UserError(f"trainer.strategy: there is no plan for {name}; use ddp, or {SHARDED} (FSDP2)")
     return number * int(trainer.num_nodes), sharded
 
 
@@ -134,59 +129,8 @@ def _sample_answers(trainer: Any) -> int:
     return AnswerSamples().queries
 
 
-def _student(distiller: Distiller, forced: torch.dtype | None) -> Weights:
-    config = distiller.student_config
-    own = _dtype(config, torch.bfloat16 if distiller.adapter else torch.float32)
-    return Weights(shape_of(config, "model.student"), forced or own, config.quantization)
-
-
-def _dtype(config: ModelConfig, auto: torch.dtype) -> torch.dtype:
-    return auto if config.dtype == "auto" else getattr(torch, config.dtype)
-
-
-def _teacher(distiller: Distiller, student: Weights, gpu: bool) -> dict[str, Any]:
-    """The model that scores, what it takes beside the student, and whether its pages leave."""
-    teacher, lora = distiller.teacher, distiller.adapter
-    if isinstance(teacher, FrozenTeacher):
-        config = teacher.config or distiller.student_config
-        shape = shape_of(config, "model.teacher.init_args.model") if teacher.config else student.shape
-        model = Weights(shape, _dtype(config, torch.bfloat16), config.quantization)
-        mapped = not gpu and model.quantization == "none" and model.dtype == shape.dtype
-        return {"scorer": model, "teacher_bytes": model.bytes, "teacher_leaves": mapped}
-    if isinstance(teacher, MovingAverageTeacher) and lora is not None:
-        return {"scorer": student, "teacher_bytes": 4 * adapter_weights(student.shape, lora)}
-    if isinstance(teacher, MovingAverageTeacher):
-        average = Weights(student.shape, torch.float32)
-        return {"scorer": average, "teacher_bytes": average.bytes}
-    if isinstance(teacher, BaseTeacher | SelfTeacher | RecordedTeacher):
-        return {"scorer": None if isinstance(teacher, RecordedTeacher) else student}
-    raise UserError(f"model.teacher: there is no plan for {type(teacher).__name__}: what it takes is not known")
-
-
-def _rollout(rollout: Rollout, recorded: bool) -> dict[str, Any]:
-    """Who writes, and in which type a student does; a recorded teacher has written."""
-    kinds = {StudentRollout: "student", TeacherRollout: "" if recorded else "teacher", RecordedRollout: ""}
-    parts = list(_single(rollout))
-    for part in parts:
-        if type(part) not in kinds:
-            raise UserError(f"model.rollout: there is no plan for {type(part).__name__}: what it takes is not known")
-    writers = tuple(sorted({kinds[type(part)] for part in parts} - {""}))
-    dtypes = [part.dtype for part in parts if isinstance(part, StudentRollout)]
-    return {"writers": writers} | ({"rollout_dtype": dtypes[0]} if dtypes else {})
-
-
-def _single(rollout: Rollout) -> Iterator[Rollout]:
-    """The rollouts within a mixed one, and the one that makes the moves of a game."""
-    inner = getattr(rollout, "rollout", None)
-    within = rollout.rollouts if isinstance(rollout, MixedRollout) else [inner] if isinstance(inner, Rollout) else []
-    for part in within:
-        yield from _single(part)
-    if not within:
-        yield rollout
-
-
-def _optimizer(distiller: Distiller, dtype: torch.dtype) -> dict[str, Any]:
-    """What a step of the optimizer keeps of each number of a matrix, tried on one; and whether it is fused."""
+def _optimizer(distiller: Distiller, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """The optimizer after a step on one matrix."""
     matrix = torch.nn.Parameter(torch.ones(SIDE, SIDE, dtype=dtype))
     matrix.grad = torch.ones_like(matrix)
     try:
@@ -194,5 +138,10 @@ def _optimizer(distiller: Distiller, dtype: torch.dtype) -> dict[str, Any]:
         optimizer.step()
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"model.optimizer: its step fails on a matrix: {error}") from error
-    kept = sum(value.nbytes for value in optimizer.state[matrix].values() if isinstance(value, torch.Tensor))
-    return {"state_bytes": kept / matrix.numel(), "fused": bool(optimizer.defaults.get("fused"))}
+    return optimizer
+
+
+def _kept(optimizer: torch.optim.Optimizer) -> float:
+    """Bytes that it keeps of each number of that matrix."""
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in states if isinstance(value, torch.Tensor)) / SIDE**2
