@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opcd.models import ModelConfig
-from opcd.modules import Student
-from opcd.modules.teacher import ModelTeacher
+from opcd.modules import ModelTeacher, Student
 
 
 class SnapshotTeacher(ModelTeacher):

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ class Command(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint to go on from, and refuse a wrong one before anything is loaded."""
         config = self.config[self.subcommand]
+        if self.subcommand != "fit":  # what it trained with has nothing to do now
+            warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
         self.plain = plain_config(self._parser(self.subcommand), config)
         self.plain.pop("ckpt_path", None)
         config.trainer.strategy = chosen(config.trainer.strategy)

@@ -8,7 +8,7 @@ from opcd.modules.rollouts import MixedRollout, RecordedRollout, Rollout, Studen
 from opcd.modules.routed_teachers import RoutedTeachers
 from opcd.modules.served_teacher import ServedTeacher
 from opcd.modules.student import Student
-from opcd.modules.teacher import Teacher
+from opcd.modules.teacher import ModelTeacher, Teacher
 from opcd.modules.teachers import BaseTeacher, FrozenTeacher, MovingAverageTeacher, SelfTeacher
 from opcd.modules.trajectories import Trajectories
 from opcd.modules.vllm_engine import ColocatedVLLM
@@ -22,6 +22,7 @@ __all__ = [
     "FrozenTeacher",
     "Lora",
     "MixedRollout",
+    "ModelTeacher",
     "MovingAverageTeacher",
     "RecordedRollout",
     "RecordedTeacher",

@@ -46,7 +46,9 @@ class Student(nn.Module):
         if adapter is not None:
             add_lora(model, adapter)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Its name of before transformers 5.20, which vLLM still wants, is deprecated.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         # Training mode is what Lightning expects to find, and what dropout and gradient checkpointing act in.
         return cls(model.train(), load_tokenizer(config, "model.student"))
 

@@ -1,6 +1,6 @@
 """Bytes that a layer keeps for its gradient, a token: what autograd saves, counted tensor by tensor.
 
-A test compares them with what autograd saves of a Llama, a Qwen2 and a Qwen3 (tests/test_plan.py).
+A test compares them with what autograd saves of a Llama, a Qwen2 and a Qwen3 (tests/test_doctor_plan.py).
 """
 
 from opcd.modules.adapters import ALL_LINEAR

@@ -85,7 +85,6 @@ def test_training_is_bit_for_bit_the_same(opcd, words, tmp_path, precision):
     assert (without / "samples.jsonl").read_text() == (with_evaluation / "samples.jsonl").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 def test_a_live_model_is_left_as_it_was(tiny, tmp_path):
     file = write_rows(tmp_path / "ifeval.jsonl", ifeval_rows())
     student = Student.load(ModelConfig(tiny), gradient_checkpointing=True)

@@ -141,7 +141,7 @@ def test_a_chat_with_a_run_puts_its_base_beside_it(opcd, typed, run, tiny, conte
     assert re.findall(r"^\[(.*)\]$", text, re.M)[:3] == [tiny, f"{tiny} with the context", str(run)]
     student, _, prompts, *_ = asked[1]
     assert f"{QUESTION} Know: {CONTEXT}" in student.tokenizer.decode(prompts[0])
-    assert asked[0][0] is not student and asked[2][0] is student  # one copy of the weights for both
+    assert asked[0][0] is student and asked[2][0] is not student  # one copy of the weights before, and one after
 
 
 def test_an_unfinished_run_names_the_students_that_it_has(run):
