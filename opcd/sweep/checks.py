@@ -42,9 +42,13 @@ class ConfigChecker:
         self._known = sorted({*self._known, *_leaves(self._parse([], "base"))})
 
     def words(self, settings: dict[str, Any]) -> list[str]:
-        """The words after `opcd fit` of a run with these settings over the base."""
+        """The words after `opcd fit` of a run with these settings over the base.
+
+        A setting takes the place of what `base.set` says below its key: another class has other arguments.
+        """
         files = [word for file in self.base.config for word in ("--config", file)]
-        return [*files, *overrides({**self.base.set, **settings})]
+        base = {k: v for k, v in self.base.set.items() if not any(k.startswith(f"{key}.") for key in settings)}
+        return [*files, *overrides({**base, **settings})]
 
     def check_keys(self, keys: Iterable[str], where: str) -> None:
         """Refuse a dotted key that no config has, with the nearest that one has."""

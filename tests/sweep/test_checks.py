@@ -84,3 +84,16 @@ def test_changed_keys():
     old, new = {"a": {"b": 1, "c": [1]}, "d": None}, {"a": {"b": 2, "c": [1]}, "e": 1}
     assert changed_keys(old, new) == ["a.b", "d", "e"]
     assert changed_keys(old, old) == []
+
+
+def test_a_setting_takes_the_place_of_what_the_base_says_below_it(parser, base):
+    name = {"model.teacher.init_args.model.name": "smollm2-135m", "model.temperature": 0.5}
+    checker = ConfigChecker(parser, Base(base.config, base.set | name))
+    words = checker.words({"model.teacher": "SelfTeacher"})
+    assert words[-4:] == ["--model.temperature", "0.5", "--model.teacher", "SelfTeacher"]
+    assert not any("model.teacher." in word for word in words)
+    assert checker.resolve({"model.teacher": "SelfTeacher"}, "arm")["model"]["teacher"]["class_path"].endswith(
+        "SelfTeacher"
+    )
+    below = checker.words({"model.teacher.init_args.model.dtype": "float32"})
+    assert "--model.teacher.init_args.model.name" in below
