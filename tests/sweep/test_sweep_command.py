@@ -126,5 +126,5 @@ def test_a_search(opcd, sweep_file, tmp_path):
 def test_the_packaged_sweep_is_right_for_any_two_models(opcd, tiny, tiny_teacher, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = ("--model.student.name", tiny, "--model.teacher.init_args.model.name", tiny_teacher)
-    code, text = opcd("sweep", "benchmarks/configs/less_memory.yaml", *names, "--dry_run")
+    code, text = opcd("sweep", "benchmarks/sweeps/less_memory.yaml", *names, "--dry_run")
     assert code == 0 and text.splitlines()[-1] == "QLoRA__its_base_teaches"
