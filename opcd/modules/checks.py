@@ -92,7 +92,7 @@ def check_shards(
     adapter: Lora | None, rollout: Rollout, halve_micro_batches: bool, optimizer: type[torch.optim.Optimizer]
 ) -> None:
     """Refuse what a sharded student cannot be trained with (UserError)."""
-    if any(isinstance(part, VLLMRollout) for part in getattr(rollout, "rollouts", [rollout])):
+    if any(isinstance(part, VLLMRollout) for part in rollout.parts):
         raise UserError(f"model.rollout: VLLMRollout takes no sharded weights ({SHARDED}); use StudentRollout, or ddp")
     if optimizer.__module__.startswith("bitsandbytes"):
         raise UserError(
@@ -121,14 +121,15 @@ def check_recorded(teacher: Teacher, rollout: Rollout, loss: Divergence | Sample
 
 def check_engine(rollout: Rollout, ranks: int) -> None:
     """Refuse an engine in this process where there are several (UserError)."""
-    if ranks > 1 and isinstance(rollout, VLLMRollout) and isinstance(rollout.engine, ColocatedVLLM):
+    engines = [part.engine for part in rollout.parts if isinstance(part, VLLMRollout)]
+    if ranks > 1 and any(isinstance(engine, ColocatedVLLM) for engine in engines):
         raise UserError("model.rollout: ColocatedVLLM is for one process; use VLLMServer with several trainer.devices")
 
 
 def check_served(teacher: Teacher, stage: str, rollout: Rollout, objective: Objective, student: ModelConfig) -> None:
     """Refuse a teacher behind a server that does not answer, or is asked for what it does not say (UserError)."""
     for served in (part for part in teacher.parts.values() if isinstance(part, ServedTeacher)):
-        if rollout.teacher_writes:
+        if any(part.teacher_writes for part in rollout.parts):
             raise UserError(
                 "model.rollout: ServedTeacher scores responses and writes none; use StudentRollout, or "
                 "RecordedRollout, which takes those of the data"

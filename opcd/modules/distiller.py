@@ -179,7 +179,7 @@ class Distiller(LightningModule):
         """One optimizer step on one batch of queries."""
         clock = Stopwatch(self.device)
         with clock("step"), naming_the_knob(clock, alone=self.trainer.world_size == 1):
-            with clock("sync"):
+            with clock("sync"), leaving_together(self._largest):
                 self.rollout.synchronise(self.student)
                 self.teacher.synchronise(self.student)
             with clock("rollout"), leaving_together(self._largest):
@@ -238,10 +238,12 @@ class Distiller(LightningModule):
         # The same draws at every validation, and none taken from the generator that training draws from.
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(batch_idx)
-            self.rollout.synchronise(self.student)
-            self.teacher.synchronise(self.student)
-            trajectories = self.rollout.sample(self.student, self.teacher, batch)
-            self.rollout.release()
+            with leaving_together(self._largest):
+                self.rollout.synchronise(self.student)
+                self.teacher.synchronise(self.student)
+            with leaving_together(self._largest):
+                trajectories = self.rollout.sample(self.student, self.teacher, batch)
+                self.rollout.release()
         with leaving_together(self._largest):
             self.teacher.ask(trajectories)
         for rows, counts in self._in_step(trajectories.micro_batches(self.micro_batch_tokens)):

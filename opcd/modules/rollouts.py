@@ -22,17 +22,19 @@ class Rollout(ABC):
 
     Attributes:
         several_turns: whether it may write more than one to an example (a game's moves).
+        teacher_writes: whether the teacher is asked to respond.
         max_importance: where tokens count as much as the student's probability of them is that of the policy which
             wrote them, the most that one counts; None: all count the same.
     """
 
     several_turns: ClassVar[bool] = False
+    teacher_writes: ClassVar[bool] = False
     max_importance: float | None = None
 
     @property
-    def teacher_writes(self) -> bool:
-        """Whether the teacher may be asked to respond."""
-        return False
+    def parts(self) -> "list[Rollout]":
+        """Those that write; one that holds no others is its own."""
+        return [self]
 
     @abstractmethod
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
@@ -114,13 +116,10 @@ class TeacherRollout(Rollout):
         sampling: how tokens are drawn.
     """
 
+    teacher_writes: ClassVar[bool] = True
+
     def __init__(self, sampling: Sampling = Sampling()) -> None:  # noqa: B008
         self.sampling = sampling
-
-    @property
-    def teacher_writes(self) -> bool:
-        """It does."""
-        return True
 
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """As many as are sampled at most."""
@@ -171,9 +170,9 @@ class MixedRollout(Rollout):
         self.rollouts, self.shares = rollouts, shares
 
     @property
-    def teacher_writes(self) -> bool:
-        """Whether it does in one of them."""
-        return any(rollout.teacher_writes for rollout in self.rollouts)
+    def parts(self) -> list[Rollout]:
+        """Those of all."""
+        return [part for rollout in self.rollouts for part in rollout.parts]
 
     def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
         """The longest of all: any row may go to any rollout."""

@@ -1,16 +1,13 @@
 """vLLM in this process: it shares the device with the trainer and sleeps while that learns."""
 
 import os
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from opcd.errors import UserError
 from opcd.modules.adapters import has_adapter
@@ -64,7 +61,7 @@ class ColocatedVLLM(Engine):
     def renew(self, student: Student, dtype: torch.dtype) -> None:
         """Hand the tensors over; the first time through a folder, as vLLM wants."""
         if self._llm is None:
-            with TemporaryDirectory(prefix="opcd-vllm-") as folder, _own_generators():
+            with TemporaryDirectory(prefix="opcd-vllm-") as folder, isolate_rng():  # vLLM seeds all generators
                 student.save(Path(folder), dtype, merge=has_adapter(student.model))
                 self._llm = self._started(folder, dtype)
             return
@@ -73,7 +70,8 @@ class ColocatedVLLM(Engine):
         self._llm.reset_prefix_cache()
 
     def _started(self, folder: str, dtype: torch.dtype) -> Any:
-        os.environ.update({name: os.environ.get(name, value) for name, value in PROCESS.items()})
+        for name, value in PROCESS.items():
+            os.environ.setdefault(name, value)
         from vllm import LLM
 
         try:
@@ -109,13 +107,3 @@ def _completion(output: Any) -> Completion:
     tokens = list(output.token_ids)
     drawn = [float(of[token].logprob) for of, token in zip(output.logprobs, tokens, strict=True)]
     return Completion(tokens, drawn)
-
-
-@contextmanager
-def _own_generators() -> Iterator[None]:
-    """vLLM seeds the process's generators when it starts: put back what they were."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002

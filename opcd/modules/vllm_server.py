@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
 from opcd.errors import StepAbandoned
@@ -46,23 +47,17 @@ class VLLMServer(Engine):
         self.name, self.weights = name, Path(weights).expanduser().absolute()
 
     def renew(self, student: Student, dtype: torch.dtype) -> None:
-        """Through the folder; every rank waits for the first one.
+        """Through the folder, on the first rank; the step waits for it on all (`leaving_together`).
 
         Raises:
             StepAbandoned: the server does not take them.
         """
-        problem: list[str | None] = [None]
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not several or torch.distributed.get_rank() == 0:
-            try:
-                self._hand_over(student, dtype)
-            except ServerError as error:
-                problem = [str(error)]
-        if several:
-            torch.distributed.broadcast_object_list(problem)
-        if problem[0] is not None:
-            raise _abandoned(problem[0])
+        try:
+            self._hand_over(student, dtype)
+        except ServerError as error:
+            raise _abandoned(str(error)) from error
 
+    @rank_zero_only
     def _hand_over(self, student: Student, dtype: torch.dtype) -> None:
         scratch = self.weights.with_name(f".{self.weights.name}-being-written")
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Who learns, who scores and who writes in a run, as weights in memory."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from opcd.modules import (
     BaseTeacher,
     Distiller,
     FrozenTeacher,
-    MixedRollout,
     MovingAverageTeacher,
     RecordedRollout,
     RecordedTeacher,
@@ -29,6 +27,7 @@ from opcd.planning.shapes import Weights, shape_of
 
 
 def student_of(distiller: Distiller, forced: torch.dtype | None) -> Weights:
+    """The student, in `forced` where the trainer's precision gives all weights one type."""
     config = distiller.student_config
     own = _dtype(config, torch.bfloat16 if distiller.adapter else torch.float32)
     return Weights(shape_of(config, "model.student"), forced or own, config.quantization)
@@ -72,7 +71,7 @@ def _one_teacher(
 def writers_of(rollout: Rollout, recorded: bool) -> dict[str, Any]:
     """Who writes here, and in which type a student does; what is recorded, or a server's, is written elsewhere."""
     names, dtypes = set(), []
-    for part in _single(rollout):
+    for part in rollout.parts:
         if isinstance(part, StudentRollout):
             names.add("student")
             dtypes.append(part.dtype)
@@ -90,13 +89,3 @@ def _elsewhere(part: Rollout) -> bool:
 
 def _name(part: Rollout) -> str:
     return type(part.engine if isinstance(part, VLLMRollout) else part).__name__
-
-
-def _single(rollout: Rollout) -> Iterator[Rollout]:
-    """The rollouts within a mixed one, and the one that makes the moves of a game."""
-    inner = getattr(rollout, "rollout", None)
-    within = rollout.rollouts if isinstance(rollout, MixedRollout) else [inner] if isinstance(inner, Rollout) else []
-    for part in within:
-        yield from _single(part)
-    if not within:
-        yield rollout

@@ -125,6 +125,7 @@ class Server:
         async with httpx2.AsyncClient(headers=self._headers(), timeout=timeout, limits=limits) as client:
 
             async def one(number: int) -> Result:
+                """What is read out of the answer to a request."""
                 async with room:
                     return read(await self._answer(client, *requests[number], patience, told), number)
 

@@ -115,6 +115,7 @@ class ServedModel:
         """Each answer, and what is read out of it."""
 
         def read(answer: Any, number: int) -> tuple[Any, tuple[Tensor, Tensor]]:
+            """The answer to a row's request, and its values."""
             try:
                 values = read_positions(answer["choices"][0].get("prompt_logprobs"), *rows[number], k)
                 called = answer.get("model")

@@ -6,19 +6,34 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from benchmarks.tiny import make_tiny
 from opcd.data import ContextQueryDataModule
+from opcd.errors import StepAbandoned, UserError
+from opcd.games import GameRollout
 from opcd.losses import ReverseKL, SampledReverseKL
 from opcd.models import ModelConfig
-from opcd.modules import Distiller, FrozenTeacher, MixedRollout, RecordedRollout, Sampling, Trajectories, VLLMRollout
+from opcd.modules import (
+    ColocatedVLLM,
+    Distiller,
+    FrozenTeacher,
+    MixedRollout,
+    RecordedRollout,
+    Sampling,
+    Trajectories,
+    VLLMRollout,
+    VLLMServer,
+)
+from opcd.modules.checks import check_engine, check_shards
 from opcd.modules.drift import Drift
 from opcd.modules.engine import Completion, Engine, vllm_settings
 from opcd.modules.generation import generate
 from opcd.modules.scoring import States, head_of, last_hidden
 from opcd.modules.student import Student
 from tests.modules.test_distiller import gradients, relative_difference, trainer
+from tests.serving.server import Served, serving
 from tests.serving.vllm import ENVIRONMENT, VLLM, vllm_here, vllm_serving
 
 
@@ -177,6 +192,40 @@ def test_settings_say_everything():
 def test_what_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_rollout_within_another_is_looked_at_as_well(monkeypatch):
+    monkeypatch.setattr("opcd.modules.vllm_engine.find_spec", lambda name: name)
+    writes = VLLMRollout(ColocatedVLLM(), max_importance=2.0)
+    assert GameRollout(writes).max_importance == 2.0
+    mixed = MixedRollout([VLLMRollout(ColocatedVLLM()), RecordedRollout()], [0.5, 0.5])
+    for rollout in (writes, GameRollout(writes), mixed, GameRollout(mixed)):
+        check_engine(rollout, 1)
+        with pytest.raises(UserError, match="ColocatedVLLM is for one process"):
+            check_engine(rollout, 2)
+        with pytest.raises(UserError, match="VLLMRollout takes no sharded weights"):
+            check_shards(None, rollout, False, torch.optim.AdamW)
+
+
+def test_a_server_that_is_not_vllms_is_one_message(tiny, monkeypatch, tmp_path):
+    """Its weights cannot be renewed, and its answers have no token ids."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(Served(tiny)) as server:
+        engine = VLLMServer(server.url, "teacher", str(tmp_path / "weights"), timeout=20.0, patience=20.0)
+        with pytest.raises(StepAbandoned, match=r"start the server with VLLM_SERVER_DEV_MODE=1.*--ckpt_path last"):
+            engine.renew(Student.load(ModelConfig(name=tiny)), torch.float32)
+        assert load_file(tmp_path / "weights" / "model.safetensors").keys() >= {"lm_head.weight"}
+        settings = vllm_settings(Sampling(4), {2}) | {
+            "prompt_logprobs": 0
+        }  # the test server's answer, which is replaced
+        server.fault = lambda handler, path, answer: {"choices": [{"text": "It is."}]}
+        with pytest.raises(StepAbandoned, match="not of vLLM's form"):
+            engine.complete([[5, 6]], settings, [0])
+        server.fault = lambda handler, path, answer: {
+            "choices": [{"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5]}}]
+        }
+        with pytest.raises(StepAbandoned, match="1 log-probabilities of 2 tokens"):
+            engine.complete([[5, 6]], settings, [0])
 
 
 def test_vllm_that_is_not_installed_is_one_message(opcd, tiny, rows, tmp_path):
