@@ -279,7 +279,14 @@ class Distiller(LightningModule):
         return rows
 
     def answers(self, batch: Batch, context: bool) -> list[str]:
-        """The student's answers as `answer` draws them, with the context in the prompt or without."""
+        """The student's answers as `answer` draws them, with the context in the prompt or without.
+
+        They compute in the trainer's precision, whoever asks: a callback is outside of Lightning's autocast.
+        """
+        with self.trainer.precision_plugin.forward_context():
+            return self._answers(batch, context)
+
+    def _answers(self, batch: Batch, context: bool) -> list[str]:
         student = self.student
         if student.is_sharded:
             student = student.plain(computing_dtype(self.trainer.precision, student.model.dtype))
