@@ -1,6 +1,6 @@
 """A data source in one file: rows of a CSV file.
 
-    python -m opcd fit --config configs/quickstart.yaml \\
+    opcd fit --config configs/quickstart.yaml \\
         --data.train '{class_path: examples.data_source.Csv, init_args: {file: QUESTIONS.csv, query: question}}'
 """
 

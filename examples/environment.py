@@ -7,7 +7,7 @@ data:
     init_args: {environment: {class_path: examples.environment.Doors}, start: 0, count: 64}
   val: null
 
-python -m opcd fit --config configs/quickstart.yaml --config DOORS.yaml --data.context LESSONS.txt
+opcd fit --config configs/quickstart.yaml --config DOORS.yaml --data.context LESSONS.txt
 """
 
 from opcd.games import Environment, Step

@@ -1,6 +1,6 @@
 """A loss in one file: the Rényi divergence.
 
-    python -m opcd fit --config configs/quickstart.yaml \\
+    opcd fit --config configs/quickstart.yaml \\
         --model.loss examples.loss.Renyi --model.loss.init_args.alpha 0.5
 """
 

@@ -1,6 +1,6 @@
 """A rollout in one file: the teacher begins, the student goes on.
 
-    python -m opcd fit --config configs/quickstart.yaml \\
+    opcd fit --config configs/quickstart.yaml \\
         --model.rollout '{class_path: examples.rollout.TeacherStart, init_args: {tokens: 4}}'
 """
 

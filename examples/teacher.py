@@ -1,6 +1,6 @@
 """A teacher in one file: the student as it was some steps ago.
 
-    python -m opcd fit --config configs/quickstart.yaml \\
+    opcd fit --config configs/quickstart.yaml \\
         --model.teacher '{class_path: examples.teacher.SnapshotTeacher, init_args: {every_n_steps: 20}}'
 """
 

@@ -3,7 +3,6 @@
 import errno
 import importlib
 import logging
-import re
 import signal
 import sys
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
+from pathlib import Path
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,6 +21,7 @@ from opcd.errors import UserError
 from opcd.interruption import Interrupted, reset
 from opcd.memory import keep_freed_blocks
 from opcd.parsing import allow_imports
+from opcd.refusals import in_plain_words
 
 TRAINER = {
     "fit": "train: the student answers without the context, the teacher, which sees it, scores the answers",
@@ -50,6 +51,7 @@ def main(args: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    sys.path.append(str(Path.cwd()))  # for files that a class_path names; last, so that they hide no package
     _quiet()
     keep_freed_blocks()
     try:
@@ -118,21 +120,8 @@ def _plain_ctrl_c() -> Iterator[None]:
 def _refused(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"opcd: error: {_without_alternatives(message)}", file=sys.stderr)
+    print(f"opcd: error: {in_plain_words(message)}", file=sys.stderr)
     return 2
-
-
-# Of a value that may be text or a class, jsonargparse says for each what is wrong, and shows the value.
-ALTERNATIVES = re.compile(
-    r"Does not validate against any of the Union subtypes\n\s*Subtypes: .*\n\s*Errors:\n(?P<errors>(.*\n)*?)"
-    r"\s*Given value type: .*\n\s*Given value: .*"
-)
-OTHER_KIND = re.compile(r"\s*- Expected a .*\n")
-
-
-def _without_alternatives(message: str) -> str:
-    """The message without what a class is refused for as text."""
-    return ALTERNATIVES.sub(lambda found: OTHER_KIND.sub("", found["errors"]).strip(" -\n") or found[0], message)
 
 
 def _quiet() -> None:

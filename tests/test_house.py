@@ -25,7 +25,7 @@ LAYERS = [
     {"modules"},
     {"data", "serving"},
     {"changes", "interruption", "losses", "memory", "models", "parsing", "run_folder"},
-    {"card", "gguf", "hub", "pages", "versions"},
+    {"card", "gguf", "hub", "pages", "refusals", "versions"},
     {"errors"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command

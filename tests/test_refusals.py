@@ -1,0 +1,46 @@
+"""What jsonargparse refuses is told in one line that names the key, the mistake and the choices."""
+
+import sys
+
+import pytest
+
+LOSSES = ("ForwardKL", "JSD", "Mixture", "ReverseKL", "SampledReverseKL", "SkewKL", "SkewReverseKL", "TopK")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model.loss", "JDS"], ["model.loss: no class JDS; did you mean JSD?", *LOSSES, "such as my_file.JDS"]),
+        (["--model.loss", "JSD", "--model.loss.bta", "1"], ["opcd.losses.JSD has no option bta; did you mean beta?"]),
+        (["--model.loss", "opcd.losses.JDS"], ["model.loss: opcd.losses has no JDS; did you mean JSD?"]),
+        (["--model.loss", "torch.nn.Linear"], ["model.loss: torch.nn.Linear is no Divergence or SampledReverseKL"]),
+        (["--model.loss", "mine.Loss"], ["model.loss: mine.Loss: no module mine", "PYTHONPATH"]),
+        (["--model.rollout", "StudentRolout"], ["model.rollout: no class StudentRolout; did you mean StudentRollout?"]),
+        (["--model.optimizer", "AdmW"], ["model.optimizer: no class AdmW; did you mean AdamW?"]),
+        (["--trainer.callbacks+=AnswerSample"], ["trainer.callbacks: no class AnswerSample", "AnswerSamples?"]),
+        (
+            ["--trainer.callbacks+=AnswerSamples", "--trainer.callbacks.querys", "3"],
+            ["opcd.callbacks.AnswerSamples has no option querys; did you mean queries?; it has queries, every_n_steps"],
+        ),
+        (["--model.teacher.init_args.model.nam", "x"], ["ModelConfig has no option nam; did you mean name?"]),
+    ],
+)
+def test_one_line_says_what_is_wrong_and_what_there_is(opcd, words, told):
+    code, text = opcd("fit", *words)
+    assert code == 2 and len(text.splitlines()) == 1
+    assert all(part in text for part in told)
+
+
+def test_a_value_that_does_not_fit_its_class_hides_behind_no_other_class(opcd):
+    code, text = opcd("fit", "--model.loss", "JSD", "--model.loss.beta", "x")
+    assert code == 2 and "Expected a <class 'float'>. Got value: x" in text and "SampledReverseKL" not in text
+
+
+def test_a_class_is_found_in_the_current_folder(opcd, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "a_loss_beside_the_config.py").write_text(
+        "from opcd.losses import ReverseKL\n\n\nclass Mine(ReverseKL):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code, text = opcd("fit", "--model.loss", "a_loss_beside_the_config.Mine", "--model.loss.factor", "2")
+    assert code == 2 and "a_loss_beside_the_config.Mine has no option factor; it has none" in text
