@@ -31,10 +31,7 @@ OPTIONAL = {
 
 def main(args: list[str]) -> int:
     """Print one screen. Returns 0, or 1 where something that a run needs is missing, or memory for it."""
-    parser = argparse.ArgumentParser(prog="opcd doctor", description=__doc__)
-    what = "the memory of `opcd fit` with the options that follow, before a weight is loaded; --plan --help: more"
-    parser.add_argument("--plan", nargs=argparse.REMAINDER, help=what)
-    if (words := parser.parse_args(args).plan) is not None:
+    if (words := make_parser().parse_args(args).plan) is not None:
         from opcd.planning.command import main as plan  # it imports all that a run imports
 
         return plan(words)
@@ -42,6 +39,14 @@ def main(args: list[str]) -> int:
     for ok, text in lines:
         print(("  ok   " if ok else "MISSING " if ok is False else "  --   ") + text)
     return 1 if any(ok is False for ok, _ in lines) else 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(prog="opcd doctor", description=__doc__)
+    what = "the memory of `opcd fit` with the options that follow, before a weight is loaded; --plan --help: more"
+    parser.add_argument("--plan", nargs=argparse.REMAINDER, help=what)
+    return parser
 
 
 def _python() -> Iterator[tuple[bool | None, str]]:

@@ -18,6 +18,19 @@ def main(args: list[str]) -> int:
     Raises:
         UserError: the folder is not empty, or cannot be made.
     """
+    options = make_parser().parse_args(args)
+    folder: Path = options.folder
+    _make(folder)
+    for file in sorted((STARTER / options.kind).iterdir()):
+        write_whole(folder / file.name, file.read_text(encoding="utf-8"))
+        print(f"wrote {folder / file.name}")
+    steps = [f"cd {shlex.quote(str(folder))}"] * (folder != Path()) + [FIT, CHAT]
+    print("next:", *steps, sep="\n    ")
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="opcd init",
         description="Write a recipe that says what each of its keys does, a context, and questions to learn it by: "
@@ -26,14 +39,9 @@ def main(args: list[str]) -> int:
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path(), metavar="FOLDER", help="new or empty; default: ."
     )
-    folder: Path = parser.parse_args(args).folder
-    _make(folder)
-    for file in sorted(STARTER.iterdir()):
-        write_whole(folder / file.name, file.read_text(encoding="utf-8"))
-        print(f"wrote {folder / file.name}")
-    steps = [f"cd {shlex.quote(str(folder))}"] * (folder != Path()) + [FIT, CHAT]
-    print("next:", *steps, sep="\n    ")
-    return 0
+    kinds = "what the context holds: facts to know, or a manner to answer in, as a system prompt; default: %(default)s"
+    parser.add_argument("--kind", choices=["facts", "manner"], default="facts", help=kinds)
+    return parser
 
 
 def _make(folder: Path) -> None:

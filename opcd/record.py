@@ -25,6 +25,17 @@ ROWS_AT_A_TIME = 128
 
 def main(args: list[str]) -> int:
     """Record what the config's teacher says of data.train. Returns 0."""
+    options, rest = make_parser().parse_known_args(args)
+    for name in ("k", "samples", "shard_rows"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    made = _instantiated(fit_parser(), rest)
+    _record(made.model, made.data, int(made.seed_everything or 0), options)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's own options; those of `opcd fit` come after them."""
     parser = argparse.ArgumentParser(
         prog="opcd record",
         description="Write the responses of model.teacher to data.train, and its likeliest tokens at each position, "
@@ -34,13 +45,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--k", type=int, default=64, help="tokens of each position (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=1, help="responses to each query (default: %(default)s)")
     parser.add_argument("--shard_rows", type=int, default=256, help="queries of a file (default: %(default)s)")
-    options, rest = parser.parse_known_args(args)
-    for name in ("k", "samples", "shard_rows"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    made = _instantiated(fit_parser(), rest)
-    _record(made.model, made.data, int(made.seed_everything or 0), options)
-    return 0
+    return parser
 
 
 def _instantiated(parser: LightningArgumentParser, args: list[str]) -> Any:

@@ -7,7 +7,7 @@ Here that becomes one line: the key, what is wrong, and what there is instead.
 import importlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from itertools import chain
 
@@ -61,7 +61,7 @@ def _classes(wrong: str, message: str) -> str:
     """What may stand there, where the message tells the base class; else the name that is nearest."""
     union = SUBTYPES.search(message)
     bases = [_imported(path) for path in re.findall(r"<class '([\w.]+)'>", union["types"])] if union else []
-    names = sorted({cls.__name__ for cls in chain.from_iterable(map(_concrete, bases)) if _short(cls)})
+    names = sorted({cls.__name__ for cls in chain.from_iterable(map(concrete, bases))})
     known = names or list(chain.from_iterable(vars(importlib.import_module(library)) for library in LIBRARIES))
     choices = f"; there are {', '.join(names)}" if names else ""
     return f"{_meant(wrong, known)}{choices}; one of your own is named with its module, such as my_file.{wrong}"
@@ -77,11 +77,10 @@ def _imported(path: str) -> type:
     return type(None) if path == "NoneType" else getattr(importlib.import_module(module), name)
 
 
-def _concrete(cls: type) -> Iterable[type]:
-    yield from () if inspect.isabstract(cls) or cls is type(None) else (cls,)
-    yield from chain.from_iterable(map(_concrete, cls.__subclasses__()))
-
-
-def _short(cls: type) -> bool:
-    """Whether the class can be named without its module."""
-    return not cls.__name__.startswith("_") and "." in cls.__module__
+def concrete(cls: type) -> Iterator[type]:
+    """The class and all below it that can be made and have a name for others."""
+    if cls is not type(None) and not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
+        yield cls
+    below: list[type] = type.__subclasses__(cls)
+    for subclass in below:
+        yield from concrete(subclass)

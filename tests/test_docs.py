@@ -15,7 +15,8 @@ import torch
 
 import opcd.losses
 from opcd import gguf
-from opcd.cli import TRAINER, main
+from opcd.cli import main
+from opcd.commands import TRAINER
 from opcd.lightning_cli import fit_parser
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def here(monkeypatch, tmp_path, tiny):
     """A folder like the repository's root after a run, where the packaged model is a tiny one."""
     for name in ("configs", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for file in (ROOT / "opcd" / "starter").iterdir():  # as `opcd init` writes them
+    for file in (ROOT / "opcd" / "starter" / "facts").iterdir():  # as `opcd init` writes them
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "runs" / "version_0").mkdir(parents=True)
     (tmp_path / "runs" / "version_0" / "student").symlink_to(tiny)

@@ -15,6 +15,7 @@ FILES = sorted((ROOT / "opcd").rglob("*.py"))
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"completion"},
     {"chat", "experience", "report"},
     {"doctor", "record", "sweep"},
     {"planning"},
@@ -25,11 +26,11 @@ LAYERS = [
     {"modules"},
     {"data", "serving"},
     {"changes", "interruption", "losses", "memory", "models", "parsing", "run_folder"},
-    {"card", "gguf", "hub", "pages", "refusals", "versions"},
+    {"card", "commands", "gguf", "hub", "pages", "refusals", "versions"},
     {"errors"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
-runs by its name (`COMMANDS` of opcd/cli.py) stands below it like everything else."""
+runs by its name (`COMMANDS` of opcd/commands.py) stands below it like everything else."""
 
 PUBLIC = {
     "callbacks": [

@@ -15,9 +15,10 @@ ROOT = Path(__file__).parent.parent
 FILES = ["context.txt", "recipe.yaml", "train.jsonl", "val.jsonl"]
 
 
-def test_what_it_writes_trains_as_it_is(opcd, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["facts", "manner"])
+def test_what_it_writes_trains_as_it_is(opcd, tiny, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    code, text = opcd("init", "my first")
+    code, text = opcd("init", "my first", "--kind", kind)
     assert code == 0 and "cd 'my first'" in text, text
     assert sorted(file.name for file in Path("my first").iterdir()) == FILES
     monkeypatch.chdir("my first")
@@ -37,8 +38,17 @@ def test_its_questions_ask_for_what_the_context_says(opcd, tmp_path):
     assert not {row["query"] for row in val} & {row["query"] for row in train}
 
 
-def test_the_recipe_says_what_each_key_does(opcd, tmp_path):
-    assert opcd("init", tmp_path)[0] == 0
+def test_questions_of_a_manner_are_kept_apart(opcd, tmp_path):
+    assert opcd("init", tmp_path, "--kind", "manner")[0] == 0
+    train, val = (
+        [json.loads(line)["query"] for line in (tmp_path / name).read_text().splitlines()] for name in FILES[2:]
+    )
+    assert len({*train, *val}) == len(train) + len(val)
+
+
+@pytest.mark.parametrize("kind", ["facts", "manner"])
+def test_the_recipe_says_what_each_key_does(opcd, tmp_path, kind):
+    assert opcd("init", tmp_path, "--kind", kind)[0] == 0
     lines = (tmp_path / "recipe.yaml").read_text().splitlines()
     config = yaml.safe_load("\n".join(lines))
     for key in [*config["data"], *config["trainer"], *(set(config["model"]) - {"student", "teacher", "optimizer"})]:

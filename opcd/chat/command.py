@@ -51,7 +51,8 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _parse(args: list[str]) -> tuple[Namespace, Sampling]:
+def make_parser() -> ArgumentParser:
+    """The command's options."""
     parser = ArgumentParser(prog="opcd chat", description=DESCRIPTION, exit_on_error=False)
     parser.add_argument("model", metavar="MODEL", help="a run (its student), a model's or adapter's folder, a hub id")
     parser.add_argument(
@@ -66,7 +67,11 @@ def _parse(args: list[str]) -> tuple[Namespace, Sampling]:
     parser.add_argument("--device", type=str, help="a torch device; default: a GPU where there is one")
     parser.add_class_arguments(Sampling, None)
     parser.set_defaults({"temperature": 0.0, "max_new_tokens": 256})
-    options = parser.parse_args(args)
+    return parser
+
+
+def _parse(args: list[str]) -> tuple[Namespace, Sampling]:
+    options = make_parser().parse_args(args)
     try:
         return options, Sampling(**{field.name: options[field.name] for field in fields(Sampling)})
     except ValueError as error:

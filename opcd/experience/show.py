@@ -38,17 +38,22 @@ def main(args: list[str]) -> int:
     Raises:
         UserError: the folder holds no run of `opcd experience`.
     """
-    parser = argparse.ArgumentParser(
-        prog="opcd show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the --out of an `opcd experience`")
-    parser.add_argument("--page", type=Path, help=f"the page to write; default: RUN/{PAGE}")
-    options = parser.parse_args(args)
+    options = make_parser().parse_args(args)
     page = options.page or options.run / PAGE
     print_run(options.run)
     write_whole(page, make_page(options.run))
     print(f"page: {page}")
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="opcd show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the --out of an `opcd experience`")
+    parser.add_argument("--page", type=Path, help=f"the page to write; default: RUN/{PAGE}")
+    return parser
 
 
 @dataclass(frozen=True)

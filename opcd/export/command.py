@@ -40,7 +40,7 @@ def main(args: list[str]) -> int:
     Raises:
         UserError: something asked for cannot be, or the copy is not what it must be; nothing is left in place then.
     """
-    options = _options(args)
+    options = make_parser().parse_args(args)
     _check_options(options)
     source = find_source(options.run)
     dtype = getattr(torch, options.dtype) if options.dtype else source.dtype
@@ -59,7 +59,8 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _options(args: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="opcd export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,7 +74,7 @@ def _options(args: list[str]) -> argparse.Namespace:
         "--repo", metavar="ORG/NAME", help="of hub: the repository, which is made where it is not there"
     )
     parser.add_argument("--private", action="store_true", help="of hub: nobody else sees it")
-    return parser.parse_args(args)
+    return parser
 
 
 def _check_options(options: argparse.Namespace) -> None:

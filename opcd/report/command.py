@@ -25,12 +25,7 @@ def main(args: list[str]) -> int:
     Raises:
         UserError: a folder holds no run of `opcd fit`.
     """
-    parser = argparse.ArgumentParser(
-        prog="opcd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, such as runs/version_0")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default: %(default)s")
-    options = parser.parse_args(args)
+    options = make_parser().parse_args(args)
     text = page(read_runs(options.runs))
     try:
         write_whole(options.out, text)
@@ -38,6 +33,16 @@ def main(args: list[str]) -> int:
         raise UserError(f"--out: cannot write {options.out.resolve()}: {error.strerror}") from error
     print(f"page: {options.out}")
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="opcd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, such as runs/version_0")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default: %(default)s")
+    return parser
 
 
 def page(runs: list[Run]) -> str:

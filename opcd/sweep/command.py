@@ -38,7 +38,7 @@ def main(args: list[str]) -> int:
     Raises:
         UserError: the file or an arm is wrong; nothing has been started then.
     """
-    options, dotted = _options(args)
+    options, dotted = with_dotted(make_parser(), args)
     sweep = read_sweep(options.sweep)
     sweep.base.set |= dotted
     checker = ConfigChecker(fit_parser(), sweep.base)
@@ -79,14 +79,15 @@ def with_dotted(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argpa
     return options, dotted
 
 
-def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
+def make_parser() -> argparse.ArgumentParser:
+    """The command's own options; those with a dot in their name are config keys."""
     parser = argparse.ArgumentParser(
         prog="opcd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, axes, arms, search (docs/sweep.md)")
     add_engine_options(parser)
     parser.add_argument("--dry_run", action="store_true", help="check every arm, print their names, run nothing")
-    return with_dotted(parser, args)
+    return parser
 
 
 def _count(text: str) -> int:
