@@ -24,7 +24,7 @@ class StepProgress(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._start = (0.0, 0)
+        self._start: tuple[float, int] | None = None
 
     def disable(self) -> None:
         """Lightning silences all ranks but the first."""
@@ -36,7 +36,7 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar where there is a terminal."""
-        self._start = (time.perf_counter(), trainer.global_step)
+        self._start = None
         console = Console()
         if self._enabled and console.is_terminal:
             columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
@@ -47,10 +47,13 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Show the step that has just ended."""
         step, total = trainer.global_step, _total(trainer)
+        # The first step reads weights and encodes contexts: it says nothing about how long the others take.
+        first = self._start is None
+        self._start = self._start or (time.perf_counter(), step)
         text = self._describe(trainer.progress_bar_metrics, step, total)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif self._enabled and (step % self.every_n_steps == 0 or step in (self._start[1] + 1, total)):
+        elif self._enabled and (first or step % self.every_n_steps == 0 or step == total):
             print(f"step {step}/{total or '?'}  {text}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,16 +70,22 @@ class StepProgress(ProgressBar):
             self._bar = None
 
     def _describe(self, metrics: dict[str, Any], step: int, total: int | None) -> str:
-        begun, first = self._start
-        pace = (time.perf_counter() - begun) / max(step - first, 1)
-        left = "?" if total is None else f"{int(pace * (total - step) / 60)}:{int(pace * (total - step) % 60):02d}"
         shown = {name: float(value) for name, value in metrics.items()}
         text = (
             f"{shown['train/divergence']:.4f} nats/token  {shown['train/tokens_per_s']:.0f} tokens/s  "
-            f"{shown['train/response_tokens']:.0f} tokens a response, {shown['train/ended']:.0%} ended  {left} to go"
+            f"{shown['train/response_tokens']:.0f} tokens a response, {shown['train/ended']:.0%} ended  "
+            f"{self._left(step, total)} to go"
         )
         held_out = f"  held out {shown['val/divergence']:.4f}" if "val/divergence" in shown else ""
         return text + held_out
+
+    def _left(self, step: int, total: int | None) -> str:
+        """Minutes and seconds of the steps that are left, at the pace of those after the first."""
+        begun, first = self._start or (0.0, step)
+        if total is None or step == first:
+            return "?"
+        minutes, seconds = divmod(int((time.perf_counter() - begun) / (step - first) * (total - step)), 60)
+        return f"{minutes}:{seconds:02d}"
 
 
 def _total(trainer: Trainer) -> int | None:

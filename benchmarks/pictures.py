@@ -1,0 +1,128 @@
+"""The pictures of README and docs/, drawn from what was measured: an SVG each into docs/pictures/.
+
+    opcd fit --config configs/quickstart.yaml --trainer.default_root_dir runs/pictures \
+        --trainer.callbacks+=AnswerSamples --trainer.callbacks.every_n_steps 10
+    python benchmarks/pictures.py runs/pictures/version_0
+
+quickstart.svg comes from that run, tokens.svg from the packaged model and the quickstart context, directions.svg from
+the losses alone.
+"""
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opcd.data import ContextQueryDataModule
+from opcd.losses import JSD, Divergence, ForwardKL, ReverseKL
+from opcd.models import ModelConfig
+from opcd.modules import Sampling
+from opcd.modules.generation import generate
+from opcd.modules.student import Student
+from opcd.sweep.plots import drawn
+from opcd.sweep.results import read_metrics, right_over_steps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "docs" / "pictures"
+QUERY = "What is the cat that lives at the Brindlewick Observatory called?"
+
+
+def main() -> None:
+    """Draw all three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run of the quickstart, with sample answers on the way")
+    run: Path = parser.parse_args().run
+    OUT.mkdir(exist_ok=True)
+    pictures = {
+        "quickstart": (partial(quickstart, run=run), "Six invented facts go into the weights", "step"),
+        "tokens": (tokens, f"{QUERY} The answer without the context, read with it", ""),
+        "directions": (directions, "A student with one mode, a teacher with two", "token"),
+    }
+    for name, (draw, title, x) in pictures.items():
+        (OUT / f"{name}.svg").write_text(drawn(draw, title, x, "", name) + "\n", encoding="utf-8")
+        print(OUT / f"{name}.svg")
+
+
+def quickstart(axes: "Axes", run: Path) -> None:
+    """Divergence of every step, and the share of held-out questions that are answered right."""
+    axes.plot(
+        *zip(*read_metrics(run)["train/divergence"], strict=True), color="tab:gray", label="divergence, nats a token"
+    )
+    shares = axes.twinx()
+    steps, right = zip(*right_over_steps(run), strict=True)
+    shares.plot(steps, right, "o-", color="tab:blue", label="right, of held-out questions without the context")
+    shares.set_ylim(-0.03, 1.03)
+    shares.grid(visible=False)
+
+
+def tokens(axes: "Axes") -> None:
+    """KL(p_S || p_T) at every token of the packaged model's answer to QUERY."""
+    student = Student.load(ModelConfig(name="smollm2-135m"))
+    folder = ROOT / "configs" / "data"
+    data = ContextQueryDataModule(
+        train=str(folder / "quickstart_val.jsonl"), context=str(folder / "quickstart_context.txt")
+    )
+    data.setup("fit")
+    batch = data.encode([example for example in data.examples("train") if example.query == QUERY])
+    sampling = Sampling(max_new_tokens=40, temperature=0.0)
+    (answer,) = generate(student.model, batch.student_prompts, sampling, student.eos_ids, student.pad_id)
+    with torch.no_grad():
+        views = (logits(student.model, prompt, answer) for prompt in (*batch.student_prompts, *batch.teacher_prompts))
+        nats = ReverseKL()(*views)
+    words = [student.tokenizer.decode(token) for token in answer]
+    axes.bar(range(len(words)), nats.tolist(), color="tab:blue")
+    axes.set_xticks(range(len(words)), words, rotation=60, ha="right")
+    axes.set_ylabel("KL(student ‖ teacher), nats")
+
+
+def logits(model: Any, prompt: Tensor, answer: Tensor) -> Tensor:
+    """What the model says of every token of the answer: [R, V]."""
+    output: Tensor = model(torch.cat([prompt, answer])[None]).logits
+    return output[0, len(prompt) - 1 : -1]
+
+
+def directions(axes: "Axes") -> None:
+    """Where a bell-shaped student goes under each divergence, if the teacher has a large mode and a small one."""
+    places = torch.arange(60.0)
+    teacher = (0.65 * bell(places, 15.0, 3.0) + 0.35 * bell(places, 42.0, 5.0)).log()
+    axes.fill_between(places, teacher.exp(), color="tab:gray", alpha=0.35, label="teacher", linewidth=0)
+    for name, divergence in {"ForwardKL": ForwardKL(), "JSD(0.5)": JSD(beta=0.5), "ReverseKL": ReverseKL()}.items():
+        line = "--" if name == "ReverseKL" else "-"  # it may lie over another
+        axes.plot(places, bell(places, *fitted(divergence, teacher, places)), line, label=name)
+    axes.set_ylabel("probability")
+
+
+def bell(places: Tensor, middle: Tensor | float, width: Tensor | float) -> Tensor:
+    """A Gaussian over whole numbers, [V], which sums to 1."""
+    return torch.softmax(-(((places - middle) / width) ** 2) / 2, dim=0)
+
+
+def fitted(divergence: Divergence, teacher: Tensor, places: Tensor) -> tuple[float, float]:
+    """Middle and width of the bell of least divergence: the best that is found from nine starts."""
+    bells = [_descended(divergence, teacher, places, middle, width) for middle in (10, 28, 45) for width in (3, 7, 15)]
+    _, middle, width = min(bells)
+    return middle, width
+
+
+def _descended(
+    divergence: Divergence, teacher: Tensor, places: Tensor, middle: float, width: float
+) -> tuple[float, float, float]:
+    bell = torch.tensor([middle, math.log(width)], requires_grad=True)
+    optimizer = torch.optim.Adam([bell], lr=0.05)
+    for _ in range(1000):
+        loss = divergence(-(((places - bell[0]) / bell[1].exp()) ** 2) / 2, teacher)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item(), bell[0].item(), bell[1].exp().item()
+
+
+if __name__ == "__main__":
+    main()
