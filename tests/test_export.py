@@ -36,7 +36,8 @@ from opcd.errors import UserError
 from opcd.export import command, gguf_file
 from opcd.export.check import prompt_ids
 from opcd.export.gguf_file import splitting_rule
-from opcd.models import ModelConfig, load_model
+from opcd.export.source import find_source
+from opcd.models import PACKAGED, ModelConfig, load_model
 from opcd.modules.adapters import Lora, trainable
 from opcd.modules.student import Student
 from tests.conftest import CONTEXT, ROWS, write_rows
@@ -462,3 +463,8 @@ def test_a_hub_that_is_not_there(opcd, runs, monkeypatch, no_weights):
     monkeypatch.setenv("HF_TOKEN", "right")
     code, text = opcd("export", runs / "version_0", "--to", "hub", "--repo", "me/student")
     assert code == 2 and "cannot be reached" in text and text.count("\n") == 1
+
+
+def test_the_packaged_model_goes_by_its_name():
+    source = find_source(Path(PACKAGED))
+    assert not source.adapted and (Path(source.base) / "config.json").is_file()

@@ -175,7 +175,8 @@ def _text(value: object, source: str, name: str, expected: str = "text") -> str 
     if not isinstance(value, str):
         raise UserError(f"{source}: {name} must be {expected}, not {_kind(value)}")
     if not value.strip():
-        raise UserError(f"{source}: {name} is empty; give it text, or leave it out where it is optional")
+        what = "the row" if expected != "text" else "it"  # only a query may be messages too, and no row is without one
+        raise UserError(f"{source}: {name} is empty; give it text, or remove {what}")
     check_text(value, f"{source}: {name}")
     return value
 

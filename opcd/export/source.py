@@ -14,7 +14,7 @@ from opcd.checkpoints import newest_of_run, read_checkpoint
 from opcd.checkpoints.last import saved_config
 from opcd.data.files import read_text
 from opcd.errors import UserError
-from opcd.models import ADAPTER, ModelConfig, architecture, base_of, load_model, load_tokenizer, resolve
+from opcd.models import ADAPTER, PACKAGED, ModelConfig, architecture, base_of, load_model, load_tokenizer, resolve
 from opcd.modules.adapters import Lora, keep_differentiable
 from opcd.modules.student import Student
 
@@ -81,11 +81,13 @@ def load_folder(config: ModelConfig) -> Student:
 
 
 def find_source(run: Path) -> Source:
-    """What RUN means: a run's folder (its student/, else its newest whole checkpoint), or a student's.
+    """What RUN means: a run's folder (its student/, else its newest whole checkpoint), a student's, the packaged model.
 
     Raises:
         UserError: it is none of these.
     """
+    if str(run) == PACKAGED:
+        return Source(ModelConfig(PACKAGED))
     if not run.is_dir():
         parent = run.resolve().parent
         near = difflib.get_close_matches(run.name, [e.name for e in parent.glob("*")] if parent.is_dir() else [], n=1)
