@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -46,9 +44,10 @@ from opcd.modules.meters import SHOWN, UNEVEN, Stopwatch, TokenMeans, step_metri
 from opcd.modules.objective import Objective
 from opcd.modules.out_of_memory import halving, naming_the_knob
 from opcd.modules.prefix import Mode, SharedPrefix
+from opcd.modules.ranks import OnRanks
 from opcd.modules.rollouts import Rollout, StudentRollout
 from opcd.modules.sharding import whole
-from opcd.modules.strategies import FullyShard, check_strategy
+from opcd.modules.strategies import check_strategy
 from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.teachers import FrozenTeacher
@@ -60,7 +59,7 @@ def default_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=5e-6, weight_decay=0.01, fused=True)
 
 
-class Distiller(LightningModule):
+class Distiller(OnRanks):
     """Trains a student to answer without the context as the teacher answers with it.
 
     Args:
@@ -217,7 +216,7 @@ class Distiller(LightningModule):
                 states = self.student.score(part)
             with clock("loss"), large_blocks_kept():
                 measured = means if counts else TokenMeans()
-                share = self._share(weights[rows] * counts, part)
+                share = self._share(weights[rows] * counts, part, self.student.model.dtype)
                 if (drift := Drift.of(states, part)) is not None:
                     measured.add({"rollout_gap": drift.gap})
                     if (limit := self.rollout.max_importance) is not None:
@@ -312,33 +311,6 @@ class Distiller(LightningModule):
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
 
-    @property
-    def _sharded(self) -> bool:
-        """Whether this run has a sharded student: only training does, for whoever answers needs whole weights."""
-        return isinstance(self.trainer.strategy, FullyShard) and self.trainer.state.fn == "fit"
-
-    def _in_step(self, micro_batches: list[list[int]]) -> list[tuple[list[int], bool]]:
-        """The rows of each pass, and whether they count.
-
-        Ranks that gather weights from one another make as many passes: one with fewer repeats its shortest row.
-        """
-        idle = self._largest(len(micro_batches)) - len(micro_batches) if self._sharded else 0
-        return [*((rows, True) for rows in micro_batches), *[(micro_batches[-1][-1:], False)] * idle]
-
-    def _share(self, weights: Tensor, trajectories: Trajectories) -> Tensor:
-        """What each response token counts in this rank's loss, from the weights of a token of each row: [B] -> [N]."""
-        # DDP averages gradients over ranks, the weights are shares of the sum over all of them: undo the mean.
-        dtype = torch.promote_types(self.student.model.dtype, torch.float32)  # that of the divergence
-        return weights.repeat_interleave(trajectories.lengths).to(self.device, dtype) * self.trainer.world_size
-
-    def _backward(self, loss: Tensor, last: bool) -> None:
-        strategy = self.trainer.strategy
-        if last or not isinstance(strategy, ParallelStrategy):
-            self.manual_backward(loss)
-        else:
-            with strategy.block_backward_sync():
-                self.manual_backward(loss)
-
     def _optimizer_step(self, batch: Batch, trajectories: Trajectories, means: dict[str, float]) -> Tensor:
         """Step where all numbers are finite; the norm of the gradients."""
         optimizer = self.optimizers()
@@ -375,12 +347,3 @@ class Distiller(LightningModule):
         several = self.trainer.world_size > 1
         for name, value in logged.items():
             self.log(name, value, prog_bar=name in SHOWN, batch_size=len(trajectories), sync_dist=several)
-
-    def _largest(self, number: int) -> int:
-        """The largest of all ranks' numbers; every rank must ask."""
-        if self.trainer.world_size == 1:
-            return number
-        return int(self.trainer.strategy.reduce(torch.tensor(number, device=self.device), reduce_op="max"))
-
-    def _all_sum(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
