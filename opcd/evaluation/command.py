@@ -57,7 +57,10 @@ def main(args: list[str]) -> int:
     if output.out is not None:
         dtype = str(student.model.dtype).removeprefix("torch.")
         settings = evaluator.settings() | {"dtype": dtype, "device": str(device)}
-        write_results(Path(output.out), results, model.name, evaluation.context, evaluation.seed, settings)
+        about = {"model": model.name, "context": evaluation.context, "seed": evaluation.seed, "settings": settings}
+        if output.against is not None:
+            about["against"] = output.against
+        write_results(Path(output.out), results, differences, about)
     print_results(results, differences, Console(width=None if Console().is_terminal else 140))
     return 0
 

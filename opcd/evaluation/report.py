@@ -29,23 +29,30 @@ def refuse_results(folder: Path, key: str) -> None:
 
 
 def write_results(
-    folder: Path, results: Results, model: str, context: str | None, seed: int, settings: dict[str, Any]
+    folder: Path, results: Results, differences: dict[str, dict[str, Metric]], about: dict[str, Any]
 ) -> None:
-    """Write TASK.jsonl for every task, then results.json: where that one is, the results are whole."""
+    """Write TASK.jsonl for every task, then results.json: where that one is, the results are whole.
+
+    Args:
+        differences: to other results, by task and metric; may be empty.
+        about: model, context, seed, settings and other facts of the evaluation, as they are.
+    """
     for name, result in results.items():
         write_rows(folder / f"{name}.jsonl", result.rows)
     summary = {
-        "model": model,
-        "context": context,
-        "seed": seed,
+        **about,
         "versions": {package: installed_version(package) for package in PACKAGES},
-        "settings": settings,
         "tasks": {
-            name: {"n": result.n, "metrics": {metric: asdict(value) for metric, value in result.metrics.items()}}
+            name: {"n": result.n, "metrics": _plain(result.metrics)}
+            | ({"difference": _plain(differences[name])} if name in differences else {})
             for name, result in results.items()
         },
     }
     write_whole(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def _plain(metrics: dict[str, Metric]) -> dict[str, Any]:
+    return {name: asdict(value) for name, value in metrics.items()}
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:

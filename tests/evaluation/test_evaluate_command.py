@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -103,8 +104,23 @@ def test_several_answers_and_a_difference(evaluate, tmp_path):
     assert [(row["index"], row["sample"]) for row in rows] == [(i, s) for i in range(4) for s in range(3)]
     assert len({row["response"] for row in rows if row["index"] == 0}) > 1
     assert {"avg@3", "pass@1", "pass@2", "pass@3"} < metrics.keys()
-    code, text = evaluate("--samples", 3, "--against", tmp_path / "one")
+    code, text = evaluate("--samples", 3, "--against", tmp_path / "one", "--out", tmp_path / "two")
     assert code == 0 and "+0.000 0.000 to 0.000" in text
+    written = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert written["against"] == str(tmp_path / "one")
+    difference = written["tasks"]["dapo_math"]["difference"]
+    assert difference["accuracy"] == {"value": 0.0, "low": 0.0, "high": 0.0}, difference
+
+
+def test_a_template_without_a_system_role(evaluate, tiny, tmp_path, context):
+    shutil.copytree(tiny, tmp_path / "model")
+    template = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}
+{% endif %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant"""
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    words = ("--model", tmp_path / "model", "--context", context)
+    code, text = evaluate(*words)
+    assert code == 2 and "placement" in text and len(text.splitlines()) == 1, text
+    assert evaluate(*words, "--placement", "user")[0] == 0
 
 
 def test_a_context_stands_in_the_prompt_where_training_puts_it(tiny, math_file, context):
