@@ -15,7 +15,10 @@ import yaml
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from opcd.modules import Student
+from opcd.errors import UserError
+from opcd.models import ModelConfig
+from opcd.modules import FrozenTeacher, RoutedTeachers, SelfTeacher, Student, StudentRollout, TeacherRollout
+from opcd.modules.checks import check_teacher_parts
 from tests.conftest import write_rows
 from tests.evaluation.conftest import math_rows
 from tests.test_ranks import run
@@ -174,3 +177,46 @@ def test_a_killed_run_goes_on_exactly(fit, tmp_path):
     assert not (checkpoints / "step=12.ckpt").exists()
     run(*broken)
     assert_same(saved(tmp_path / "whole", 0, 12), saved(tmp_path / "broken", 1, 12), atol=0)
+
+
+@pytest.fixture
+def taught(tiny, tiny_teacher, context, tmp_path):
+    """Eight recorded responses a step, every other one long: of two ranks one has fewer passes to make."""
+    rows = [{"query": f"What is {n}?", "response": "so " * (60 if n % 2 else 1) + str(n)} for n in range(8)]
+    return (
+        *("fit", "--model.student.name", tiny, "--data.context", context, "--trainer.precision", "64-true"),
+        *("--data.train", write_rows(tmp_path / "rows.jsonl", rows), "--data.shuffle", "false"),
+        *("--model.rollout", "RecordedRollout", "--model.teacher", "FrozenTeacher", "--model.micro_batch_tokens", 110),
+        *("--model.teacher.model.name", tiny_teacher, "--model.teacher.model.dtype", "float32"),
+        *("--model.answer.max_new_tokens", 3, "--trainer.max_steps", 2),
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("ModelParallelStrategy", marks=pytest.mark.slow)])
+def test_a_teacher_in_parts_teaches_what_it_teaches_whole(strategy, taught, opcd, tmp_path):
+    whole, parts = (("--trainer.default_root_dir", tmp_path / name) for name in ("whole", "parts"))
+    assert opcd(*taught, *whole, "--data.batch_size", 8, "--model.shared_prefix", "always")[0] == 0
+    two = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", strategy)
+    batch = ("--data.batch_size", 8 if strategy != "ddp" else 4)
+    run(*taught, *parts, *two, *batch, "--model.teacher.shard", "true", "--model.shared_prefix", "always")
+    assert_same(saved(tmp_path / "whole", 0, 2), saved(tmp_path / "parts", 0, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "rollout", "ranks", "prefix", "said"),
+    [
+        (FrozenTeacher(shard=True), StudentRollout(), 1, "always", "has no effect on one rank"),
+        (FrozenTeacher(shard=True), StudentRollout(), 2, "auto", "set it to always"),
+        (FrozenTeacher(shard=True), TeacherRollout(), 2, "never", "scores and does not write"),
+        (FrozenTeacher(ModelConfig("a", quantization="4bit"), True), StudentRollout(), 2, "never", "quantized weights"),
+    ],
+)
+def test_what_a_teacher_in_parts_cannot_do_is_refused(teacher, rollout, ranks, prefix, said):
+    teacher.share_prefixes(prefix, 64)
+    with pytest.raises(UserError, match=said):
+        check_teacher_parts(teacher, rollout, ranks)
+
+
+def test_several_teachers_cannot_lie_in_parts():
+    with pytest.raises(UserError, match="a rank without rows of this teacher"):
+        check_teacher_parts(RoutedTeachers({"a": FrozenTeacher(shard=True), "b": SelfTeacher()}), StudentRollout(), 2)

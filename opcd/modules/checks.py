@@ -108,6 +108,25 @@ def check_shards(
         raise UserError(f"model.halve_micro_batches does not work under {SHARDED}; remove it")
 
 
+def check_teacher_parts(teacher: Teacher, rollout: Rollout, ranks: int) -> None:
+    """Refuse what a teacher whose weights lie in parts cannot do (UserError)."""
+    for part in (part for part in teacher.parts.values() if part.shard):
+        key = f"{part.key}.init_args.shard"
+        if ranks == 1:
+            raise UserError(f"{key} has no effect on one rank; remove it, or set trainer.devices")
+        if len(teacher.parts) > 1:
+            raise UserError(f"{key}: a rank without rows of this teacher would keep the others waiting; remove it")
+        if any(writer.teacher_writes for writer in rollout.parts):
+            raise UserError(f"{key}: a teacher in parts scores and does not write; use StudentRollout, or remove it")
+        if part.config is not None and part.config.quantization != "none":
+            raise UserError(f"{key}: quantized weights cannot lie in parts; remove it, or the quantization")
+        if part.prefix.mode == "auto":
+            raise UserError(
+                f"{key}: model.shared_prefix: auto may fail on one rank alone, and the others would wait; set it to "
+                "always (after a run on one rank that does not warn) or never"
+            )
+
+
 def check_recorded(teacher: Teacher, rollout: Rollout, loss: Divergence | SampledReverseKL, temperature: float) -> None:
     """Refuse a recorded teacher where it is asked for what it has not said (UserError)."""
     for recorded in (part for part in teacher.parts.values() if isinstance(part, RecordedTeacher)):

@@ -37,6 +37,7 @@ from opcd.modules.checks import (
     check_sampled,
     check_served,
     check_shards,
+    check_teacher_parts,
 )
 from opcd.modules.drift import Drift
 from opcd.modules.generation import Sampling, computing_dtype, eval_mode, own_precision
@@ -140,6 +141,7 @@ class Distiller(OnRanks):
             raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
         check_strategy(self.trainer.strategy)
         check_engine(self.rollout, self.trainer.world_size)
+        check_teacher_parts(self.teacher, self.rollout, self.trainer.world_size)
         check_adapter(self.student_config, self.adapter, self.teacher)
         if self._sharded:
             optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
@@ -205,7 +207,7 @@ class Distiller(OnRanks):
         """Teacher, student and loss over all responses, a micro-batch at a time; gradients add up in the student."""
         means = TokenMeans()
         weights = token_weights(trajectories.lengths, self.reduction, self._all_sum)
-        micro_batches = self._in_step(trajectories.micro_batches(max_tokens))
+        micro_batches = self._in_step(trajectories.micro_batches(max_tokens), self._gathering)
         for number, (rows, counts) in enumerate(micro_batches, start=1):
             check()
             part = trajectories.select(rows)
@@ -245,7 +247,7 @@ class Distiller(OnRanks):
                 self.rollout.release()
         with leaving_together(self._largest):
             self.teacher.ask(trajectories)
-        for rows, counts in self._in_step(trajectories.micro_batches(self.micro_batch_tokens)):
+        for rows, counts in self._in_step(trajectories.micro_batches(self.micro_batch_tokens), self._gathering):
             part = trajectories.select(rows)
             target = self.teacher.score(part, self.micro_batch_tokens)
             measured = self.held_out if counts else TokenMeans()
@@ -310,6 +312,11 @@ class Distiller(OnRanks):
         self.bad_steps.total, self.bad_steps.in_a_row = checkpoint.get("bad_steps", (0, 0))
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
+
+    @property
+    def _gathering(self) -> bool:
+        """Whether ranks gather weights of the student or the teacher from one another."""
+        return self._sharded or self.teacher.shard
 
     def _optimizer_step(self, batch: Batch, trajectories: Trajectories, means: dict[str, float]) -> Tensor:
         """Step where all numbers are finite; the norm of the gradients."""

@@ -17,12 +17,12 @@ class OnRanks(LightningModule):
         """Whether this run has a sharded student: only training does, for whoever answers needs whole weights."""
         return isinstance(self.trainer.strategy, FullyShard) and self.trainer.state.fn == "fit"
 
-    def _in_step(self, micro_batches: list[list[int]]) -> list[tuple[list[int], bool]]:
+    def _in_step(self, micro_batches: list[list[int]], gathering: bool) -> list[tuple[list[int], bool]]:
         """The rows of each pass, and whether they count.
 
         Ranks that gather weights from one another make as many passes: one with fewer repeats its shortest row.
         """
-        idle = self._largest(len(micro_batches)) - len(micro_batches) if self._sharded else 0
+        idle = self._largest(len(micro_batches)) - len(micro_batches) if gathering else 0
         return [*((rows, True) for rows in micro_batches), *[(micro_batches[-1][-1:], False)] * idle]
 
     def _share(self, weights: Tensor, trajectories: Trajectories, own: torch.dtype) -> Tensor:

@@ -1,10 +1,12 @@
 """Weights of which each rank holds a part (FSDP2, torch's `fully_shard`), and whole copies of models."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -28,15 +30,64 @@ def shard(root: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, low: torch.
     Raises:
         UserError: the family does not say which modules are its layers.
     """
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        raise UserError(f"trainer.strategy: {type(model).__name__} does not say which modules are its layers; use ddp")
+    layers = _layers(model, "trainer.strategy", "use ddp")
     # The residual stream stays in float32, as under autocast alone.
     policy = MixedPrecisionPolicy(low, torch.float32 if low else None, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, reshard_after_forward=False)
+
+
+class InParts:
+    """A frozen model whose layers lie in parts on the ranks, each of which makes as many passes as it has to.
+
+    A layer is gathered for its pass and let go after it, and that takes all ranks: before each pass they say whether
+    one of them has another to make, and a rank that has none only gives its parts. Embedding, final norm and head stay
+    whole.
+
+    Args:
+        model: a causal language model.
+        device: where its parts lie.
+        key: the model's config key, for messages.
+
+    Raises:
+        UserError: the family does not say which modules are its layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, key: str) -> None:
+        self._layers = _layers(model, key, "leave shard out")
+        self._device = device
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        self._group = mesh.get_group()
+        for layer in self._layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        self._layers[0].register_forward_pre_hook(self._announce, prepend=True)  # before its weights are gathered
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Around all passes that this rank has to make; every rank must enter as often."""
+        yield
+        while self._another(False):
+            for layer in self._layers:
+                layer.unshard()  # type: ignore[operator]
+                layer.reshard()  # type: ignore[operator]
+
+    def _announce(self, *call: object) -> None:
+        self._another(True)
+
+    def _another(self, mine: bool) -> bool:
+        """Whether any rank has another pass to make."""
+        vote = torch.tensor(float(mine), device=self._device)
+        torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX, self._group)
+        return bool(vote)
+
+
+def _layers(model: PreTrainedModel, key: str, instead: str) -> list[nn.Module]:
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise UserError(f"{key}: {type(model).__name__} does not say which modules are its layers; {instead}")
+    return layers
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -23,11 +23,13 @@ class Teacher(ABC):
         prefix: keys and values of contexts; one whose weights change clears it. `share_prefixes` sets it.
         config: the model that it loads; None: none of its own, or the student's.
         key: its config key, for messages.
+        shard: whether the ranks hold its weights in parts, and must score as often as one another.
     """
 
     prefix = SharedPrefix("never")
     config: ModelConfig | None = None
     key = teacher_key()
+    shard = False
 
     @property
     def parts(self) -> "dict[str | None, Teacher]":

@@ -1,5 +1,6 @@
 """Teachers that are models: another one, the student's base, an average of it, or the student itself."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from opcd.errors import UserError
 from opcd.memory import let_go
 from opcd.models import ModelConfig, load_model
 from opcd.modules.adapters import trainable, twin, without_adapter
-from opcd.modules.scoring import check_head
-from opcd.modules.sharding import whole
+from opcd.modules.scoring import States, check_head
+from opcd.modules.sharding import InParts, whole
 from opcd.modules.student import Student
 from opcd.modules.teacher import ModelTeacher
+from opcd.modules.trajectories import Trajectories
 
 
 class FrozenTeacher(ModelTeacher):
@@ -21,18 +23,27 @@ class FrozenTeacher(ModelTeacher):
 
     Args:
         model: which model; null takes the student's own starting weights.
+        shard: each rank keeps a part of its layers, and one is whole while it computes; false: all of it on every rank.
     """
 
-    def __init__(self, model: ModelConfig | None = None) -> None:
-        self.config = model
+    def __init__(self, model: ModelConfig | None = None, shard: bool = False) -> None:
+        self.config, self.shard = model, shard
         self._model: PreTrainedModel | None = None
+        self._parts: InParts | None = None
 
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Load the model. UserError where that fails."""
         key = f"{self.key}.init_args.model" if self.config else "model.student"
         self._model = load_model(self.config or student_config, torch.bfloat16, key)
-        self._model.to(device)  # type: ignore[arg-type]
         check_head(self._model, f"{key}.name")
+        if self.shard:
+            self._parts = InParts(self._model, device, f"{key}.name")
+        self._model.to(device)  # type: ignore[arg-type]
+
+    def score(self, trajectories: Trajectories, max_tokens: int) -> States:
+        """As any model; where its layers lie in parts, the ranks make their passes together."""
+        with self._parts.passes() if self._parts else nullcontext():
+            return super().score(trajectories, max_tokens)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -42,7 +53,8 @@ class FrozenTeacher(ModelTeacher):
 
     def release(self) -> None:
         """The pages of weights that are mapped from a file: they are for the student's gradients meanwhile."""
-        let_go(self.model.parameters())
+        if not self.shard:
+            let_go(self.model.parameters())
 
     def after_step(self, student: Student) -> None:
         """Nothing to follow."""

@@ -8,7 +8,7 @@ from opcd.callbacks import AnswerSamples
 from opcd.errors import UserError
 from opcd.memory import GLIBC
 from opcd.modules import Distiller, RecordedTeacher
-from opcd.modules.checks import check_adapter, check_engine, check_recorded, check_shards
+from opcd.modules.checks import check_adapter, check_engine, check_recorded, check_shards, check_teacher_parts
 from opcd.modules.strategies import SHARDED, FullyShard, chosen
 from opcd.planning.lengths import Lengths
 from opcd.planning.roles import student_of, teacher_of, writers_of
@@ -74,7 +74,7 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
         process=0 if gpu else process,
         state_bytes=_kept(optimizer),
         fused=bool(optimizer.defaults.get("fused")),
-        **teacher_of(distiller, student, gpu, sharded),
+        **teacher_of(distiller, student, gpu, sharded, ranks),
         **writers_of(distiller.rollout, recorded=any(isinstance(t, RecordedTeacher) for t in teachers)),
     )
 
@@ -90,6 +90,7 @@ def on_gpu(trainer: Any) -> bool:
 def _check(distiller: Distiller, ranks: int, sharded: bool, optimizer: type[torch.optim.Optimizer]) -> None:
     """Refuse what `opcd fit` refuses, as far as memory depends on it, and attention that is not counted."""
     check_engine(distiller.rollout, ranks)
+    check_teacher_parts(distiller.teacher, distiller.rollout, ranks)
     check_adapter(distiller.student_config, distiller.adapter, distiller.teacher)
     check_recorded(distiller.teacher, distiller.rollout, distiller.objective.loss, distiller.objective.temperature)
     if sharded:

@@ -37,9 +37,9 @@ def _dtype(config: ModelConfig, auto: torch.dtype) -> torch.dtype:
     return auto if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
-def teacher_of(distiller: Distiller, student: Weights, gpu: bool, sharded: bool) -> dict[str, Any]:
+def teacher_of(distiller: Distiller, student: Weights, gpu: bool, sharded: bool, ranks: int) -> dict[str, Any]:
     """The model that scores (of several teachers the largest), what all take, and whether their pages leave."""
-    each = [_one_teacher(part, distiller, student, sharded) for part in distiller.teacher.parts.values()]
+    each = [_one_teacher(part, distiller, student, sharded, ranks) for part in distiller.teacher.parts.values()]
     models = [model for model, _, _ in each if model is not None]
     return {
         "scorer": max(models, key=lambda model: model.bytes, default=None),
@@ -49,7 +49,7 @@ def teacher_of(distiller: Distiller, student: Weights, gpu: bool, sharded: bool)
 
 
 def _one_teacher(
-    teacher: Teacher, distiller: Distiller, student: Weights, sharded: bool
+    teacher: Teacher, distiller: Distiller, student: Weights, sharded: bool, ranks: int
 ) -> tuple[Weights | None, int, bool]:
     """The model that scores, what it takes beside the student, and whether it is mapped from its file."""
     lora = distiller.adapter
@@ -57,6 +57,8 @@ def _one_teacher(
         config = teacher.config or distiller.student_config
         shape = shape_of(config, f"{teacher.key}.init_args.model") if teacher.config else student.shape
         model = Weights(shape, _dtype(config, torch.bfloat16), config.quantization)
+        if teacher.shard:
+            return model, _in_parts(model, ranks), False
         return model, model.bytes, model.quantization == "none" and model.dtype == shape.dtype
     if isinstance(teacher, MovingAverageTeacher):
         average = student if lora is not None else Weights(student.shape, torch.float32)
@@ -66,6 +68,12 @@ def _one_teacher(
     if isinstance(teacher, RecordedTeacher | ServedTeacher):
         return None, 0, False
     raise UserError(f"{teacher.key}: there is no plan for {type(teacher).__name__}: what it takes is not known")
+
+
+def _in_parts(model: Weights, ranks: int) -> int:
+    """Bytes of a model whose layers lie in parts on the ranks, while one of them is whole."""
+    layers = model.shape.linear_weights * model.dtype.itemsize
+    return model.bytes - layers + layers // ranks + layers // model.shape.layers
 
 
 def writers_of(rollout: Rollout, recorded: bool) -> dict[str, Any]:
