@@ -92,8 +92,8 @@ def check_shards(
     adapter: Lora | None, rollout: Rollout, halve_micro_batches: bool, optimizer: type[torch.optim.Optimizer]
 ) -> None:
     """Refuse what a sharded student cannot be trained with (UserError)."""
-    if any(isinstance(part, VLLMRollout) for part in rollout.parts):
-        raise UserError(f"model.rollout: VLLMRollout takes no sharded weights ({SHARDED}); use StudentRollout, or ddp")
+    if any(isinstance(part, VLLMRollout) and isinstance(part.engine, ColocatedVLLM) for part in rollout.parts):
+        raise UserError(f"model.rollout: ColocatedVLLM takes no sharded weights ({SHARDED}); use VLLMServer, or ddp")
     if optimizer.__module__.startswith("bitsandbytes"):
         raise UserError(
             f"model.optimizer: {optimizer.__name__} of bitsandbytes takes no sharded weights; use torch.optim.AdamW, "

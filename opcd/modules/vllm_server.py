@@ -49,9 +49,13 @@ class VLLMServer(Engine):
     def renew(self, student: Student, dtype: torch.dtype) -> None:
         """Through the folder, on the first rank; the step waits for it on all (`leaving_together`).
 
+        Sharded weights are gathered there first, on the CPU.
+
         Raises:
             StepAbandoned: the server does not take them.
         """
+        if student.is_sharded:
+            student = student.plain(dtype, torch.device("meta" if getattr(rank_zero_only, "rank", 0) else "cpu"))
         try:
             self._hand_over(student, dtype)
         except ServerError as error:

@@ -35,6 +35,8 @@ from opcd.modules.student import Student
 from tests.modules.test_distiller import gradients, relative_difference, trainer
 from tests.serving.server import Served, serving
 from tests.serving.vllm import ENVIRONMENT, VLLM, vllm_here, vllm_serving
+from tests.test_ranks import run
+from tests.test_sharding import SHARDED
 
 
 class Plain(Engine):
@@ -203,7 +205,7 @@ def test_a_rollout_within_another_is_looked_at_as_well(monkeypatch):
         check_engine(rollout, 1)
         with pytest.raises(UserError, match="ColocatedVLLM is for one process"):
             check_engine(rollout, 2)
-        with pytest.raises(UserError, match="VLLMRollout takes no sharded weights"):
+        with pytest.raises(UserError, match="ColocatedVLLM takes no sharded weights"):
             check_shards(None, rollout, False, torch.optim.AdamW)
 
 
@@ -274,10 +276,10 @@ def test_vllm_in_this_process(wide, rows, context, adapter):
 
 @pytest.mark.slow
 @vllm_here
-def test_a_vllm_server(opcd, wide, rows, context, tmp_path):
+@pytest.mark.parametrize("ranks", [(), SHARDED])
+def test_a_vllm_server(wide, rows, context, tmp_path, ranks):
     more = ("--model.rollout.engine.name", "student", "--model.rollout.engine.weights", tmp_path / "weights")
     with vllm_serving(wide, "student", "--generation-config", "vllm") as address:
         engine = ("--model.rollout.engine", "VLLMServer", "--model.rollout.engine.base_url", address)
-        code, said = opcd(*words(wide, rows, context, *engine, *more))
-    assert code == 0, said
+        run(*words(wide, rows, context, *engine, *more, *ranks, "--data.batch_size", 4))
     assert len(gaps(wide)) == 3 and max(gaps(wide)) < 1e-3, gaps(wide)
