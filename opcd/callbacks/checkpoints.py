@@ -67,7 +67,7 @@ class SaveCheckpoints(Checkpoint):
             return self.saved[-1] if self.saved else None
         path, problem = self._folder / f"step={trainer.global_step}.ckpt", None
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)  # said, so that Lightning does not say it
         except DiskFull as error:  # on the rank that writes; the others wait for it
             problem = str(error)
             trainer.strategy.barrier("Trainer.save_checkpoint")
