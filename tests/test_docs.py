@@ -91,7 +91,7 @@ def commands() -> dict[str, str]:
         fenced = "\n".join(block[2] for block in FENCED.finditer(text) if block[1] in ("", "sh", "bash", "console"))
         indented = "\n".join(re.findall(r"^ {4}(.*)$", FENCED.sub("", text), re.MULTILINE))
         for line in re.findall(r"^(?:python -m )?opcd ([a-z].*)$", f"{fenced}\n{indented}", re.MULTILINE):
-            found.setdefault(shlex.join(shlex.split(line, comments=True)), where)
+            found.setdefault(shlex.join(shlex.split(line.split(" > ")[0], comments=True)), where)
     return found
 
 
