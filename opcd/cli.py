@@ -115,6 +115,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in str(record.msg).lower())
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")  # data.val is not needed
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")  # one of the user's own
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # a resumed run has a folder of its own
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -9,6 +9,7 @@ from opcd.errors import UserError
 
 STARTER = Path(__file__).parent / "starter"
 FIT = "opcd fit --config recipe.yaml"
+LOOK = "opcd chat smollm2-135m --context context.txt    # does the model do it with the context? else another teacher"
 CHAT = "opcd chat runs/version_0 --context context.txt"
 
 
@@ -24,7 +25,7 @@ def main(args: list[str]) -> int:
     for file in sorted((STARTER / options.kind).iterdir()):
         write_whole(folder / file.name, file.read_text(encoding="utf-8"))
         print(f"wrote {folder / file.name}")
-    steps = [f"cd {shlex.quote(str(folder))}"] * (folder != Path()) + [FIT, CHAT]
+    steps = [f"cd {shlex.quote(str(folder))}"] * (folder != Path()) + [LOOK, FIT, CHAT]
     print("next:", *steps, sep="\n    ")
     return 0
 
