@@ -41,7 +41,11 @@ def main() -> None:
     run: Path = parser.parse_args().run
     OUT.mkdir(exist_ok=True)
     pictures = {
-        "quickstart": (partial(quickstart, run=run), "Six invented facts go into the weights", "step"),
+        "quickstart": (
+            partial(quickstart, run=run),
+            "Six invented facts go into the weights: divergence, and held-out questions right",
+            "step",
+        ),
         "tokens": (tokens, f"{QUERY} The answer without the context, read with it", ""),
         "directions": (directions, "A student with one mode, a teacher with two", "token"),
     }
@@ -52,12 +56,10 @@ def main() -> None:
 
 def quickstart(axes: "Axes", run: Path) -> None:
     """Divergence of every step, and the share of held-out questions that are answered right."""
-    axes.plot(
-        *zip(*read_metrics(run)["train/divergence"], strict=True), color="tab:gray", label="divergence, nats a token"
-    )
+    axes.plot(*zip(*read_metrics(run)["train/divergence"], strict=True), color="tab:gray", label="nats a token")
     shares = axes.twinx()
     steps, right = zip(*right_over_steps(run), strict=True)
-    shares.plot(steps, right, "o-", color="tab:blue", label="right, of held-out questions without the context")
+    shares.plot(steps, right, "o-", color="tab:blue", label="share right")
     shares.set_ylim(-0.03, 1.03)
     shares.grid(visible=False)
 

@@ -56,6 +56,7 @@ def here(monkeypatch, tmp_path, tiny):
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "runs" / "version_0").mkdir(parents=True)
     (tmp_path / "runs" / "version_0" / "student").symlink_to(tiny)
+    (tmp_path / "student").symlink_to(tiny)  # as `opcd export --out student` writes it
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gguf, "converted", lambda *_: tiny)
 
