@@ -1,4 +1,4 @@
-"""A page in a Chromium of the machine's, without a network."""
+"""A page in a Chromium of the machine's, which asks nobody but the place that it comes from."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,25 +10,28 @@ import pytest
 
 
 @contextmanager
-def opened(page_file: Path) -> Iterator[Any]:
-    """The page; it must say nothing, ask for nothing beyond its file, and hold no id twice. Skips without Chromium."""
+def opened(source: Path | str) -> Iterator[Any]:
+    """The page of a file, or of a server's address; it must say nothing, ask for nothing from elsewhere (a file: from
+    anywhere), and hold no id twice. Skips without Chromium."""
     playwright = pytest.importorskip("playwright.sync_api")
     browser_file = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser_file is None:
         pytest.skip("no Chromium here")
-    said = []
+    said: list[str] = []
+    address = source.as_uri() if isinstance(source, Path) else source
+    own = "file:" if isinstance(source, Path) else address[: address.index("/", len("http://"))]
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=browser_file, args=["--no-sandbox"])
-        page = browser.new_page(offline=True)
+        page = browser.new_page(offline=isinstance(source, Path))
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: said.append(request.url) if not request.url.startswith("file:") else None)
-        page.goto(page_file.as_uri())
+        page.on("request", lambda request: said.append(request.url) if not request.url.startswith(own) else None)
+        page.goto(address)
         yield page
         ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
         assert len(ids) == len(set(ids))
         browser.close()
-    assert said == []
+    assert said == [], said
 
 
 def check_plots(page: Any, count: int, legend: str) -> None:
