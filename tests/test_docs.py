@@ -31,6 +31,14 @@ def python_pages() -> list[Path]:
     return [page for page in PAGES if any(block[1] == "python" for block in FENCED.finditer(page.read_text()))]
 
 
+def named_files() -> Iterator[tuple[str, str]]:
+    """Blocks of Python that are a file of their own, whose first line names it."""
+    for page in PAGES:
+        for block in FENCED.finditer(page.read_text()):
+            if found := re.match(r"# (\w+\.py)\b", block[2]):
+                yield found[1], block[2]
+
+
 def given() -> dict[str, object]:
     """What the blocks speak of without making it: two models' logits, states, heads, and records."""
     torch.manual_seed(0)
@@ -57,6 +65,9 @@ def here(monkeypatch, tmp_path, tiny):
     (tmp_path / "runs" / "version_0").mkdir(parents=True)
     (tmp_path / "runs" / "version_0" / "student").symlink_to(tiny)
     (tmp_path / "student").symlink_to(tiny)  # as `opcd export --out student` writes it
+    for name, block in named_files():
+        (tmp_path / name).write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gguf, "converted", lambda *_: tiny)
 

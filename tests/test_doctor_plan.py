@@ -268,13 +268,16 @@ def test_who_scores_and_who_writes(tiny, tiny_teacher):
     student = Weights(small, torch.float32)
 
     def teachers(teacher, sharded: bool = False, **options) -> tuple[int | None, int, bool]:
-        found = teacher_of(Distiller(ModelConfig(tiny), teacher, **options), student, False, sharded)
+        found = teacher_of(Distiller(ModelConfig(tiny), teacher, **options), student, False, sharded, ranks=4)
         return found["scorer"] and found["scorer"].shape.hidden, found["teacher_bytes"], found["teacher_leaves"]
 
     large = shape_of(ModelConfig(tiny_teacher), "model.student").weights
     # The files of both are in float32, so that a bfloat16 teacher is converted and stays in memory.
     assert teachers(FrozenTeacher(ModelConfig(tiny_teacher))) == (48, 2 * large, False)
     assert teachers(FrozenTeacher(ModelConfig(tiny_teacher, "float32"))) == (48, 4 * large, True)
+    linears = shape_of(ModelConfig(tiny_teacher), "model.student").linear_weights
+    in_parts = 2 * (large - linears) + 2 * linears // 4 + 2 * linears // 2  # a quarter of both layers, and one whole
+    assert teachers(FrozenTeacher(ModelConfig(tiny_teacher), shard=True)) == (48, in_parts, False)
     both = RoutedTeachers({"own": FrozenTeacher(), "other": FrozenTeacher(ModelConfig(tiny_teacher))})
     assert teachers(both) == (48, 2 * large + 2 * small.weights, False)
     assert teachers(SelfTeacher()) == (32, 0, False)

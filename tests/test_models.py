@@ -32,6 +32,7 @@ def test_dtype(tiny, asked, found):
     assert load_model(ModelConfig(name=tiny, dtype=asked), torch.float32).dtype == found
 
 
+@pytest.mark.slow
 def test_two_processes_convert_once_and_a_damaged_copy_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("OPCD_CACHE", str(tmp_path))
     code = "from opcd.models import ModelConfig, resolve; print(resolve(ModelConfig()))"
