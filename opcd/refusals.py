@@ -60,7 +60,7 @@ def _options(path: str, wrong: str) -> str:
 def _classes(wrong: str, message: str) -> str:
     """What may stand there, where the message tells the base class; else the name that is nearest."""
     union = SUBTYPES.search(message)
-    bases = [_imported(path) for path in re.findall(r"<class '([\w.]+)'>", union["types"])] if union else []
+    bases = [_imported(path) for path in re.findall(r"<class '(\w+\.[\w.]+)'>", union["types"])] if union else []
     names = sorted({cls.__name__ for cls in chain.from_iterable(map(concrete, bases))})
     known = names or list(chain.from_iterable(vars(importlib.import_module(library)) for library in LIBRARIES))
     choices = f"; there are {', '.join(names)}" if names else ""
@@ -74,12 +74,12 @@ def _meant(wrong: str, names: Iterable[str]) -> str:
 
 def _imported(path: str) -> type:
     module, _, name = path.rpartition(".")
-    return type(None) if path == "NoneType" else getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 def concrete(cls: type) -> Iterator[type]:
     """The class and all below it that can be made and have a name for others."""
-    if cls is not type(None) and not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
+    if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
         yield cls
     below: list[type] = type.__subclasses__(cls)
     for subclass in below:

@@ -17,6 +17,7 @@ LOSSES = ("ForwardKL", "JSD", "Mixture", "ReverseKL", "SampledReverseKL", "SkewK
         (["--model.loss", "mine.Loss"], ["model.loss: mine.Loss: no module mine", "PYTHONPATH"]),
         (["--model.rollout", "StudentRolout"], ["model.rollout: no class StudentRolout; did you mean StudentRollout?"]),
         (["--model.optimizer", "AdmW"], ["model.optimizer: no class AdmW; did you mean AdamW?"]),
+        (["--trainer.logger", "WandLogger"], ["trainer.logger: no class WandLogger; did you mean WandbLogger?"]),
         (["--trainer.callbacks+=AnswerSample"], ["trainer.callbacks: no class AnswerSample", "AnswerSamples?"]),
         (
             ["--trainer.callbacks+=AnswerSamples", "--trainer.callbacks.querys", "3"],
