@@ -54,11 +54,13 @@ class _Recipes(ParserJsonschema):
     """jsonargparse's schema, with class_path as recipes have it: short, or a class that nobody knows here."""
 
     def class_ref(self, class_type: Any, action: Any, subclass: bool) -> dict[str, Any]:
+        """A class below one of `DESCRIBED`, with its arguments; of any other the class_path alone."""
         if not class_type.__module__.startswith(DESCRIBED):
             return {"anyOf": [{"type": "string"}, self.unknown_class_path_schema()]}
         return dict(super().class_ref(class_type, action, subclass))
 
     def subclass_def(self, class_type: Any, action: Any) -> dict[str, Any]:
+        """The classes that are known, or one of somebody's own, of whose arguments nothing is known."""
         schema = super().subclass_def(class_type, action)
         other = self.unknown_class_path_schema()
         other["properties"]["class_path"]["pattern"] = rf"^(?!{'|'.join(map(re.escape, DESCRIBED))}).*\."
@@ -75,6 +77,7 @@ class _Recipes(ParserJsonschema):
         return {"anyOf": [{"type": "string"}, *refs]}
 
     def class_path_schema(self, class_path: str, action: Any) -> dict[str, Any]:
+        """A class by its whole name or its last one."""
         schema: dict[str, Any] = super().class_path_schema(class_path, action)
         schema["properties"]["class_path"] = {"enum": [class_path, class_path.rpartition(".")[2]]}
         return schema
