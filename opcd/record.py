@@ -16,7 +16,7 @@ from opcd.losses import Head
 from opcd.losses.log_probs import log_probs
 from opcd.models import architecture, load_tokenizer
 from opcd.modules import FrozenTeacher, RecordedTeacher, Student, TeacherRollout, Trajectories
-from opcd.modules.checks import check_data
+from opcd.modules.checks import check_data, check_teacher_parts
 from opcd.modules.record import Origin, RecordWriter, tokenizer_hash
 
 ROWS_AT_A_TIME = 128
@@ -70,6 +70,7 @@ def _record(distiller: Any, data: ContextQueryDataModule, seed: int, options: ar
             f"{type(teacher).__name__} and {type(rollout).__name__}: what changes while a student learns is no record, "
             "and each of several teachers has its own"
         )
+    check_teacher_parts(teacher, rollout, ranks=1)
     data.setup("fit")
     check_data(data, "fit", rollout, distiller.answer, distiller.student_config, teacher)
     examples = data.examples("train")

@@ -111,6 +111,8 @@ def test_what_cannot_be_recorded(opcd, words, recorded, tmp_path):
     assert code == 2 and "a record with another k" in output
     code, output = opcd("record", "--out", tmp_path / "r", *words, "--model.rollout", "StudentRollout")
     assert code == 2 and "is no record" in output
+    code, output = opcd("record", "--out", tmp_path / "r", *words, "--model.teacher.init_args.shard", "true")
+    assert code == 2 and "shard has no effect on one rank" in output
     code, output = opcd("record", "--out", tmp_path / "r", "--k", 0, *words)
     assert code == 2 and "--k must be at least 1" in output
     code, output = opcd("fit", *from_record(words, tmp_path / "nothing"))

@@ -217,6 +217,15 @@ def test_what_a_teacher_in_parts_cannot_do_is_refused(teacher, rollout, ranks, p
         check_teacher_parts(teacher, rollout, ranks)
 
 
+def test_predictions_need_no_teacher_and_so_none_in_parts(tiny, rows, context, opcd, tmp_path):
+    words = ("--model.student.name", tiny, "--data.predict", rows, "--trainer.default_root_dir", tmp_path / "runs")
+    quick = ("--trainer.accelerator", "cpu", "--model.answer.max_new_tokens", 2)
+    assert opcd("predict", *words, *quick, "--model.teacher.init_args.shard", "true")[0] == 0
+    fit = ("fit", "--data.train", rows, "--data.context", context, *words[:2], *words[4:], "--trainer.max_steps", 1)
+    code, text = opcd(*fit, "--model.teacher.init_args.shard", "true")
+    assert code == 2 and "shard has no effect on one rank" in text
+
+
 def test_several_teachers_cannot_lie_in_parts():
     with pytest.raises(UserError, match="a rank without rows of this teacher"):
         check_teacher_parts(RoutedTeachers({"a": FrozenTeacher(shard=True), "b": SelfTeacher()}), StudentRollout(), 2)

@@ -175,8 +175,7 @@ def _text(value: object, source: str, name: str, expected: str = "text") -> str 
     if not isinstance(value, str):
         raise UserError(f"{source}: {name} must be {expected}, not {_kind(value)}")
     if not value.strip():
-        what = "the row" if expected != "text" else "it"  # only a query may be messages too, and no row is without one
-        raise UserError(f"{source}: {name} is empty; give it text, or remove {what}")
+        raise UserError(f"{source}: {name} is empty; give it text, or remove it (the whole row, where it is the query)")
     check_text(value, f"{source}: {name}")
     return value
 

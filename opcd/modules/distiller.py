@@ -141,7 +141,8 @@ class Distiller(OnRanks):
             raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
         check_strategy(self.trainer.strategy)
         check_engine(self.rollout, self.trainer.world_size)
-        check_teacher_parts(self.teacher, self.rollout, self.trainer.world_size)
+        if stage != "predict":  # no teacher is there
+            check_teacher_parts(self.teacher, self.rollout, self.trainer.world_size)
         check_adapter(self.student_config, self.adapter, self.teacher)
         if self._sharded:
             optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
