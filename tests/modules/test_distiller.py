@@ -129,7 +129,7 @@ def test_micro_batches_of_the_real_model(monkeypatch, tmp_path, recorded):
     """One step of SmolLM2-135M in float64 with micro-batches of one, three and eight rows.
 
     In float32 the gradients differ by 5e-6 on one CPU and by 5e-5 on another: kernels for one row and for eight round
-    differently through thirty layers, and the loss is a difference of nearly equal numbers.
+    differently through thirty layers, and the loss is a difference of nearly equal numbers. In float64: 6e-9 at most.
     """
     recorded.setup("fit")
     longest = recorded.longest_student_prompt("train") + 10
@@ -137,8 +137,8 @@ def test_micro_batches_of_the_real_model(monkeypatch, tmp_path, recorded):
     for rows in (1, 3, 8):
         distiller = Distiller(teacher=SelfTeacher(), rollout=RecordedRollout(), micro_batch_tokens=rows * longest)
         runs.append(gradients(monkeypatch, tmp_path, recorded, distiller, precision="64-true"))
-    assert relative_difference(runs[0], runs[2]) < 1e-9
-    assert relative_difference(runs[1], runs[2]) < 1e-9
+    assert relative_difference(runs[0], runs[2]) < 1e-7
+    assert relative_difference(runs[1], runs[2]) < 1e-7
 
 
 def test_the_shared_prefix_of_the_real_model(monkeypatch, tmp_path, recorded):
