@@ -63,7 +63,7 @@ def opcd_side(options: argparse.Namespace) -> dict[str, Any]:
         teacher,
         ReverseKL(),
         StudentRollout(sampling),
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=options.gradient_checkpointing is not None,
     )
     data = ContextQueryDataModule(
         train=str(folder / "rows.jsonl"), context=str(folder / "context.txt"), batch_size=options.queries
@@ -127,7 +127,7 @@ def trl_side(options: argparse.Namespace) -> dict[str, Any]:
         distillation_is_clip=None,
         learning_rate=5e-6,
         bf16=True,
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=options.gradient_checkpointing == "both",
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
         save_strategy="no",
@@ -172,7 +172,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=2, help="first steps that are not counted")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="on both sides")
+    parser.add_argument(
+        "--gradient-checkpointing", nargs="?", const="both", choices=("both", "opcd"), help="on both sides, or on ours"
+    )
     parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, help=argparse.SUPPRESS)
@@ -187,8 +189,8 @@ def main() -> None:
 
         print(f"{options.model}, {options.queries} x {options.new_tokens} tokens, {torch.get_num_threads()} threads,")
         print(f"torch {torch.__version__}, transformers {transformers.__version__}\n")
-        print(f"| context tokens | opcd s | {', '.join(PARTS)} | peer s | ratio | opcd MiB | peer MiB |")
-        print("|---|---|---|---|---|---|---|")
+        print(f"| context tokens | opcd s | {', '.join(PARTS)} | peer s | ratio | opcd MiB | peer MiB | ratio |")
+        print("|" + "---|" * 8)
     for context in options.context_tokens:
         ours = measure(options, "opcd", context)
         peer = measure(options, options.peer, context) if options.peer != "none" else {}
@@ -198,15 +200,17 @@ def main() -> None:
 
 def show(options: argparse.Namespace, context: int, ours: dict[str, Any], peer: dict[str, Any]) -> None:
     """Print one context length."""
-    ratio = ours["seconds"] / peer["seconds"] if peer else None
+    ratio, memory_ratio = (ours[key] / peer[key] if peer else None for key in ("seconds", "peak_mib"))
     if options.json:
         line = {"context_tokens": context, "opcd_step_s": ours["seconds"], "parts": ours["parts"]}
         line |= {"peer_step_s": peer.get("seconds"), "ratio": ratio}
-        print(json.dumps(line | {"opcd_peak_mib": ours["peak_mib"], "peer_peak_mib": peer.get("peak_mib")}), flush=True)
+        line |= {"opcd_peak_mib": ours["peak_mib"], "peer_peak_mib": peer.get("peak_mib"), "memory_ratio": memory_ratio}
+        print(json.dumps(line), flush=True)
         return
     parts = ", ".join(f"{ours['parts'][part]:.2f}" for part in PARTS)
     other = f"{peer['seconds']:.2f} | {ratio:.3f}" if peer else "| "
-    memory = f"{ours['peak_mib']:,.0f} | {peer['peak_mib']:,.0f}" if peer else f"{ours['peak_mib']:,.0f} | "
+    memory = f"{ours['peak_mib']:,.0f} | "
+    memory += f"{peer['peak_mib']:,.0f} | {memory_ratio:.3f}" if peer else "| "
     print(f"| {context} | {ours['seconds']:.2f} | {parts} | {other} | {memory} |", flush=True)
 
 

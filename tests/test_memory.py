@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from opcd import memory
 from opcd.memory import let_go
-from opcd.modules import teachers
+from opcd.models import ModelConfig
+from opcd.modules import Student, Trajectories, student, teachers
 
 MIB = 2**20
 linux = pytest.mark.skipif(not memory.SMAPS.exists(), reason="a file of Linux's")
@@ -93,3 +94,18 @@ def test_a_frozen_teacher_leaves_while_the_student_learns(monkeypatch, tiny, row
     )
     assert code == 0, output
     assert len(left) >= 2 and min(left) > 0  # after its pass, and after the loss has read its head
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_heap_goes_back_between_the_layers_and_the_embedding(checkpointing, monkeypatch, tiny, batch):
+    """Where memory matters more than time: the embedding's gradient is there twice for a moment of that pass."""
+    learner = Student.load(ModelConfig(tiny), gradient_checkpointing=checkpointing)
+    trajectories = Trajectories.of(batch, [torch.tensor([5, 6, 7])] * len(batch), learner.eos_ids)
+    hidden = learner.score(trajectories).hidden
+    missing = []
+    weights = dict(learner.model.named_parameters())
+    monkeypatch.setattr(
+        student, "give_back", lambda: missing.append({name for name, weight in weights.items() if weight.grad is None})
+    )
+    hidden.sum().backward()
+    assert missing == [{"model.embed_tokens.weight"}] * checkpointing

@@ -11,6 +11,7 @@ How a step works:
     opcd fit --config configs/quickstart.yaml
 """
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,8 @@ class Distiller(OnRanks):
                 self.teacher.release()
             with clock("student"):
                 states = self.student.score(part)
-            with clock("loss"), large_blocks_kept():
+                self.student.release()
+            with clock("loss"), nullcontext() if self.gradient_checkpointing else large_blocks_kept():
                 measured = means if counts else TokenMeans()
                 share = self._share(weights[rows] * counts, part, self.student.model.dtype)
                 if (drift := Drift.of(states, part)) is not None:

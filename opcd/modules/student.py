@@ -49,6 +49,7 @@ class Student(nn.Module):
             # Its name of before transformers 5.20, which vLLM still wants, is deprecated.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+            model.get_input_embeddings().register_forward_hook(_give_back_in_backward)
         # Training mode is what Lightning expects to find, and what dropout and gradient checkpointing act in.
         return cls(model.train(), load_tokenizer(config, "model.student"))
 
@@ -161,6 +162,12 @@ def _without_kept_casts(model: PreTrainedModel) -> Iterator[None]:
         return
     with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
         yield
+
+
+def _give_back_in_backward(embedding: nn.Module, ids: tuple[Tensor], states: Tensor) -> None:
+    """A forward hook: what the layers left free goes back before the embedding's gradient, [V, H], is there twice."""
+    if states.requires_grad:
+        states.register_hook(lambda gradient: give_back())
 
 
 def _recomputes(model: PreTrainedModel) -> bool:
