@@ -13,8 +13,8 @@ class Alarms(Callback):
 
     Args:
         window: steps of a window.
-        ended: runaway length: fewer than this share of responses end by themselves, and twice as many did in the first
-            window.
+        ended: fewer than this share of responses end by themselves: runaway length where twice as many did in the first
+            window, else a limit of tokens under which nothing is learnt of how an answer ends.
         repetition: this share of a response's runs of four tokens has been said before in it.
         entropy: collapse: the student's entropy is below this share of what it was in the first window.
         rollout_gap: an inference engine that is not the student: in any one step, the mean of |log p_S(y) - log p_B(y)|
@@ -78,7 +78,12 @@ class Alarms(Callback):
     def _said(self, now: dict[str, float]) -> dict[str, str]:
         """What is wrong with the means of a window."""
         first, said = self._first, {}
-        if now["ended"] < self.ended and first["ended"] >= 2 * self.ended:
+        if now["ended"] < self.ended and first["ended"] < 2 * self.ended:
+            said["limit"] = (
+                f"{now['ended']:.0%} of the responses end before their limit of tokens, {first['ended']:.0%} at first: "
+                "what an answer ends with is not learnt; a larger max_new_tokens of the rollout shows it"
+            )
+        elif now["ended"] < self.ended:
             said["ended"] = (
                 f"{now['ended']:.0%} of the responses end by themselves, {first['ended']:.0%} did at first; they have "
                 f"{now['response_tokens']:.0f} tokens, {first['response_tokens']:.0f} at first"

@@ -48,10 +48,14 @@ def test_an_engine_that_is_not_the_student_rings_at_its_first_step():
     step(alarms, rollout_gap=0.07)
 
 
-def test_responses_that_never_ended_are_no_news():
-    alarms = Alarms(window=1)
-    for _ in range(3):
-        step(alarms, ended=0.0)
+def test_responses_that_never_end_ring_once():
+    alarms = Alarms(window=2)
+    step(alarms, ended=0.3)
+    with pytest.warns(UserWarning, match="5% of the responses end before their limit of tokens, 15% at first"):
+        for _ in range(4):
+            step(alarms, ended=0.0)
+            step(alarms, ended=0.1)
+    step(alarms, ended=0.0)  # warnings are errors here
 
 
 def test_repetition():
