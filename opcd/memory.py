@@ -18,6 +18,9 @@ SMAPS = Path("/proc/self/smaps")
 KEPT = 2 * 2**30
 """Free bytes that the heap may hold from one step to the next."""
 
+LARGE = 2**30
+"""Bytes of a file's pages that are worth letting go at every step: to map 270 MB anew costs a twentieth of the step."""
+
 
 class Mallinfo2(ctypes.Structure):
     """glibc's struct mallinfo2 (2.33 and later)."""

@@ -73,7 +73,7 @@ def test_two_ranks_of_one_teacher_each(words, tmp_path):
     folders = sorted((tmp_path / "runs").iterdir())
     one, two = (load_file(folder / "student" / "model.safetensors") for folder in folders)
     for name, weight in one.items():
-        assert_close(two[name], weight, rtol=0, atol=1e-8)
+        assert_close(two[name], weight, rtol=0, atol=1e-7)  # products of other shapes round otherwise
     logged = [list(csv.DictReader((folder / "metrics.csv").read_text().splitlines())) for folder in folders]
     names = [f"{split}/divergence{teacher}" for split in ("train", "val") for teacher in ("", "/a", "/b")]
     assert all(any(step[name] for step in logged[0]) for name in names)

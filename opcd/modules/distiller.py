@@ -25,7 +25,7 @@ from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.interruption import check, leaving_together
 from opcd.losses import Divergence, ReverseKL, SampledReverseKL
-from opcd.memory import give_back, large_blocks_kept
+from opcd.memory import LARGE, give_back, large_blocks_kept
 from opcd.models import ModelConfig
 from opcd.modules.adapters import Lora, trainable
 from opcd.modules.bad_numbers import FOLDER, BadNumbers, BadSteps, keep_batch, what_is_bad
@@ -207,7 +207,7 @@ class Distiller(OnRanks):
 
     def _gradients(self, trajectories: Trajectories, clock: Stopwatch, max_tokens: int) -> TokenMeans:
         """Teacher, student and loss over all responses, a micro-batch at a time; gradients add up in the student."""
-        means = TokenMeans()
+        means, least = TokenMeans(), 0 if self.gradient_checkpointing else LARGE
         weights = token_weights(trajectories.lengths, self.reduction, self._all_sum)
         micro_batches = self._in_step(trajectories.micro_batches(max_tokens), self._gathering)
         for number, (rows, counts) in enumerate(micro_batches, start=1):
@@ -215,7 +215,7 @@ class Distiller(OnRanks):
             part = trajectories.select(rows)
             with clock("teacher"):
                 target = self.teacher.score(part, max_tokens)
-                self.teacher.release()
+                self.teacher.release(least)
             with clock("student"):
                 states = self.student.score(part)
                 self.student.release()
@@ -229,7 +229,7 @@ class Distiller(OnRanks):
                         share = share * drift.importance(limit)
                 values = self.objective(states, target, part, share)
                 measured.add(values)
-                self.teacher.release()  # its head, which the loss has read
+                self.teacher.release(least)  # its head, which the loss has read
                 self.student.release()
             with clock("student"):
                 self._backward((values["divergence"] * share).sum(), last=number == len(micro_batches))

@@ -11,13 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
+
+from opcd.modules import cpu_attention
 
 NAME = "opcd_packed_rows"
 """What transformers calls it."""
 
 SCORES = 2**21
 """Attention scores at a time: 4 MiB in bfloat16, so that they stay in a cache."""
+
+SHORT = 1024
+"""Prefix and row together: the longest that is computed with every row's own copy of the prefix's keys."""
 
 SAMPLED = 16
 """One of so many keys of the prefix is looked at for a query's largest score."""
@@ -28,7 +34,8 @@ Pair = tuple[Tensor, Tensor]
 
 def attends_by_rows(model: PreTrainedModel) -> bool:
     """Whether it stands in for the model's own attention: on a CPU, for SDPA."""
-    return model.device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa"
+    name = model.config.get_text_config()._attn_implementation
+    return model.device.type == "cpu" and name in ("sdpa", cpu_attention.NAME)
 
 
 @contextmanager
@@ -68,6 +75,8 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(device, enabled=False):
         queries, keys, values = (query[0] * scale).to(dtype), key[0].to(dtype), value[0].to(dtype)
+        if prefix + max(lengths) <= min(SHORT, sliding_window or SHORT):
+            return _side_by_side(prefix, lengths, queries, keys, values), None
         rows = queries.unflatten(0, (len(keys), -1)).split(lengths, dim=2)  # each [groups, heads of a group, L, D]
         own = [x[:, prefix:].split(lengths, dim=1) for x in (keys, values)]
         results = [
@@ -80,6 +89,21 @@ def _attention(
             for row, own_keys, own_values in zip(rows, *own, strict=True)
         ]
     return torch.cat(results, dim=2).flatten(0, 1).transpose(0, 1)[None], None
+
+
+def _side_by_side(prefix: int, lengths: list[int], queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Rows padded to the longest, each with the prefix before it: [H, Q, D], keys [G, P + Q, D] -> [1, Q, H, D]."""
+
+    def padded(packed: Tensor) -> Tensor:
+        rows = [row.transpose(0, 1) for row in packed.split(lengths, 1)]
+        return pad_sequence(rows, batch_first=True).transpose(1, 2)
+
+    def behind_prefix(packed: Tensor) -> Tensor:
+        shared = packed[:, :prefix].expand(len(lengths), -1, -1, -1)
+        return torch.cat([shared, padded(packed[:, prefix:])], 2)
+
+    result = cpu_attention.causal_attention(padded(queries), behind_prefix(keys), behind_prefix(values), 1.0)
+    return torch.cat([row[:length] for row, length in zip(result, lengths, strict=True)])[None]
 
 
 def _row(queries: Tensor, shared: Pair, own: Pair, window: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 A decode step multiplies a few rows with every weight once. From the usual layout that takes 1.7 times as long as from
 the one that oneDNN would choose (docs/log.md), and torch has no public call for it: this is what its compiler uses.
+Layers that read the same states are one product.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 MOST_BYTES = 2 * 2**30
 """The packed weights of larger models are not made: they take this much beside the weights."""
+
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers of one module that mostly read the same states."""
 
 FEWEST_STEPS = 16
 """Packing takes as long as two or three decode steps; shorter generations do without."""
@@ -31,12 +35,29 @@ def packed_linears(model: nn.Module, dtype: torch.dtype, rows: int, steps: int) 
         yield
         return
     try:
-        for linear in linears:
-            vars(linear)["forward"] = _packed(linear, dtype, rows)  # before the class's own
+        for group in _groups(model, linears):
+            product = partial(_product, *_packed(group, dtype, rows))
+            joined = _Joined(product, [linear.out_features for linear in group])
+            for number, linear in enumerate(group):  # before the class's own
+                vars(linear)["forward"] = partial(joined, number) if len(group) > 1 else product
         yield
     finally:
         for linear in linears:
             vars(linear).pop("forward", None)
+
+
+def _groups(model: nn.Module, linears: list[nn.Linear]) -> list[list[nn.Linear]]:
+    """The layers, those that are computed together in one list."""
+    groups: list[list[nn.Linear]] = []
+    known = set(linears)
+    for module in model.modules():
+        for names in JOINED:
+            children = [child for name, child in module.named_children() if name in names]
+            group = [child for child in children if isinstance(child, nn.Linear) and child in known]
+            if len(group) == len(names) and len({linear.bias is None for linear in group}) == 1:
+                groups.append(group)
+    joined = {linear for group in groups for linear in group}
+    return groups + [[linear] for linear in linears if linear not in joined]
 
 
 def _has_kernel(linears: list[nn.Linear], dtype: torch.dtype) -> bool:
@@ -47,13 +68,31 @@ def _has_kernel(linears: list[nn.Linear], dtype: torch.dtype) -> bool:
     return supported is not None and bool(supported()) and all(hasattr(torch.ops.mkldnn, name) for name in operations)
 
 
-def _packed(linear: nn.Linear, dtype: torch.dtype, rows: int) -> Callable[[Tensor], Tensor]:
-    weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), rows)
-    bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-    return partial(_product, weight, bias)
+def _packed(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of all of them."""
+    weights = [layer.weight.detach().to(dtype) for layer in layers]
+    biases = [layer.bias.detach().to(dtype) for layer in layers if layer.bias is not None]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # of one it would be a copy
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows), torch.cat(biases) if biases else None
 
 
 def _product(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
     """hidden @ weightᵀ + bias, [..., H] -> [..., V]."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(hidden.to(weight.dtype), weight, bias, "none", [], "")
     return result
+
+
+class _Joined:
+    """The results of several layers, computed for the first that asks; the others must ask with the same tensor."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
+        self.product, self.sizes = product, sizes
+        self._read: tuple[Tensor | None, int] = (None, 0)
+        self._results: tuple[Tensor, ...] = ()
+
+    def __call__(self, number: int, hidden: Tensor) -> Tensor:
+        """The result of one of the layers, [..., H] -> [..., V]."""
+        version = 0 if hidden.is_inference() else hidden._version
+        if self._read[0] is not hidden or self._read[1] != version:
+            self._read, self._results = (hidden, version), self.product(hidden).split(self.sizes, -1)
+        return self._results[number]

@@ -89,10 +89,10 @@ class RoutedTeachers(Teacher):
         for name, own in state.items():
             self.teachers[name].load_state_dict(own)
 
-    def release(self) -> None:
+    def release(self, least: int = 0) -> None:
         """All of them."""
         for teacher in self.teachers.values():
-            teacher.release()
+            teacher.release(least)
 
 
 def _by_name(names: Sequence[str | None]) -> dict[str, list[int]]:

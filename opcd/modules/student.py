@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opcd.memory import KEPT, give_back
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
+from opcd.modules.cpu_attention import use_cpu_attention
 from opcd.modules.generation import EncodedPrefix, Sampling, generate
 from opcd.modules.scoring import States, check_head, head_of, last_hidden
 from opcd.modules.sharding import blank_copy, fill, shard
@@ -42,6 +43,7 @@ class Student(nn.Module):
         """Load as `config` says; `auto` weights are float32, under an adapter bfloat16. UserError where that fails."""
         model = load_model(config, torch.bfloat16 if adapter else torch.float32, "model.student")
         keep_differentiable(model)
+        use_cpu_attention(model)
         check_head(model, "model.student.name")
         if adapter is not None:
             add_lora(model, adapter)

@@ -78,8 +78,8 @@ class Teacher(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave, after `prepare`."""
 
-    def release(self) -> None:  # noqa: B027
-        """Give back what only `score` and `respond` need; they take it again."""
+    def release(self, least: int = 0) -> None:  # noqa: B027
+        """Give back what only `score` and `respond` need, where that is at least so many bytes; they take it again."""
 
 
 class ModelTeacher(Teacher):

@@ -11,6 +11,7 @@ from opcd.errors import UserError
 from opcd.memory import let_go
 from opcd.models import ModelConfig, load_model
 from opcd.modules.adapters import trainable, twin, without_adapter
+from opcd.modules.cpu_attention import use_cpu_attention
 from opcd.modules.scoring import States, check_head
 from opcd.modules.sharding import InParts, whole
 from opcd.modules.student import Student
@@ -35,6 +36,7 @@ class FrozenTeacher(ModelTeacher):
         """Load the model. UserError where that fails."""
         key = f"{self.key}.init_args.model" if self.config else "model.student"
         self._model = load_model(self.config or student_config, torch.bfloat16, key)
+        use_cpu_attention(self._model)
         check_head(self._model, f"{key}.name")
         if self.shard:
             self._parts = InParts(self._model, device, f"{key}.name")
@@ -51,10 +53,11 @@ class FrozenTeacher(ModelTeacher):
         assert self._model is not None, "prepare() comes first"
         return self._model
 
-    def release(self) -> None:
+    def release(self, least: int = 0) -> None:
         """The pages of weights that are mapped from a file: they are for the student's gradients meanwhile."""
-        if not self.shard:
-            let_go(self.model.parameters())
+        weights = list(self.model.parameters())
+        if not self.shard and sum(weight.nbytes for weight in weights) >= least:
+            let_go(weights)
 
     def after_step(self, student: Student) -> None:
         """Nothing to follow."""

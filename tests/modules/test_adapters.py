@@ -11,6 +11,7 @@ from opcd.errors import UserError
 from opcd.models import ModelConfig, load_model
 from opcd.modules import BaseTeacher, Distiller, FrozenTeacher, Lora, MovingAverageTeacher, Sampling, StudentRollout
 from opcd.modules.adapters import add_lora, merged, trainable, twin, without_adapter
+from opcd.modules.cpu_attention import use_cpu_attention
 from opcd.modules.student import Student
 from tests.modules.test_distiller import trainer
 
@@ -104,7 +105,8 @@ def test_an_adapter_folder_loads_by_its_name(tiny, tmp_path):
     live = logits(stirred(student.model))
     student.save(tmp_path / "adapter")
     assert not list(tmp_path.glob("adapter/model*.safetensors"))
-    assert_close(logits(load_model(ModelConfig(str(tmp_path / "adapter"), dtype="float32"))), live)
+    loaded = logits(load_model(ModelConfig(str(tmp_path / "adapter"), dtype="float32")))
+    assert_close(loaded, live, rtol=1e-4, atol=1e-4)  # the student's attention is another one
     (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "/not/here"}')
     with pytest.raises(UserError, match="/not/here, which is not there"):
         load_model(ModelConfig(str(tmp_path / "adapter")))
@@ -142,8 +144,9 @@ def test_a_run_changes_the_adapter_alone(quantization, tiny, data, tmp_path):
     options = {"quantization": quantization, **({"dtype": "float32"} if quantization == "none" else {})}
     module = steps(tmp_path, data, distiller(tiny, BaseTeacher(), **options))
     plain = load_model(ModelConfig(tiny, **options), torch.bfloat16)
+    use_cpu_attention(plain)  # as the student has it
     base, student = logits(module.teacher.model), logits(module.student.model)
-    scale = 0.02 if quantization == "4bit" else 0
+    scale = 0.03 if quantization == "4bit" else 0
     assert (base - logits(plain)).abs().max() <= scale * base.abs().max()
     assert (student - base).abs().max() > 1e-3
 

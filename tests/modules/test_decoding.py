@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from opcd.modules import decoding
 from opcd.modules.decoding import draw
 from opcd.modules.generation import Sampling, generate, own_precision
-from opcd.modules.packed_linear import FEWEST_STEPS, packed_linears
+from opcd.modules.packed_linear import FEWEST_STEPS, _Joined, packed_linears
 
 PAD, STEPS = 2, 24
 ENDS = set(range(0, 49152, 12))
@@ -139,6 +139,48 @@ def test_packed_layers_compute_the_same(bias, rows):
         exact = double(hidden.double())
         assert "forward" not in vars(layer[0])
     torch.testing.assert_close(packed.double(), exact, rtol=2**-7, atol=2**-7)
+
+
+class Reads(nn.Module):
+    """Three layers by the names that an attention gives them; the last may have read something else."""
+
+    def __init__(self, biases=(True, True, True), other=None):
+        super().__init__()
+        names = ("q_proj", "k_proj", "v_proj")
+        for name, size, bias in zip(names, (32, 16, 8), biases, strict=True):
+            self.add_module(name, nn.Linear(64, size, bias=bias))
+        self.other = other or (lambda hidden: hidden)
+
+    def forward(self, hidden):
+        return torch.cat([self.q_proj(hidden), self.k_proj(hidden), self.v_proj(self.other(hidden))], -1)
+
+
+@packs
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("biases", [(True, True, True), (False, False, False), (True, True, False)])
+@pytest.mark.parametrize("other", [None, torch.neg])
+def test_layers_that_read_the_same_are_one_product(biases, other, context):
+    torch.manual_seed(0)
+    reads = Reads(biases, other).bfloat16()
+    hidden = torch.randn(8, 1, 64, dtype=torch.bfloat16)
+    with context():
+        double = copy.deepcopy(reads).double()
+        with packed_linears(reads, torch.bfloat16, 8, FEWEST_STEPS):
+            assert (type(vars(reads.k_proj)["forward"].func) is _Joined) == (len(set(biases)) == 1)
+            for states in (hidden, -hidden):  # the second call reads something else
+                torch.testing.assert_close(reads(states).double(), double(states.double()), rtol=2**-7, atol=2**-7)
+    assert not any("forward" in vars(layer) for layer in reads.children())
+
+
+@packs
+def test_states_changed_in_place_between_two_layers_are_read_again():
+    torch.manual_seed(0)
+    reads = Reads(other=torch.neg_).bfloat16()
+    hidden = torch.randn(8, 1, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = copy.deepcopy(reads).double()(hidden.double())
+        with packed_linears(reads, torch.bfloat16, 8, FEWEST_STEPS):
+            torch.testing.assert_close(reads(hidden.clone()).double(), exact, rtol=2**-7, atol=2**-7)
 
 
 @packs

@@ -82,9 +82,12 @@ def mixed():
     return Trajectories(queries, prompts, prefixes, responses, [False] * 9, [None] * 9, [None] * 9)
 
 
+@pytest.mark.parametrize("short", [0, packed_attention.SHORT])
 @pytest.mark.parametrize("max_tokens", [10, 40, 4096])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_shared_prefix_changes_nothing(family, mixed, max_tokens) -> None:
+def test_the_shared_prefix_changes_nothing(family, mixed, max_tokens, short, monkeypatch) -> None:
+    """Row after row behind a long prefix, and side by side behind a short one."""
+    monkeypatch.setattr(packed_attention, "SHORT", short)
     torch.manual_seed(0)
     model = FAMILIES[family]()
     full = Teaches(model, "never").score(mixed, 4096)
@@ -109,7 +112,7 @@ def test_sdpa_with_a_mask(family, mixed, monkeypatch) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral, sliding window"])
 def test_a_row_whose_scores_come_in_several_parts(family, mixed, monkeypatch) -> None:
     monkeypatch.setattr(packed_attention, "SCORES", 300)
-    test_the_shared_prefix_changes_nothing(family, mixed, 4096)
+    test_the_shared_prefix_changes_nothing(family, mixed, 4096, 0, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch and transformers, that FlexAttention should be compiled
@@ -153,6 +156,7 @@ def test_families_without_keys_and_values_fall_back_with_one_message(family, mix
 
 
 def test_a_wrong_mask_is_noticed(mixed, monkeypatch) -> None:
+    monkeypatch.setattr(packed_attention, "SHORT", 0)
     right = packed_attention._hide
     monkeypatch.setattr(packed_attention, "_hide", lambda scores, query, *rest: right(scores, query - 1, *rest))
     teacher = Teaches(FAMILIES["llama"]())
@@ -230,8 +234,10 @@ def test_prompts_that_share_nothing_are_generated_whole() -> None:
         assert SharedPrefix("never").encoded(model, contexts[:1] * 2, prompts[:1] * 2) is None
 
 
-def test_large_scores_lose_nothing_in_low_precision() -> None:
+@pytest.mark.parametrize("short", [0, packed_attention.SHORT])
+def test_large_scores_lose_nothing_in_low_precision(short, monkeypatch) -> None:
     """Keys with a bias, as Qwen2's: all scores are large, and only their differences count."""
+    monkeypatch.setattr(packed_attention, "SHORT", short)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, rows, 16, generator=generator) for rows in (1, 41, 41))
     low = [x.bfloat16() for x in (4 * query, key + 20, value)]
