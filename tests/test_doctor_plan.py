@@ -27,7 +27,7 @@ from opcd.modules import (
     TeacherRollout,
 )
 from opcd.modules.adapters import add_lora
-from opcd.planning import Setting, Shape, Weights, parts, peak, shape_of
+from opcd.planning import Setting, Shape, Weights, parts, peak, roles, shape_of
 from opcd.planning.activations import kept_of_pass
 from opcd.planning.command import size
 from opcd.planning.levers import until_it_fits, ways
@@ -263,7 +263,7 @@ def test_a_folder_with_a_config_is_enough(pair):
     assert small.head_norms and small.norms == 2
 
 
-def test_who_scores_and_who_writes(tiny, tiny_teacher):
+def test_who_scores_and_who_writes(tiny, tiny_teacher, monkeypatch):
     small = shape_of(ModelConfig(tiny), "model.student")
     student = Weights(small, torch.float32)
 
@@ -274,7 +274,11 @@ def test_who_scores_and_who_writes(tiny, tiny_teacher):
     large = shape_of(ModelConfig(tiny_teacher), "model.student").weights
     # The files of both are in float32, so that a bfloat16 teacher is converted and stays in memory.
     assert teachers(FrozenTeacher(ModelConfig(tiny_teacher))) == (48, 2 * large, False)
-    assert teachers(FrozenTeacher(ModelConfig(tiny_teacher, "float32"))) == (48, 4 * large, True)
+    as_it_is = FrozenTeacher(ModelConfig(tiny_teacher, "float32"))
+    assert teachers(as_it_is, gradient_checkpointing=True) == (48, 4 * large, True)
+    assert teachers(as_it_is) == (48, 4 * large, False)  # not worth it
+    monkeypatch.setattr(roles, "LARGE", 4 * large)
+    assert teachers(as_it_is) == (48, 4 * large, True)
     linears = shape_of(ModelConfig(tiny_teacher), "model.student").linear_weights
     in_parts = 2 * (large - linears) + 2 * linears // 4 + 2 * linears // 2  # a quarter of both layers, and one whole
     assert teachers(FrozenTeacher(ModelConfig(tiny_teacher), shard=True)) == (48, in_parts, False)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from opcd import memory
 from opcd.memory import let_go
 from opcd.models import ModelConfig
-from opcd.modules import Student, Trajectories, student, teachers
+from opcd.modules import Student, Trajectories, distiller, student, teachers
 
 MIB = 2**20
 linux = pytest.mark.skipif(not memory.SMAPS.exists(), reason="a file of Linux's")
@@ -85,15 +85,23 @@ def test_large_blocks_are_kept_within_alone():
 
 
 @linux
-def test_a_frozen_teacher_leaves_while_the_student_learns(monkeypatch, tiny, rows, context, tmp_path, opcd):
+@pytest.mark.parametrize(
+    ("large", "checkpointing", "leaves"), [(1, "false", 2), (2**30, "true", 2), (2**30, "false", 0)]
+)
+def test_a_frozen_teacher_leaves_while_the_student_learns(
+    large, checkpointing, leaves, monkeypatch, tiny, rows, context, tmp_path, opcd
+):
+    """A large one, or where memory matters more than time: after its pass, and after the loss has read its head."""
     left = []
+    monkeypatch.setattr(distiller, "LARGE", large)
     monkeypatch.setattr(teachers, "let_go", lambda weights: left.append(len(list(weights))))
     code, output = opcd(
         *("fit", "--model.student.name", tiny, "--data.train", rows, "--data.context", context),
         *("--trainer.max_steps", 1, "--trainer.default_root_dir", tmp_path),
+        *("--model.gradient_checkpointing", checkpointing),
     )
     assert code == 0, output
-    assert len(left) >= 2 and min(left) > 0  # after its pass, and after the loss has read its head
+    assert len(left) == leaves and all(left)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

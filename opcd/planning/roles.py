@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from opcd.errors import UserError
+from opcd.memory import LARGE
 from opcd.models import ModelConfig
 from opcd.modules import (
     BaseTeacher,
@@ -44,14 +45,14 @@ def teacher_of(distiller: Distiller, student: Weights, gpu: bool, sharded: bool,
     return {
         "scorer": max(models, key=lambda model: model.bytes, default=None),
         "teacher_bytes": sum(taken for _, taken, _ in each),
-        "teacher_leaves": not gpu and all(mapped for _, _, mapped in each),
+        "teacher_leaves": not gpu and all(leaves for _, _, leaves in each),
     }
 
 
 def _one_teacher(
     teacher: Teacher, distiller: Distiller, student: Weights, sharded: bool, ranks: int
 ) -> tuple[Weights | None, int, bool]:
-    """The model that scores, what it takes beside the student, and whether it is mapped from its file."""
+    """The model that scores, what it takes beside the student, and whether its pages leave when it has scored."""
     lora = distiller.adapter
     if isinstance(teacher, FrozenTeacher):
         config = teacher.config or distiller.student_config
@@ -59,7 +60,8 @@ def _one_teacher(
         model = Weights(shape, _dtype(config, torch.bfloat16), config.quantization)
         if teacher.shard:
             return model, _in_parts(model, ranks), False
-        return model, model.bytes, model.quantization == "none" and model.dtype == shape.dtype
+        mapped = model.quantization == "none" and model.dtype == shape.dtype
+        return model, model.bytes, mapped and (distiller.gradient_checkpointing or model.bytes >= LARGE)
     if isinstance(teacher, MovingAverageTeacher):
         average = student if lora is not None else Weights(student.shape, torch.float32)
         return average, 4 * adapter_weights(student.shape, lora) if lora is not None else average.bytes, False
