@@ -29,7 +29,7 @@ SAMPLED = 16
 """One of so many keys of the prefix is looked at for a query's largest score."""
 
 Pair = tuple[Tensor, Tensor]
-"""Keys and values, [K, D] each."""
+"""Keys and values."""
 
 
 def attends_by_rows(model: PreTrainedModel) -> bool:
@@ -39,10 +39,13 @@ def attends_by_rows(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def attention_by_rows(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Iterator[None]:
-    """Within, every layer attends from packed rows of `lengths` tokens to themselves and to `prefix` tokens before."""
+def attention_by_rows(model: PreTrainedModel, layers: list[Pair], lengths: list[int]) -> Iterator[None]:
+    """Within, every layer attends from packed rows of `lengths` tokens to themselves and to the prefix before.
+
+    `layers` are the prefix's keys and values, [1, groups, P, D]; they are read where they lie.
+    """
     config = model.config.get_text_config()
-    AttentionInterface.register(NAME, partial(_attention, prefix, lengths))
+    AttentionInterface.register(NAME, partial(_attention, layers, lengths))
     before, config._attn_implementation = config._attn_implementation, NAME
     try:
         yield
@@ -52,7 +55,7 @@ def attention_by_rows(model: PreTrainedModel, prefix: int, lengths: list[int]) -
 
 @torch.no_grad()
 def _attention(
-    prefix: int,
+    layers: list[Pair],
     lengths: list[int],
     module: Any,
     query: Tensor,
@@ -63,7 +66,7 @@ def _attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: [1, heads, Q, D], keys and values [1, groups, prefix + Q, D] -> [1, Q, heads, D].
+    """As transformers calls it: [1, heads, Q, D], keys and values [1, groups, Q, D] -> [1, Q, heads, D].
 
     Raises:
         ValueError: for what few families ask of their attention; every row is then passed through whole.
@@ -74,80 +77,81 @@ def _attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(device, enabled=False):
-        queries, keys, values = (query[0] * scale).to(dtype), key[0].to(dtype), value[0].to(dtype)
-        if prefix + max(lengths) <= min(SHORT, sliding_window or SHORT):
-            return _side_by_side(prefix, lengths, queries, keys, values), None
-        rows = queries.unflatten(0, (len(keys), -1)).split(lengths, dim=2)  # each [groups, heads of a group, L, D]
-        own = [x[:, prefix:].split(lengths, dim=1) for x in (keys, values)]
-        results = [
-            torch.stack(
-                [
-                    _row(row[g], (keys[g, :prefix], values[g, :prefix]), (own_keys[g], own_values[g]), sliding_window)
-                    for g in range(len(keys))
-                ]
-            )
-            for row, own_keys, own_values in zip(rows, *own, strict=True)
-        ]
+        queries, *own = (x[0].to(dtype) for x in (query * scale, key, value))
+        keys, values = (x[0].to(dtype) for x in layers[module.layer_idx])
+        if keys.shape[1] + max(lengths) <= min(SHORT, sliding_window or SHORT):
+            return _side_by_side(lengths, queries, (keys, values), (own[0], own[1])), None
+        grouped = queries.unflatten(0, (len(keys), -1))
+        rows = zip(grouped.split(lengths, 2), *(x.split(lengths, 1) for x in own), strict=True)
+        results = [_row(row, (keys, values), (k, v), sliding_window) for row, k, v in rows]
     return torch.cat(results, dim=2).flatten(0, 1).transpose(0, 1)[None], None
 
 
-def _side_by_side(prefix: int, lengths: list[int], queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Rows padded to the longest, each with the prefix before it: [H, Q, D], keys [G, P + Q, D] -> [1, Q, H, D]."""
+def _side_by_side(lengths: list[int], queries: Tensor, shared: Pair, own: Pair) -> Tensor:
+    """Rows padded to the longest, each with the prefix before it: [H, Q, D], keys [G, ., D] -> [1, Q, H, D]."""
 
     def padded(packed: Tensor) -> Tensor:
         rows = [row.transpose(0, 1) for row in packed.split(lengths, 1)]
         return pad_sequence(rows, batch_first=True).transpose(1, 2)
 
-    def behind_prefix(packed: Tensor) -> Tensor:
-        shared = packed[:, :prefix].expand(len(lengths), -1, -1, -1)
-        return torch.cat([shared, padded(packed[:, prefix:])], 2)
-
-    result = cpu_attention.causal_attention(padded(queries), behind_prefix(keys), behind_prefix(values), 1.0)
+    keys, values = (
+        torch.cat([prefix.expand(len(lengths), -1, -1, -1), padded(packed)], 2)
+        for prefix, packed in zip(shared, own, strict=True)
+    )
+    result = cpu_attention.causal_attention(padded(queries), keys, values, 1.0)
     return torch.cat([row[:length] for row, length in zip(result, lengths, strict=True)])[None]
 
 
 def _row(queries: Tensor, shared: Pair, own: Pair, window: int | None) -> Tensor:
-    """One row's heads over one pair of keys and values: [heads, L, D] -> [heads, L, D], some queries at a time."""
-    heads, length, _ = queries.shape
-    step = max(1, SCORES // (heads * (len(shared[0]) + length)))
-    parts = [
-        _some(part, shared, own, first, window)
-        for first, part in zip(range(0, length, step), queries.split(step, 1), strict=True)
-    ]
-    return torch.cat(parts, dim=1)
+    """One row: [G, heads of a group, L, D], keys and values [G, ., D] -> [G, heads, L, D], some queries at a time."""
+    _, heads, length, _ = queries.shape
+    step = max(1, SCORES // (heads * (shared[0].shape[1] + length)))
+    parts = zip(range(0, length, step), queries.split(step, 2), strict=True)
+    return torch.cat([_some(part, shared, own, first, window) for first, part in parts], dim=2)
 
 
 def _some(queries: Tensor, shared: Pair, own: Pair, first: int, window: int | None) -> Tensor:
-    """The same for the queries from `first` on: [heads, n, D] -> [heads, n, D]."""
-    heads, count, size = queries.shape
-    prefix, last = len(shared[0]), first + count
+    """The same for the queries from `first` on: [G, heads, n, D] -> [G, heads, n, D]."""
+    _, heads, count, _ = queries.shape
+    prefix, last = shared[0].shape[1], first + count
     begin = 0 if window is None else min(prefix, max(0, prefix + first - window + 1))  # the first that any of them sees
-    keys, values, own_keys, own_values = shared[0][begin:], shared[1][begin:], own[0][:last], own[1][:last]
+    keys, values, own_keys, own_values = (*(x[:, begin:] for x in shared), *(x[:, :last] for x in own))
 
     def hide(scores: Tensor) -> None:
-        """-inf where a query does not see a key: [heads * n, K], keys up to `last`."""
-        _hide(scores.unflatten(0, (heads, count)), prefix + first, prefix + last, window)
+        """-inf where a query does not see a key: [..., heads * n, K], keys up to `last`."""
+        _hide(scores.unflatten(-2, (heads, count)), prefix + first, prefix + last, window)
 
-    flat = queries.reshape(-1, size)
-    top = _largest(flat, keys[::SAMPLED], own_keys, hide)
-    scores = flat.new_empty(len(flat), len(keys) + last)
-    torch.addmm(-top, flat, keys.T, out=scores[:, : len(keys)])
-    torch.addmm(-top, flat, own_keys.T, out=scores[:, len(keys) :])
-    hide(scores[:, 0 if window else len(keys) :])
+    flat = queries.flatten(1, 2)
+    top = _largest(flat, keys[:, ::SAMPLED], own_keys, hide)
+    from_key = 0 if window else keys.shape[1]  # before it, all is seen
+    groups = zip(flat, top, keys, values, own_keys, own_values, strict=True)
+    results = [_weighted(q, t, (k, v), (own_k, own_v), hide, from_key) for q, t, k, v, own_k, own_v in groups]
+    return torch.stack(results).view(*queries.shape[:3], -1)
+
+
+def _weighted(
+    queries: Tensor, top: Tensor, shared: Pair, own: Pair, hide: Callable[[Tensor], None], from_key: int
+) -> Tensor:
+    """The values, weighed by the softmax of the scores: [m, D], `top` [m, 1], one pair of each kind -> [m, D]."""
+    keys, values = shared
+    scores = queries.new_empty(len(queries), len(keys) + len(own[0]))
+    torch.addmm(-top, queries, keys.T, out=scores[:, : len(keys)])
+    torch.addmm(-top, queries, own[0].T, out=scores[:, len(keys) :])
+    hide(scores[:, from_key:])
     torch.softmax(scores, -1, out=scores)  # every row is summed up before its first number is written
     result = scores[:, : len(keys)] @ values
-    return result.addmm_(scores[:, len(keys) :], own_values).view(heads, count, -1)
+    return result.addmm_(scores[:, len(keys) :], own[1])
 
 
 def _largest(queries: Tensor, some: Tensor, own: Tensor, hide: Callable[[Tensor], None]) -> Tensor:
-    """About the largest score of each query, from some keys of the prefix and its own row's: [n, D] -> [n, 1].
+    """About the largest score of each query, from some keys of the prefix and its own row's: [G, m, D] -> [G, m, 1].
 
     A product adds up in float32 and is rounded once. With this taken off before, bfloat16 costs little where
     the softmax looks, near the largest; without, it loses what tells large scores apart (a bias on Qwen2's keys).
     """
-    scores = queries @ own.T
+    scores = torch.bmm(queries, own.mT)
     hide(scores)
-    return torch.cat([scores, queries @ some.T], -1).amax(-1, keepdim=True)
+    return torch.cat([scores, torch.bmm(queries, some.mT)], -1).amax(-1, keepdim=True)
 
 
 def _hide(scores: Tensor, query: int, end: int, window: int | None) -> None:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
+from opcd.modules.decoding import CACHE
+from opcd.modules.generation import EncodedPrefix, joined_cache
 from opcd.modules.packed_attention import attends_by_rows, attention_by_rows
 
 Mask = Tensor | BlockMask
@@ -37,8 +40,8 @@ def sliding_window(model: PreTrainedModel) -> int | None:
 
 
 @contextmanager
-def packed_rows(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Iterator[Mask | dict[str, Mask] | None]:
-    """Within, a pass of the model takes Q packed tokens behind a prefix, with the attention mask that this gives.
+def packed_rows(model: PreTrainedModel, prefix: EncodedPrefix, lengths: list[int]) -> Iterator[dict[str, Any]]:
+    """Within, a pass of the model takes Q packed tokens behind a prefix, with the arguments that this gives.
 
     Raises:
         ValueError: the model has layers that keep no keys and values.
@@ -47,10 +50,11 @@ def packed_rows(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Iter
     if unknown := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layers of kind {', '.join(sorted(unknown))} keep no keys and values of each token")
     if attends_by_rows(model):
-        with attention_by_rows(model, prefix, lengths):
-            yield None
+        with attention_by_rows(model, prefix.layers, lengths):
+            yield {"use_cache": False}
     else:
-        yield packed_masks(model, prefix, lengths)
+        mask = packed_masks(model, len(prefix.ids), lengths)
+        yield {"attention_mask": mask, "use_cache": True, CACHE: joined_cache([prefix])}
 
 
 def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Mask | dict[str, Mask]:

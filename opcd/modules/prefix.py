@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opcd.modules.decoding import CACHE
-from opcd.modules.generation import EncodedPrefix, joined_cache
+from opcd.modules.generation import EncodedPrefix
 from opcd.modules.packing import pack_groups, packed_rows, sliding_window
 from opcd.modules.scoring import last_hidden
 
@@ -156,15 +156,9 @@ class SharedPrefix:
         rows = [torch.cat([prompt, response[:-1]]) for prompt, response in suffixes]
         lengths = [len(row) for row in rows]
         positions = torch.cat([torch.arange(len(ids), len(ids) + length) for length in lengths])
-        entry = self._entry(model, ids)
-        with packed_rows(model, len(ids), lengths) as mask:
-            hidden = model.base_model(
-                input_ids=torch.cat(rows)[None].to(model.device),
-                position_ids=positions[None].to(model.device),
-                attention_mask=mask,
-                use_cache=True,
-                **{CACHE: joined_cache([entry])},
-            ).last_hidden_state[0]
+        packed, positions = (x[None].to(model.device) for x in (torch.cat(rows), positions))
+        with packed_rows(model, self._entry(model, ids), lengths) as arguments:
+            hidden = model.base_model(input_ids=packed, position_ids=positions, **arguments).last_hidden_state[0]
         return [states[len(prompt) - 1 :] for states, (prompt, _) in zip(hidden.split(lengths), suffixes, strict=True)]
 
     def _entry(self, model: PreTrainedModel, ids: tuple[int, ...]) -> EncodedPrefix:
@@ -174,7 +168,8 @@ class SharedPrefix:
             return self._entries[ids]
         cache = DynamicCache()
         model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, **{CACHE: cache})
-        layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
+        pairs: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
+        layers = [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
         entry = self._entries[ids] = EncodedPrefix(ids, layers)
         while sum(e.bytes for e in self._entries.values()) > self.memory_mib * 2**20 and len(self._entries) > 1:
             self._entries.popitem(last=False)

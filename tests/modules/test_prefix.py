@@ -234,6 +234,28 @@ def test_prompts_that_share_nothing_are_generated_whole() -> None:
         assert SharedPrefix("never").encoded(model, contexts[:1] * 2, prompts[:1] * 2) is None
 
 
+class Layer:
+    layer_idx = 0
+
+
+def attend(query, key, value):
+    """One query behind a prefix of all keys but its own."""
+    before, own = zip(*((x[:, :, :-1], x[:, :, -1:]) for x in (key, value)), strict=True)
+    return packed_attention._attention([before], [1], Layer, query, *own, None)[0].transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1e3, -1e3])
+def test_a_score_far_above_those_looked_at(factor, dtype, monkeypatch) -> None:
+    """One that is not among every sixteenth key."""
+    monkeypatch.setattr(packed_attention, "SHORT", 0)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, rows, 16, generator=generator, dtype=dtype) for rows in (1, 41, 41))
+    key[:, :, 5] = factor * query[:, :, 0]
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (query, key, value)))
+    assert_close(attend(query, key, value).double(), exact, rtol=2**-6, atol=2**-6)
+
+
 @pytest.mark.parametrize("short", [0, packed_attention.SHORT])
 def test_large_scores_lose_nothing_in_low_precision(short, monkeypatch) -> None:
     """Keys with a bias, as Qwen2's: all scores are large, and only their differences count."""
@@ -242,6 +264,6 @@ def test_large_scores_lose_nothing_in_low_precision(short, monkeypatch) -> None:
     query, key, value = (torch.randn(1, 2, rows, 16, generator=generator) for rows in (1, 41, 41))
     low = [x.bfloat16() for x in (4 * query, key + 20, value)]
     exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in low))
-    ours = packed_attention._attention(40, [1], None, *low, None)[0].transpose(1, 2)
+    ours = attend(*low)
     torchs = torch.nn.functional.scaled_dot_product_attention(*low)
     assert (ours - exact).norm() < 2 * (torchs - exact).norm()
