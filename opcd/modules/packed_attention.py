@@ -22,7 +22,7 @@ NAME = "opcd_packed_rows"
 SCORES = 2**21
 """Attention scores at a time: 4 MiB in bfloat16, so that they stay in a cache."""
 
-SHORT = 1024
+SHORT = 768
 """Prefix and row together: the longest that is computed with every row's own copy of the prefix's keys."""
 
 SAMPLED = 16
