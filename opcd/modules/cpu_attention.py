@@ -1,4 +1,6 @@
-"""Causal attention as a few products per block of queries, on a CPU: half the time of torch's kernel (docs/log.md).
+"""Causal attention as a few products per block of queries, on a CPU.
+
+Up to 512 tokens in 0.4 to 0.7 of the time of torch's kernel, at 2,048 in 0.9 (docs/log.md).
 
 Keys that come after a block are never looked at. Scores and their softmax are in float32 (float64 for float64); what
 is kept for the backward pass are queries, keys and values, and the probabilities are computed again, as in
