@@ -25,9 +25,10 @@ from opcd.modules import (
     ServedTeacher,
     StudentRollout,
     TeacherRollout,
+    distiller,
 )
 from opcd.modules.adapters import add_lora
-from opcd.planning import Setting, Shape, Weights, parts, peak, roles, shape_of
+from opcd.planning import Setting, Shape, Weights, parts, peak, shape_of
 from opcd.planning.activations import kept_of_pass
 from opcd.planning.command import size
 from opcd.planning.levers import until_it_fits, ways
@@ -277,7 +278,7 @@ def test_who_scores_and_who_writes(tiny, tiny_teacher, monkeypatch):
     as_it_is = FrozenTeacher(ModelConfig(tiny_teacher, "float32"))
     assert teachers(as_it_is, gradient_checkpointing=True) == (48, 4 * large, True)
     assert teachers(as_it_is) == (48, 4 * large, False)  # not worth it
-    monkeypatch.setattr(roles, "LARGE", 4 * large)
+    monkeypatch.setattr(distiller, "LARGE", 4 * large)
     assert teachers(as_it_is) == (48, 4 * large, True)
     linears = shape_of(ModelConfig(tiny_teacher), "model.student").linear_weights
     in_parts = 2 * (large - linears) + 2 * linears // 4 + 2 * linears // 2  # a quarter of both layers, and one whole

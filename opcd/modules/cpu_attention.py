@@ -98,10 +98,11 @@ def _by_rows(query: Tensor, key: Tensor, *others: Tensor) -> Iterator[tuple[Tens
 def _forward(scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[b, H, L, D], keys [b, G, K, D] -> [b, L, H, E]."""
     queries, keys, values = _scaled(query, key, scale), _wide(key.flatten(0, 1)), value.flatten(0, 1)
-    result = value.new_empty(len(query), query.shape[2], query.shape[1], value.shape[-1])
+    rows, heads, length, _ = query.shape
+    result = value.new_empty(rows, length, heads, value.shape[-1])
     for block, seen in _blocks(query, key):
         likely = _probabilities(queries[:, :, block], keys[:, :seen]).to(value.dtype)
-        result[:, block] = torch.bmm(likely, values[:, :seen]).view(_heads_first(result, block)).transpose(1, 2)
+        result[:, block] = torch.bmm(likely, values[:, :seen]).view(rows, heads, -1, value.shape[-1]).transpose(1, 2)
     return result
 
 
@@ -149,8 +150,3 @@ def _scaled(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _heads_first(result: Tensor, block: slice) -> tuple[int, ...]:
-    rows, _, heads, size = result.shape
-    return rows, heads, block.stop - block.start, size

@@ -130,6 +130,8 @@ class Distiller(OnRanks):
         self.reduction, self.micro_batch_tokens, self.answer = reduction, micro_batch_tokens, answer
         self.halve_micro_batches = halve_micro_batches
         self.gradient_checkpointing, self.gradient_clip_val = gradient_checkpointing, gradient_clip_val
+        # Bytes of a teacher that are worth giving back between the parts of a step; with checkpointing, all are.
+        self.least_released = 0 if gradient_checkpointing else LARGE
         self.held_out, self.bad_steps = TokenMeans(), BadSteps(bad_numbers)
 
     def setup(self, stage: str) -> None:
@@ -207,7 +209,7 @@ class Distiller(OnRanks):
 
     def _gradients(self, trajectories: Trajectories, clock: Stopwatch, max_tokens: int) -> TokenMeans:
         """Teacher, student and loss over all responses, a micro-batch at a time; gradients add up in the student."""
-        means, least = TokenMeans(), 0 if self.gradient_checkpointing else LARGE
+        means, least = TokenMeans(), self.least_released
         weights = token_weights(trajectories.lengths, self.reduction, self._all_sum)
         micro_batches = self._in_step(trajectories.micro_batches(max_tokens), self._gathering)
         for number, (rows, counts) in enumerate(micro_batches, start=1):

@@ -91,6 +91,7 @@ def _side_by_side(lengths: list[int], queries: Tensor, shared: Pair, own: Pair) 
     """Rows padded to the longest, each with the prefix before it: [H, Q, D], keys [G, ., D] -> [1, Q, H, D]."""
 
     def padded(packed: Tensor) -> Tensor:
+        """A row each: [heads, Q, D] -> [rows, heads, longest, D]."""
         rows = [row.transpose(0, 1) for row in packed.split(lengths, 1)]
         return pad_sequence(rows, batch_first=True).transpose(1, 2)
 

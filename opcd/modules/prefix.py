@@ -168,8 +168,7 @@ class SharedPrefix:
             return self._entries[ids]
         cache = DynamicCache()
         model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, **{CACHE: cache})
-        pairs: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
-        layers = [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
+        layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
         entry = self._entries[ids] = EncodedPrefix(ids, layers)
         while sum(e.bytes for e in self._entries.values()) > self.memory_mib * 2**20 and len(self._entries) > 1:
             self._entries.popitem(last=False)

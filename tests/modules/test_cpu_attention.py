@@ -6,43 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from opcd.models import ModelConfig
 from opcd.modules import Student, cpu_attention
 from opcd.modules.cpu_attention import NAME, attention, causal_attention, use_cpu_attention
+from tests.modules.test_prefix import FAMILIES
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "initializer_range": 0.3,
-}
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
-    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=12)),
-    "gemma3, both kinds of layer": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(**SMALL, sliding_window=12, sliding_window_pattern=2)
-    ),
-}
 SHAPES = {  # B, H, G, L, K, D, E
     "one block": (2, 4, 2, 5, 5, 8, 8),
     "several blocks, the last one short": (3, 6, 2, 150, 150, 16, 16),
@@ -111,10 +80,10 @@ def test_rows_come_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_learns_the_same(family, checkpointing):
     torch.manual_seed(0)
-    theirs = MODELS[family]().train()
+    theirs = FAMILIES[family]().train()
     ours = copy.deepcopy(theirs)
     use_cpu_attention(ours)
     assert ours.config._attn_implementation == NAME
@@ -132,14 +101,14 @@ def test_a_model_learns_the_same(family, checkpointing):
 
 def test_under_autocast_it_is_used_and_gives_its_type(monkeypatch):
     torch.manual_seed(0)
-    model, used = MODELS["llama"](), []
+    model, used = FAMILIES["llama"](), []
     use_cpu_attention(model)
     monkeypatch.setattr(
         cpu_attention, "_forward", lambda *x, f=cpu_attention._forward: used.append(x[1].dtype) or f(*x)
     )
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randint(1, 97, (3, 9)), use_cache=False).logits.sum().backward()
-    assert used == [torch.bfloat16] * SMALL["num_hidden_layers"]
+    assert used == [torch.bfloat16] * model.config.num_hidden_layers
 
 
 class Layer:
