@@ -97,7 +97,7 @@ def _by_rows(query: Tensor, key: Tensor, *others: Tensor) -> Iterator[tuple[Tens
 
 def _forward(scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[b, H, L, D], keys [b, G, K, D] -> [b, L, H, E]."""
-    queries, keys, values = _scaled(query, key, scale), _wide(key.flatten(0, 1)), value.flatten(0, 1)
+    queries, keys, values = _scaled(query, key, scale), wide(key.flatten(0, 1)), value.flatten(0, 1)
     rows, heads, length, _ = query.shape
     result = value.new_empty(rows, length, heads, value.shape[-1])
     for block, seen in _blocks(query, key):
@@ -108,11 +108,11 @@ def _forward(scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _backward(scale: float, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
     """The gradients of the three, from that of the result, [b, L, H, E]."""
-    queries, keys, values = _scaled(query, key, scale), _wide(key.flatten(0, 1)), value.flatten(0, 1)
+    queries, keys, values = _scaled(query, key, scale), wide(key.flatten(0, 1)), value.flatten(0, 1)
     low_queries, gradient = queries.to(value.dtype), gradient.transpose(1, 2)
     # Gradients of scores sum to zero but for their rounding, which a bias on the keys (Qwen2's) would multiply.
     low_keys = (keys - keys.mean(1, keepdim=True)).to(value.dtype)
-    of_queries, of_keys, of_values = (torch.zeros_like(x) for x in (low_queries, keys, _wide(values)))
+    of_queries, of_keys, of_values = (torch.zeros_like(x) for x in (low_queries, keys, wide(values)))
     for block, seen in _blocks(query, key):
         of_result = gradient[:, :, block].reshape(len(values), -1, value.shape[-1])
         likely = _probabilities(queries[:, :, block], keys[:, :seen]).to(value.dtype)
@@ -145,8 +145,8 @@ def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, int]]:
 
 def _scaled(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Heads that share keys together: [b, H, L, D] -> [b * G, H / G, L, D]."""
-    return (_wide(query) * scale).reshape(len(key) * key.shape[1], -1, *query.shape[2:])
+    return (wide(query) * scale).reshape(len(key) * key.shape[1], -1, *query.shape[2:])
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()

@@ -1,10 +1,14 @@
-"""Attention of rows that are packed behind a prefix, one row after the other and without a mask, on a CPU.
+"""Attention of rows that are packed behind a prefix, without a mask, on a CPU.
+
+What all queries get from the prefix is computed first, in blocks of queries and keys, with the sum of their weights; to
+the softmax over a row's own keys, that sum is one more key.
 
 torch's kernel with a mask computes what the mask then hides and leaves its fast path: twice as long as this
 (docs/log.md). On a GPU, FlexAttention does the same with blocks (`packing.py`).
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,14 +23,19 @@ from opcd.modules import cpu_attention
 NAME = "opcd_packed_rows"
 """What transformers calls it."""
 
-SCORES = 2**21
-"""Attention scores at a time: 4 MiB in bfloat16, so that they stay in a cache."""
+QUERIES, KEYS = 2048, 2048
+"""Of one group of heads and of the prefix, in a product: 8 MiB of scores in bfloat16."""
 
-SHORT = 768
-"""Prefix and row together: the longest that is computed with every row's own copy of the prefix's keys."""
+OWN_QUERIES = 128
+"""Of a row, in a product with its own keys."""
+
+SCORES = 2**21
+"""Of rows with their own keys at a time: 8 MiB, which glibc keeps for the next ones."""
 
 SAMPLED = 16
 """One of so many keys of the prefix is looked at for a query's largest score."""
+
+LOG2_E = math.log2(math.e)
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
@@ -77,86 +86,96 @@ def _attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(device, enabled=False):
-        queries, *own = (x[0].to(dtype) for x in (query * scale, key, value))
+        queries, *own = (x[0].to(dtype) for x in (query * (scale * LOG2_E), key, value))
         keys, values = (x[0].to(dtype) for x in layers[module.layer_idx])
-        if keys.shape[1] + max(lengths) <= min(SHORT, sliding_window or SHORT):
-            return _side_by_side(lengths, queries, (keys, values), (own[0], own[1])), None
         grouped = queries.unflatten(0, (len(keys), -1))
-        rows = zip(grouped.split(lengths, 2), *(x.split(lengths, 1) for x in own), strict=True)
-        results = [_row(row, (keys, values), (k, v), sliding_window) for row, k, v in rows]
-    return torch.cat(results, dim=2).flatten(0, 1).transpose(0, 1)[None], None
+        before = _from_prefix(grouped, (keys, values), lengths, sliding_window)
+        rows = list(zip(*(x.split(lengths, -2) for x in (grouped, *own, *before)), strict=True))
+        some = max(1, SCORES // (len(queries) * min(OWN_QUERIES, max(lengths)) * max(lengths)))
+        results = [_rows(rows[first : first + some], sliding_window) for first in range(0, len(rows), some)]
+    return torch.cat(results)[None], None
 
 
-def _side_by_side(lengths: list[int], queries: Tensor, shared: Pair, own: Pair) -> Tensor:
-    """Rows padded to the longest, each with the prefix before it: [H, Q, D], keys [G, ., D] -> [1, Q, H, D]."""
+def _from_prefix(queries: Tensor, shared: Pair, lengths: list[int], window: int | None) -> Pair:
+    """Attention to the prefix alone, and the logarithm of the sum of each query's weights, in float32 at least.
 
-    def padded(packed: Tensor) -> Tensor:
-        """A row each: [heads, Q, D] -> [rows, heads, longest, D]."""
-        rows = [row.transpose(0, 1) for row in packed.split(lengths, 1)]
-        return pad_sequence(rows, batch_first=True).transpose(1, 2)
-
-    keys, values = (
-        torch.cat([prefix.expand(len(lengths), -1, -1, -1), padded(packed)], 2)
-        for prefix, packed in zip(shared, own, strict=True)
-    )
-    result = cpu_attention.causal_attention(padded(queries), keys, values, 1.0)
-    return torch.cat([row[:length] for row, length in zip(result, lengths, strict=True)])[None]
-
-
-def _row(queries: Tensor, shared: Pair, own: Pair, window: int | None) -> Tensor:
-    """One row: [G, heads of a group, L, D], keys and values [G, ., D] -> [G, heads, L, D], some queries at a time."""
-    _, heads, length, _ = queries.shape
-    step = max(1, SCORES // (heads * (shared[0].shape[1] + length)))
-    parts = zip(range(0, length, step), queries.split(step, 2), strict=True)
-    return torch.cat([_some(part, shared, own, first, window) for first, part in parts], dim=2)
+    Queries [G, heads of a group, Q, D], scaled for powers of 2; keys and values [G, P, D] -> [G, heads, Q, D] and
+    [G, heads, Q, 1].
+    """
+    groups, heads, count, _ = queries.shape
+    keys, values = (x[:, 0 if window is None else max(0, x.shape[1] - window + 1) :] for x in shared)
+    places = torch.cat([torch.arange(length) for length in lengths]).repeat(heads)[:, None]
+    hidden = None if window is None else places + (keys.shape[1] - window + 1)  # so many keys, for each query
+    blocks = [slice(first, first + QUERIES) for first in range(0, heads * count, QUERIES)]
+    parts = [
+        _weighted(group[block], k, v, None if hidden is None else hidden[block])
+        for group, k, v in zip(queries.flatten(1, 2), keys, values, strict=True)
+        for block in blocks
+    ]
+    results, sums = (torch.cat(x).view(groups, heads, count, -1) for x in zip(*parts, strict=True))
+    return results, sums
 
 
-def _some(queries: Tensor, shared: Pair, own: Pair, first: int, window: int | None) -> Tensor:
-    """The same for the queries from `first` on: [G, heads, n, D] -> [G, heads, n, D]."""
-    _, heads, count, _ = queries.shape
-    prefix, last = shared[0].shape[1], first + count
-    begin = 0 if window is None else min(prefix, max(0, prefix + first - window + 1))  # the first that any of them sees
-    keys, values, own_keys, own_values = (*(x[:, begin:] for x in shared), *(x[:, :last] for x in own))
-
-    def hide(scores: Tensor) -> None:
-        """-inf where a query does not see a key: [..., heads * n, K], keys up to `last`."""
-        _hide(scores.unflatten(-2, (heads, count)), prefix + first, prefix + last, window)
-
-    flat = queries.flatten(1, 2)
-    top = _largest(flat, keys[:, ::SAMPLED], own_keys, hide)
-    from_key = 0 if window else keys.shape[1]  # before it, all is seen
-    groups = zip(flat, top, keys, values, own_keys, own_values, strict=True)
-    results = [_weighted(q, t, (k, v), (own_k, own_v), hide, from_key) for q, t, k, v, own_k, own_v in groups]
-    return torch.stack(results).view(*queries.shape[:3], -1)
-
-
-def _weighted(
-    queries: Tensor, top: Tensor, shared: Pair, own: Pair, hide: Callable[[Tensor], None], from_key: int
-) -> Tensor:
-    """The values, weighed by the softmax of the scores: [m, D], `top` [m, 1], one pair of each kind -> [m, D]."""
-    keys, values = shared
-    scores = queries.new_empty(len(queries), len(keys) + len(own[0]))
-    torch.addmm(-top, queries, keys.T, out=scores[:, : len(keys)])
-    torch.addmm(-top, queries, own[0].T, out=scores[:, len(keys) :])
-    hide(scores[:, from_key:])
-    torch.softmax(scores, -1, out=scores)  # every row is summed up before its first number is written
-    result = scores[:, : len(keys)] @ values
-    return result.addmm_(scores[:, len(keys) :], own[1])
+def _weighted(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, step: int = SAMPLED) -> Pair:
+    """The same of one group: [m, D], [P, D] -> [m, D], [m, 1]. `hidden` [m, 1] are the first keys, not to be seen."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    top = _largest(queries, keys, hidden, step)
+    # With one column more, their product is the score less `top`.
+    left, right = torch.cat([queries, -top], -1), torch.cat([keys, torch.ones_like(keys[:, :1])], -1)
+    result, total = queries.new_zeros(len(queries), values.shape[1], dtype=wide), top.new_zeros(top.shape, dtype=wide)
+    for first in range(0, len(keys), KEYS):
+        weights = left @ right[first : first + KEYS].T
+        if hidden is not None:
+            _hide(weights, hidden - first)
+        weights.exp2_()
+        total += weights.sum(-1, keepdim=True)
+        result += weights @ values[first : first + KEYS]
+    if step > 1 and not math.isfinite(result.sum()):  # a score far above those looked at
+        return _weighted(queries, keys, values, hidden, step=1)
+    return result.div_(total.clamp(min=torch.finfo(wide).tiny)), (top + total.log2()) / LOG2_E
 
 
-def _largest(queries: Tensor, some: Tensor, own: Tensor, hide: Callable[[Tensor], None]) -> Tensor:
-    """About the largest score of each query, from some keys of the prefix and its own row's: [G, m, D] -> [G, m, 1].
+def _largest(queries: Tensor, keys: Tensor, hidden: Tensor | None, step: int) -> Tensor:
+    """About the largest score of each query, from one of `step` keys, from all with a window: [m, D] -> [m, 1].
 
     A product adds up in float32 and is rounded once. With this taken off before, bfloat16 costs little where
     the softmax looks, near the largest; without, it loses what tells large scores apart (a bias on Qwen2's keys).
     """
-    scores = torch.bmm(queries, own.mT)
-    hide(scores)
-    return torch.cat([scores, torch.bmm(queries, some.mT)], -1).amax(-1, keepdim=True)
+    if hidden is None:
+        return (queries @ keys[::step].T).amax(-1, keepdim=True)
+    scores = queries @ keys.T
+    _hide(scores, hidden)
+    return scores.amax(-1, keepdim=True)
 
 
-def _hide(scores: Tensor, query: int, end: int, window: int | None) -> None:
-    """-inf for keys after their query or too far before it: [..., n, K], queries from `query` on, keys up to `end`."""
-    keys = torch.arange(end - scores.shape[-1], end)
-    distance = torch.arange(query, query + scores.shape[-2])[:, None] - keys
-    scores.masked_fill_((distance < 0) if window is None else (distance < 0) | (distance >= window), -torch.inf)
+def _hide(scores: Tensor, hidden: Tensor) -> None:
+    scores.masked_fill_(torch.arange(scores.shape[-1]) < hidden, -torch.inf)
+
+
+def _rows(rows: list[tuple[Tensor, ...]], window: int | None) -> Tensor:
+    """Some rows side by side, the prefix a key more to each: packed [their tokens, H, D].
+
+    A row is queries [G, heads of a group, L, D], its own keys and values [G, L, D], and what `_from_prefix` gave.
+    """
+    queries, keys, values, from_prefix, sums = (_padded(x).flatten(0, 1) for x in zip(*rows, strict=True))
+    keys, results, last = cpu_attention.wide(keys).mT, [], 0
+    for some, result, total in zip(*(x.split(OWN_QUERIES, 2) for x in (queries, from_prefix, sums)), strict=True):
+        first, last = last, last + some.shape[2]
+        scores = torch.bmm(cpu_attention.wide(some).flatten(1, 2), keys[..., :last]).div_(LOG2_E)
+        scores.unflatten(1, some.shape[1:3]).masked_fill_(_unseen(first, last, window), -torch.inf)
+        weights = torch.softmax(torch.cat([scores, total.flatten(1, 2)], -1), -1)
+        of_row = torch.bmm(weights[..., :-1].to(values.dtype), values[:, :last])
+        results.append(torch.addcmul(of_row, weights[..., -1:], result.flatten(1, 2)).view_as(result))
+    together = torch.cat(results, 2).to(values.dtype).unflatten(0, (len(rows), -1)).flatten(1, 2).transpose(1, 2)
+    return torch.cat([row[: own.shape[-2]] for row, (_, own, *_) in zip(together, rows, strict=True)])
+
+
+def _unseen(first: int, last: int, window: int | None) -> Tensor:
+    """Keys after their query or too far before it: [last - first, last]."""
+    distance = torch.arange(first, last)[:, None] - torch.arange(last)
+    return (distance < 0) if window is None else (distance < 0) | (distance >= window)
+
+
+def _padded(rows: tuple[Tensor, ...]) -> Tensor:
+    """[..., L, D] each, to the longest: [rows, ..., L, D]."""
+    return pad_sequence([row.movedim(-2, 0) for row in rows], batch_first=True).movedim(1, -2)

@@ -82,12 +82,9 @@ def mixed():
     return Trajectories(queries, prompts, prefixes, responses, [False] * 9, [None] * 9, [None] * 9)
 
 
-@pytest.mark.parametrize("short", [0, packed_attention.SHORT])
 @pytest.mark.parametrize("max_tokens", [10, 40, 4096])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_shared_prefix_changes_nothing(family, mixed, max_tokens, short, monkeypatch) -> None:
-    """Row after row behind a long prefix, and side by side behind a short one."""
-    monkeypatch.setattr(packed_attention, "SHORT", short)
+def test_the_shared_prefix_changes_nothing(family, mixed, max_tokens) -> None:
     torch.manual_seed(0)
     model = FAMILIES[family]()
     full = Teaches(model, "never").score(mixed, 4096)
@@ -109,10 +106,11 @@ def test_sdpa_with_a_mask(family, mixed, monkeypatch) -> None:
     assert_close(fast.hidden, full.hidden, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["QUERIES", "KEYS", "OWN_QUERIES", "SCORES"])
 @pytest.mark.parametrize("family", ["llama", "mistral, sliding window"])
-def test_a_row_whose_scores_come_in_several_parts(family, mixed, monkeypatch) -> None:
-    monkeypatch.setattr(packed_attention, "SCORES", 300)
-    test_the_shared_prefix_changes_nothing(family, mixed, 4096, 0, monkeypatch)
+def test_scores_that_come_in_several_parts(family, name, mixed, monkeypatch) -> None:
+    monkeypatch.setattr(packed_attention, name, 7)
+    test_the_shared_prefix_changes_nothing(family, mixed, 4096)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch and transformers, that FlexAttention should be compiled
@@ -156,9 +154,7 @@ def test_families_without_keys_and_values_fall_back_with_one_message(family, mix
 
 
 def test_a_wrong_mask_is_noticed(mixed, monkeypatch) -> None:
-    monkeypatch.setattr(packed_attention, "SHORT", 0)
-    right = packed_attention._hide
-    monkeypatch.setattr(packed_attention, "_hide", lambda scores, query, *rest: right(scores, query - 1, *rest))
+    monkeypatch.setattr(packed_attention, "_unseen", lambda first, last, _: torch.ones(last - first, last).triu(2) > 0)
     teacher = Teaches(FAMILIES["llama"]())
     full = Teaches(teacher.model, "never").score(mixed, 4096)
     with pytest.warns(UserWarning, match="hidden states differ by"):
@@ -246,9 +242,8 @@ def attend(query, key, value):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [1e3, -1e3])
-def test_a_score_far_above_those_looked_at(factor, dtype, monkeypatch) -> None:
-    """One that is not among every sixteenth key."""
-    monkeypatch.setattr(packed_attention, "SHORT", 0)
+def test_a_score_far_above_those_looked_at(factor, dtype) -> None:
+    """One that is not among those looked at."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, rows, 16, generator=generator, dtype=dtype) for rows in (1, 41, 41))
     key[:, :, 5] = factor * query[:, :, 0]
@@ -256,10 +251,8 @@ def test_a_score_far_above_those_looked_at(factor, dtype, monkeypatch) -> None:
     assert_close(attend(query, key, value).double(), exact, rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize("short", [0, packed_attention.SHORT])
-def test_large_scores_lose_nothing_in_low_precision(short, monkeypatch) -> None:
+def test_large_scores_lose_nothing_in_low_precision() -> None:
     """Keys with a bias, as Qwen2's: all scores are large, and only their differences count."""
-    monkeypatch.setattr(packed_attention, "SHORT", short)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, rows, 16, generator=generator) for rows in (1, 41, 41))
     low = [x.bfloat16() for x in (4 * query, key + 20, value)]
