@@ -22,7 +22,8 @@ class LMEval(Callback):
     """Asks the student the questions of an evaluation, every so many steps and at the end of training.
 
     The metrics go to the loggers (`metrics.csv` among them) as `eval/TASK/METRIC`, where a ModelCheckpoint can monitor
-    them, and every answer to `eval/step=N-TASK.jsonl` in the run's folder. Training is bit for bit what it is without:
+    them, the bounds of the first one's 95 % interval as `METRIC_low` and `METRIC_high`, and every answer to
+    `eval/step=N-TASK.jsonl` in the run's folder. Training is bit for bit what it is without:
     the generators, the modes of all modules, weights and tokenizer are left as they were.
 
     Keep rows that choose a checkpoint apart from those that are reported: name validation rows in `evaluation.data`
@@ -121,17 +122,19 @@ class LMEval(Callback):
         assert isinstance(pl_module, Distiller)
         results = self._evaluator(self._answering(trainer, pl_module.student))
         give_back()
-        metrics = {
-            f"{self.name}/{task}/{metric}": value.value
-            for task, result in results.items()
-            for metric, value in result.metrics.items()
-        }
+        main = {f"{self.name}/{task}/{self._evaluator.main_metric(task)}" for task in self._evaluator.answers}
+        metrics = {}
+        for task, result in results.items():
+            for metric, value in result.metrics.items():
+                name = f"{self.name}/{task}/{metric}"
+                metrics[name] = value.value
+                if name in main and value.low is not None and value.high is not None:
+                    metrics |= {name + "_low": value.low, name + "_high": value.high}
         if trainer.is_global_zero:
             self._folder.mkdir(exist_ok=True)
             for task, result in results.items():
                 write_rows(self._folder / f"step={trainer.global_step}-{task}.jsonl", result.rows)
         metrics = dict(trainer.strategy.broadcast(metrics))
-        main = {f"{self.name}/{task}/{self._evaluator.main_metric(task)}" for task in self._evaluator.answers}
         self._main.append((trainer.global_step, {name: metrics[name] for name in metrics if name in main}))
         return metrics
 

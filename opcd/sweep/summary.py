@@ -63,9 +63,11 @@ def as_csv(results: Sequence[ArmResult]) -> str:
 
 def as_markdown(results: Sequence[ArmResult]) -> str:
     """A row an arm; then mean and sample standard deviation over seeds, where there are several."""
-    shown = [name for name in SHOWN if any(name in result.numbers for result in results)]
+    known = list(dict.fromkeys(name for result in results for name in result.numbers))
+    # What has bounds is an evaluation's first metric.
+    shown = [name for name in SHOWN if name in known] + [name for name in known if name + "_low" in known]
     rows = [
-        [r.arm.name, r.task.status, clock(r.task.seconds), *(_number(r.numbers.get(name)) for name in shown)]
+        [r.arm.name, r.task.status, clock(r.task.seconds), *(_with_bounds(r.numbers, name) for name in shown)]
         for r in results
     ]
     text = markdown_table(["arm", "status", "time", *shown], rows)
@@ -110,6 +112,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _without_seed(arm: Arm) -> str:
     parts = [part for part in arm.name.split(",") if not any(part.startswith(key.rsplit(".", 1)[-1]) for key in SEEDS)]
     return ",".join(parts) or "all"
+
+
+def _with_bounds(numbers: dict[str, float], name: str) -> str:
+    """A value, with its 95 % interval where there is one."""
+    text = _number(numbers.get(name))
+    bounds = [_number(numbers[name + end]) for end in ("_low", "_high") if name + end in numbers]
+    return f"{text} ({' to '.join(bounds)})" if bounds else text
 
 
 def _number(value: float | None) -> str:

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from opcd.evaluation import Evaluation, Evaluator
+from opcd.evaluation.intervals import wilson
 from opcd.models import ModelConfig
 from opcd.modules.student import Student
 from tests.conftest import write_rows
@@ -65,6 +66,9 @@ def test_what_an_evaluation_leaves(opcd, words, tmp_path, caplog):
     ]
     assert [row["step"] for row in metrics] == ["0", "2", "4", "5"]
     assert all(0 <= float(row["eval/ifeval/inst_level_loose_acc"]) <= 1 for row in metrics)
+    count = len((folder / "eval" / "step=5-dapo_math.jsonl").read_text().splitlines())
+    bounds = [float(metrics[-1][f"eval/dapo_math/accuracy_{end}"]) for end in ("low", "high")]
+    assert bounds == pytest.approx(wilson(0, count)) and "eval/dapo_math/answered_low" not in metrics[-1]
     assert list((folder / "checkpoints").glob("*.ckpt"))  # a monitor that never came would have been an error
     assert "eval/dapo_math/accuracy: 0.000 at the last step, 5; most: 0.000 at step 0" in caplog.text
 

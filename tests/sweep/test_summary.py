@@ -65,6 +65,19 @@ def test_the_summary(task, tmp_path):
     assert "| loss=a_b | 2 | 3 | 1.5 |" in text  # of the one that finished
 
 
+def test_an_evaluations_first_metric_stands_in_the_summary_with_its_interval(task, tmp_path):
+    names, values = ["accuracy", "accuracy_low", "accuracy_high", "answered"], [0.25, 0.125, 0.5, 0.75]
+    evaluated, plain = task("a", "finished", [1.0]), task("b", "finished", [1.0])
+    header = ",".join(["epoch,step", *(f"eval/dapo_math/{name}" for name in names)])
+    (evaluated.folder.run / "metrics.csv").write_text(f"{header}\n0,9,{','.join(map(str, values))}\n")
+    arms = [make_arm({"model.loss": loss}) for loss in ("JSD", "ReverseKL")]
+    write_summary(tmp_path, [ArmResult.of(arm, task) for arm, task in zip(arms, (evaluated, plain), strict=True)])
+    head, _, *rows = (tmp_path / "summary.md").read_text().splitlines()
+    assert head == "| arm | status | time | train/divergence | seconds/step | eval/dapo_math/accuracy |"
+    assert rows[0] == "| loss=JSD | finished | 1:01 | - | - | 0.25 (0.125 to 0.5) |"
+    assert rows[1] == "| loss=ReverseKL | finished | 1:01 | 1 | 1 | - |"
+
+
 def test_mean_and_spread():
     assert [mean_and_spread(values) for values in ([], [1.0], [1.0, 3.0])] == ["-", "1", "2 ± 1.414"]
 

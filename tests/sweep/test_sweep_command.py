@@ -123,8 +123,9 @@ def test_a_search(opcd, sweep_file, tmp_path):
     assert code == 0 and "arms/trial-0001: finished before" in text
 
 
-def test_the_packaged_sweep_is_right_for_any_two_models(opcd, tiny, tiny_teacher, monkeypatch):
+def test_the_packaged_sweep_is_right_for_any_two_models(opcd, tiny, tiny_teacher, rows, context, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = ("--model.student.name", tiny, "--model.teacher.init_args.model.name", tiny_teacher)
-    code, text = opcd("sweep", "benchmarks/sweeps/less_memory.yaml", *names, "--dry_run")
+    data = ("--data.train", rows, "--data.context", context)
+    code, text = opcd("sweep", "benchmarks/sweeps/less_memory.yaml", *names, *data, "--dry_run")
     assert code == 0 and text.splitlines()[-1] == "QLoRA__its_base_teaches"
