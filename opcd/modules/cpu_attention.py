@@ -149,4 +149,5 @@ def _scaled(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 where it is: what scores and their softmax are computed in. Any shape."""
     return x if x.dtype == torch.float64 else x.float()
