@@ -2,13 +2,15 @@
 
     pip install -e '.[trl]'                   # the peer; not a dependency of opcd
     python benchmarks/step.py --peer trl --context-tokens 74 2000 8000
+    python benchmarks/step.py --peer none --context-tokens 74 8000 --rounds 5
     python benchmarks/step.py --peer none --model SMALL --teacher LARGE --context-tokens 300 --new-tokens 160
 
 Both sides train the same model on the same queries with the same context: bfloat16 autocast over float32 master
 weights, AdamW, a frozen copy of the starting weights as the teacher, the reverse KL over the whole vocabulary, and
 exactly --new-tokens sampled tokens a query. Every cell is a process of its own; the two sides take turns in one run.
-Seconds are the median of the steps after --warm-up; memory is the peak of the process, model and libraries included, or
-on a GPU the most that its allocator had given out.
+With --rounds, all cells take turns so often. Seconds are the median of the steps after --warm-up, memory is the peak of
+the process, model and libraries included, or on a GPU the most that its allocator had given out; of several rounds, the
+median of each and of the ratios within a round. "Over first" is opcd's step over its step behind the first context.
 """
 
 import argparse
@@ -87,8 +89,8 @@ def opcd_side(options: argparse.Namespace) -> dict[str, Any]:
         train=str(folder / "rows.jsonl"), context=str(folder / "context.txt"), batch_size=options.queries
     )
     logged = logged_steps(distiller, data, folder, options.steps)[options.warm_up :]
-    medians = {part: statistics.median(float(r[f"seconds/{part}"]) for r in logged) for part in ("step", *PARTS)}
-    return {"seconds": medians.pop("step"), "parts": medians}
+    found = {part: statistics.median(float(r[f"seconds/{part}"]) for r in logged) for part in ("step", *PARTS)}
+    return {"seconds": found.pop("step"), "parts": found}
 
 
 def trl_side(options: argparse.Namespace) -> dict[str, Any]:
@@ -177,6 +179,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=2, help="first steps that are not counted")
+    parser.add_argument("--rounds", type=int, default=1, help="how often every cell is measured")
     parser.add_argument(
         "--gradient-checkpointing", nargs="?", const="both", choices=("both", "opcd"), help="on both sides, or on ours"
     )
@@ -194,29 +197,55 @@ def main() -> None:
 
         print(f"{options.model}, {options.queries} x {options.new_tokens} tokens, {torch.get_num_threads()} threads,")
         print(f"torch {torch.__version__}, transformers {transformers.__version__}\n")
-        print(f"| context tokens | opcd s | {', '.join(PARTS)} | peer s | ratio | opcd MiB | peer MiB | ratio |")
-        print("|" + "---|" * 8)
-    for context in options.context_tokens:
-        ours = measure(options, "opcd", context)
-        peer = measure(options, options.peer, context) if options.peer != "none" else {}
-        show(options, context, ours, peer)
+        print(f"| context | opcd s | {', '.join(PARTS)} | peer s | ratio | opcd MiB | peer MiB | ratio | over first |")
+        print("|" + "---|" * 9)
+    found: dict[int, list[Any]] = {context: [] for context in options.context_tokens}
+    for number in range(1, options.rounds + 1):
+        for context, cells in found.items():
+            cells.append(cell(options, context))
+            seconds, first = (of[-1]["opcd_step_s"] for of in (cells, found[options.context_tokens[0]]))
+            cells[-1]["opcd_over_first"] = seconds / first
+            print(f"round {number}, {context} tokens: {seconds:.2f} s, {seconds / first:.3f}", file=sys.stderr)
+            if number == options.rounds:
+                show(options, medians(cells) | {"context_tokens": context})
     return None
 
 
-def show(options: argparse.Namespace, context: int, ours: dict[str, Any], peer: dict[str, Any]) -> None:
-    """Print one context length."""
+def cell(options: argparse.Namespace, context: int) -> dict[str, Any]:
+    """Both sides with one context."""
+    ours = measure(options, "opcd", context)
+    peer = measure(options, options.peer, context) if options.peer != "none" else {}
     ratio, memory_ratio = (ours[key] / peer[key] if peer else None for key in ("seconds", "peak_mib"))
+    line = {"context_tokens": context, "opcd_step_s": ours["seconds"], "parts": ours["parts"]}
+    line |= {"peer_step_s": peer.get("seconds"), "ratio": ratio}
+    return line | {
+        "opcd_peak_mib": ours["peak_mib"],
+        "peer_peak_mib": peer.get("peak_mib"),
+        "memory_ratio": memory_ratio,
+    }
+
+
+def medians(found: list[Any]) -> Any:
+    """Of cells measured several times, the median of every figure."""
+    if isinstance(found[0], dict):
+        return {key: medians([one[key] for one in found]) for key in found[0]}
+    return found[0] if found[0] is None else statistics.median(found)
+
+
+def show(options: argparse.Namespace, line: dict[str, Any]) -> None:
+    """Print one context length."""
     if options.json:
-        line = {"context_tokens": context, "opcd_step_s": ours["seconds"], "parts": ours["parts"]}
-        line |= {"peer_step_s": peer.get("seconds"), "ratio": ratio}
-        line |= {"opcd_peak_mib": ours["peak_mib"], "peer_peak_mib": peer.get("peak_mib"), "memory_ratio": memory_ratio}
         print(json.dumps(line), flush=True)
         return
-    parts = ", ".join(f"{ours['parts'][part]:.2f}" for part in PARTS)
-    other = f"{peer['seconds']:.2f} | {ratio:.3f}" if peer else "| "
-    memory = f"{ours['peak_mib']:,.0f} | "
-    memory += f"{peer['peak_mib']:,.0f} | {memory_ratio:.3f}" if peer else "| "
-    print(f"| {context} | {ours['seconds']:.2f} | {parts} | {other} | {memory} |", flush=True)
+    parts = ", ".join(f"{line['parts'][part]:.2f}" for part in PARTS)
+    peer, memory = "| ", f"{line['opcd_peak_mib']:,.0f} | | "
+    if line["ratio"] is not None:
+        peer = f"{line['peer_step_s']:.2f} | {line['ratio']:.3f}"
+        memory = f"{line['opcd_peak_mib']:,.0f} | {line['peer_peak_mib']:,.0f} | {line['memory_ratio']:.3f}"
+    first = f"{line['opcd_over_first']:.3f}"
+    print(
+        f"| {line['context_tokens']} | {line['opcd_step_s']:.2f} | {parts} | {peer} | {memory} | {first} |", flush=True
+    )
 
 
 if __name__ == "__main__":

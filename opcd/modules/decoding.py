@@ -12,7 +12,15 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    StoppingCriteriaList,
+)
 
 from opcd.interruption import check
 
@@ -42,10 +50,11 @@ def decode(
     written = input_ids.new_full((len(input_ids), longest), generation_config.pad_token_id)
     prompts, rows = input_ids, torch.arange(len(input_ids), device=input_ids.device)
     going, done, step = torch.ones_like(rows, dtype=torch.bool), False, 0
+    processors = LogitsProcessorList(NoEndBefore.of(processor) for processor in logits_processor)
     outputs = model._prefill(input_ids, generation_config, inputs)
     while True:
         inputs = model._update_model_kwargs_for_generation(outputs, inputs)
-        scores = logits_processor(input_ids, outputs.logits[:, -1].float())
+        scores = processors(input_ids, outputs.logits[:, -1].float())
         tokens = draw(scores) if generation_config.do_sample else scores.argmax(-1)
         check()
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
@@ -85,3 +94,23 @@ def _selected(inputs: dict[str, Any], going: Tensor) -> dict[str, Any]:
     """The same for the rows that go on."""
     inputs[CACHE].batch_select_indices(going.nonzero().squeeze(1))
     return {name: value[going] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+class NoEndBefore(LogitsProcessor):
+    """No end-of-sequence token before so many tokens, prompt included: one column, where transformers copies all."""
+
+    def __init__(self, tokens: int, ends: Tensor) -> None:
+        self.tokens, self.ends = tokens, ends
+
+    @classmethod
+    def of(cls, processor: LogitsProcessor) -> LogitsProcessor:
+        """The same as transformers' own; others as they are."""
+        if type(processor) is MinLengthLogitsProcessor:
+            return cls(processor.min_length, processor.eos_token_id)
+        if type(processor) is MinNewTokensLengthLogitsProcessor:
+            return cls(processor.prompt_length_to_skip + processor.min_new_tokens, processor.eos_token_id)
+        return processor
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V], overwritten."""
+        return scores.index_fill_(1, self.ends, -torch.inf) if input_ids.shape[1] < self.tokens else scores

@@ -5,7 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    TemperatureLogitsWarper,
+)
 
 from opcd.modules import decoding
 from opcd.modules.decoding import draw
@@ -40,8 +45,9 @@ def batch_sizes(model, run):
         hook.remove()
 
 
-def test_greedy_responses_are_those_of_each_prompt_alone(model, prompts):
-    sampling = Sampling(STEPS, temperature=0.0)
+@pytest.mark.parametrize("options", [{}, {"min_new_tokens": 9}])
+def test_greedy_responses_are_those_of_each_prompt_alone(model, prompts, options):
+    sampling = Sampling(STEPS, temperature=0.0, options=options)
     sizes, together = batch_sizes(model, lambda: generate(model, prompts, sampling, ENDS, PAD))
     for prompt, response in zip(prompts, together, strict=True):
         alone = model.generate(
@@ -51,9 +57,24 @@ def test_greedy_responses_are_those_of_each_prompt_alone(model, prompts):
         )
         assert torch.equal(response, alone[0, len(prompt) :])
     lengths = [len(response) for response in together]
-    assert min(lengths) < max(lengths)
+    assert options.get("min_new_tokens", 1) <= min(lengths) < max(lengths)
     # pass t is for the rows that have more than t tokens
     assert sizes == [sum(length > step for length in lengths) for step in range(max(lengths))]
+
+
+@pytest.mark.parametrize("length", [7, 8, 9])
+@pytest.mark.parametrize(
+    "processor",
+    [
+        MinLengthLogitsProcessor(9, [3, 5]),
+        MinNewTokensLengthLogitsProcessor(4, 5, [3, 5]),
+        TemperatureLogitsWarper(0.5),
+    ],
+)
+def test_no_end_comes_too_early(processor, length):
+    ids, scores = torch.zeros(2, length, dtype=torch.int64), torch.randn(2, 10)
+    expected = processor(ids, scores)
+    assert torch.equal(decoding.NoEndBefore.of(processor)(ids, scores.clone()), expected)
 
 
 def test_every_token_of_a_response_is_told_as_it_is_written(model, prompts):
