@@ -26,6 +26,9 @@ QUERIES = 64
 SCORES = 2**21
 """Attention scores at a time: 8 MiB, which glibc keeps for the next ones."""
 
+ROWS = "opcd_rows"
+"""What a model hands on to its layers where rows share their beginning (`shared_rows.py`): how many rows and tokens."""
+
 
 def use_cpu_attention(model: PreTrainedModel) -> None:
     """Let it stand in for SDPA wherever a pass on a CPU is causal, without mask, prefix or dropout."""
@@ -39,12 +42,25 @@ def use_cpu_attention(model: PreTrainedModel) -> None:
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: [B, H, L, D], keys and values [B, G, K, D] -> [B, L, H, D]."""
+    """As transformers calls it: [B, H, L, D], keys and values [B, G, K, D] -> [B, L, H, D].
+
+    With `ROWS` in `others`, [1, H, N, D] of all rows, what they share first; the mask says nothing then.
+    """
+    if (shared := others.pop(ROWS, None)) is not None:
+        query, key, value = (_whole(x, *shared) for x in (query, key, value))
+        result, _ = attention(module, query, key, value, None, **others)
+        return torch.cat([result[0, : shared[1]], result[:, shared[1] :].flatten(0, 1)])[None], None
     if not (attention_mask is None and query.device.type == "cpu" and _is_plain(module, query, key, others)):
-        result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-        return result
+        of_torch: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+        return of_torch
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     return causal_attention(query.to(dtype), key.to(dtype), value.to(dtype), others.get("scaling")), None
+
+
+def _whole(x: Tensor, rows: int, shared: int) -> Tensor:
+    """What they share, and what each has of its own, [1, H, shared + rows * L, D] -> [rows, H, shared + L, D]."""
+    own = x[0, :, shared:].unflatten(1, (rows, -1)).transpose(0, 1)
+    return torch.cat([x[:, :, :shared].expand(rows, -1, -1, -1), own], 2)
 
 
 def _is_plain(module: Any, query: Tensor, key: Tensor, others: dict[str, Any]) -> bool:

@@ -80,8 +80,9 @@ class Distiller(OnRanks):
         halve_micro_batches: where memory does not suffice, repeat the gradients in micro-batches of half the tokens
             and stay there; on one rank only. Off: the run ends, and the message names what to lower.
         gradient_checkpointing: recompute the student's activations in the backward pass: less memory, more time.
-        shared_prefix: keys and values of a context are computed once for all rows: auto compares with the full pass
-            first and falls back with one message; always does neither; never runs the whole context for every row.
+        shared_prefix: keys and values of a context are computed once for all rows, and what the student's rows of a
+            pass begin with once for that pass: auto compares with the full pass first and falls back with one message;
+            always does neither; never runs every row whole.
         prefix_memory_mib: most MiB of keys and values that are kept; the least recently used context goes first.
         gradient_clip_val: most norm of the gradient of a step; null clips nothing.
         bad_numbers: what happens where loss, teacher or gradients are not finite; the optimizer never steps then.
@@ -161,6 +162,7 @@ class Distiller(OnRanks):
         if hasattr(self, "student"):
             return
         self.student = Student.load(self.student_config, self.gradient_checkpointing, self.adapter)
+        self.student.share_beginnings(self.answering.mode)
         if self.trainer.state.fn == "fit" and not trainable(self.student):
             raise UserError(
                 f"model.student.name: {self.student_config.name} is an adapter, whose weights are trained no further; "

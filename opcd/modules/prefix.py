@@ -136,11 +136,11 @@ class SharedPrefix:
         full = torch.cat([last_hidden(model, [prompt], [response]) for prompt, response in (rows[0], rows[-1])])
         try:
             fast = self._packed(model, ids, suffixes)
-            difference = float((torch.cat([fast[0], fast[-1]]) - full).norm() / full.norm())
-            why = f"their hidden states differ by {difference:.2g}"
+            far = difference(torch.cat([fast[0], fast[-1]]), full)
+            why = f"their hidden states differ by {far:.2g}"
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            fast, difference, why = None, float("inf"), f"{type(error).__name__}: {error}"
-        self._agrees = difference <= TOLERANCE.get(full.dtype if not _autocast(full) else torch.bfloat16, LOW_PRECISION)
+            fast, far, why = None, float("inf"), f"{type(error).__name__}: {error}"
+        self._agrees = far <= tolerance(full)
         if not self._agrees:
             self.clear()
             rank_zero_warn(
@@ -182,5 +182,12 @@ def _common(one: Tensor, other: Tensor) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def _autocast(values: Tensor) -> bool:
-    return torch.is_autocast_enabled(values.device.type)
+def difference(states: Tensor, full: Tensor) -> float:
+    """Of hidden states from those of the full pass, both [N, H]: norm over norm."""
+    return float((states - full).norm() / full.norm())
+
+
+def tolerance(full: Tensor) -> float:
+    """The largest `difference` that rounding explains."""
+    autocast = torch.is_autocast_enabled(full.device.type)
+    return TOLERANCE.get(torch.bfloat16 if autocast else full.dtype, LOW_PRECISION)

@@ -16,8 +16,10 @@ from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
 from opcd.modules.cpu_attention import use_cpu_attention
 from opcd.modules.generation import EncodedPrefix, Sampling, generate
-from opcd.modules.scoring import States, check_head, head_of, last_hidden
+from opcd.modules.prefix import Mode
+from opcd.modules.scoring import States, check_head, head_of
 from opcd.modules.sharding import blank_copy, fill, shard
+from opcd.modules.shared_rows import SharedRows
 from opcd.modules.trajectories import Trajectories
 
 
@@ -33,6 +35,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.share_beginnings("never")
         self._structure: tuple[PreTrainedModel, ...] = ()  # within a tuple it is no part of this module
         if has_adapter(model):  # frozen weights are no part of a checkpoint: they can be loaded again
             self.register_state_dict_post_hook(_only_trainable)  # type: ignore[no-untyped-call]
@@ -67,8 +70,13 @@ class Student(nn.Module):
         """Token id that fills short rows."""
         return int(self.tokenizer.pad_token_id)
 
+    def share_beginnings(self, mode: Mode) -> None:
+        """Whether `score` computes once what all rows of a pass begin with; see `SharedRows`."""
+        self._rows = SharedRows(mode)
+
     def shard(self, mesh: DeviceMesh, low: torch.dtype | None) -> None:
         """Leave each rank its part of the weights; see `opcd.modules.sharding.shard`. Only `score` runs them then."""
+        self.share_beginnings("never")  # to compare would be a pass more on ranks whose rows share something
         self._structure = (blank_copy(self.model, device=torch.device("meta")),)
         shard(self, self.model, mesh, low)
 
@@ -104,7 +112,7 @@ class Student(nn.Module):
 
     def forward(self, trajectories: Trajectories) -> Tensor:
         """Last hidden states that predict the responses, [N, H]; sharded weights are gathered around this call."""
-        return last_hidden(self.model, trajectories.student_prompts, trajectories.responses)
+        return self._rows.last_hidden(self.model, trajectories.student_prompts, trajectories.responses)
 
     def score(self, trajectories: Trajectories) -> States:
         """States of p_S(. | x, y<t) for all response tokens, with gradient."""
