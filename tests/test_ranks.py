@@ -49,7 +49,8 @@ def test_two_ranks_train_the_weights_of_one(words, tmp_path):
     one, *others = (load_file(folder / "student" / "model.safetensors") for folder in folders)
     for other in others:
         for name, weight in one.items():
-            assert_close(other[name], weight, rtol=0, atol=1e-8)
+            # What rows begin with gets a rank's sum of gradients, which the norms take on in float32.
+            assert_close(other[name], weight, rtol=0, atol=1e-7)
     for folder in folders:
         assert len((folder / "metrics.csv").read_text().splitlines()) == 4
         assert len((folder / "samples.jsonl").read_text().splitlines()) == 3 * 6

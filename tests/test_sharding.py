@@ -48,7 +48,7 @@ def fit(tiny, context, tmp_path):
         *("fit", "--model.student.name", tiny, "--data.context", context, "--trainer.precision", "64-true"),
         *("--data.train", write_rows(tmp_path / "rows.jsonl", rows), "--data.batch_size", 8, "--data.shuffle", "false"),
         *("--model.rollout", "RecordedRollout", "--model.teacher", "SelfTeacher", "--model.answer.max_new_tokens", 3),
-        *("--model.micro_batch_tokens", 110, "--trainer.accelerator", "cpu"),
+        *("--model.micro_batch_tokens", 110, "--trainer.accelerator", "cpu", "--model.shared_prefix", "never"),
     )
 
 
