@@ -131,6 +131,7 @@ def test_micro_batches_do_not_change_the_gradient(
     assert relative_difference(runs[0], runs[1]) < close
 
 
+@pytest.mark.slow
 def test_micro_batches_of_the_real_model(monkeypatch, tmp_path, recorded):
     """One step of SmolLM2-135M in float64 with micro-batches of one, three and eight rows.
 
