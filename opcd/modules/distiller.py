@@ -81,8 +81,8 @@ class Distiller(OnRanks):
             and stay there; on one rank only. Off: the run ends, and the message names what to lower.
         gradient_checkpointing: recompute the student's activations in the backward pass: less memory, more time.
         shared_prefix: keys and values of a context are computed once for all rows, and what the student's rows of a
-            pass begin with once for that pass: auto compares with the full pass first and falls back with one message;
-            always does neither; never runs every row whole.
+            pass begin with once for that pass (a sharded student's stay whole): auto compares with the full pass
+            first and falls back with one message; always does neither; never runs every row whole.
         prefix_memory_mib: most MiB of keys and values that are kept; the least recently used context goes first.
         gradient_clip_val: most norm of the gradient of a step; null clips nothing.
         bad_numbers: what happens where loss, teacher or gradients are not finite; the optimizer never steps then.

@@ -1,6 +1,7 @@
 """One prefix for everyone: the keys and values of a context, computed once and shared by all that follows it."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -134,17 +135,18 @@ class SharedPrefix:
             return self._packed(model, ids, suffixes)
         # The first and the last row: packing goes wrong between rows. One at a time: whole contexts take memory.
         full = torch.cat([last_hidden(model, [prompt], [response]) for prompt, response in (rows[0], rows[-1])])
-        try:
-            fast = self._packed(model, ids, suffixes)
-            far = difference(torch.cat([fast[0], fast[-1]]), full)
-            why = f"their hidden states differ by {far:.2g}"
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            fast, far, why = None, float("inf"), f"{type(error).__name__}: {error}"
-        self._agrees = far <= tolerance(full)
+        fast: list[Tensor] = []
+
+        def ends() -> Tensor:
+            fast.extend(self._packed(model, ids, suffixes))
+            return torch.cat([fast[0], fast[-1]])
+
+        why = disagreement(ends, full)
+        self._agrees = why is None
         if not self._agrees:
             self.clear()
             rank_zero_warn(
-                f"the shared prefix does not work for {type(model).__name__} ({why.splitlines()[0]}); every row is "
+                f"the shared prefix does not work for {type(model).__name__} ({why}); every row is "
                 "passed through the teacher with its whole context from here on (model.shared_prefix: never is silent)"
             )
         return fast if self._agrees else None
@@ -182,12 +184,17 @@ def _common(one: Tensor, other: Tensor) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def difference(states: Tensor, full: Tensor) -> float:
-    """Of hidden states from those of the full pass, both [N, H]: norm over norm."""
-    return float((states - full).norm() / full.norm())
+def disagreement(fast: Callable[[], Tensor], full: Tensor) -> str | None:
+    """Why a faster pass cannot stand in for the full one, in one line; None where rounding explains the difference.
 
-
-def tolerance(full: Tensor) -> float:
-    """The largest `difference` that rounding explains."""
-    autocast = torch.is_autocast_enabled(full.device.type)
-    return TOLERANCE.get(torch.bfloat16 if autocast else full.dtype, LOW_PRECISION)
+    Args:
+        fast: computes the same hidden states [N, H]; what it raises is a reason, too.
+        full: those of the full pass.
+    """
+    try:
+        difference = float((fast() - full).norm() / full.norm())
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(full.device.type) else full.dtype
+    agrees = difference <= TOLERANCE.get(dtype, LOW_PRECISION)
+    return None if agrees else f"their hidden states differ by {difference:.2g}"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from opcd.modules.cpu_attention import NAME, ROWS
 from opcd.modules.packing import sliding_window
-from opcd.modules.prefix import SHORTEST, Mode, difference, tolerance
+from opcd.modules.prefix import SHORTEST, Mode, disagreement
 from opcd.modules.scoring import last_hidden
 
 
@@ -42,15 +42,11 @@ class SharedRows:
     @torch.no_grad()
     def _compare(self, model: PreTrainedModel, prompts: list[Tensor], responses: list[Tensor], shared: int) -> None:
         whole = last_hidden(model, prompts, responses)
-        try:
-            far = difference(_last_hidden(model, prompts, responses, shared), whole)
-            why = f"their hidden states differ by {far:.2g}"
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            far, why = float("inf"), f"{type(error).__name__}: {error}"
-        self._agrees = far <= tolerance(whole)
+        why = disagreement(lambda: _last_hidden(model, prompts, responses, shared), whole)
+        self._agrees = why is None
         if not self._agrees:
             rank_zero_warn(
-                f"rows cannot share their beginning in {type(model).__name__} ({why.splitlines()[0]}); the student's "
+                f"rows cannot share their beginning in {type(model).__name__} ({why}); the student's "
                 "rows are computed whole from here on (model.shared_prefix: never is silent)"
             )
 

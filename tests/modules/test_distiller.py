@@ -157,6 +157,7 @@ def test_the_shared_prefix_of_the_real_model(monkeypatch, tmp_path, recorded):
         runs.append(gradients(monkeypatch, tmp_path, recorded, distiller))
         losses.append(float(distiller.trainer.callback_metrics["train/divergence"]))
         assert bool(teacher.prefix._entries) == (mode == "always")
+        assert distiller.student._rows._agrees == (mode == "always")
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert relative_difference(*runs) < 1e-5
 

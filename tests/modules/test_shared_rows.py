@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from opcd.modules import Student, cpu_attention
 from opcd.modules.adapters import Lora, add_lora
 from opcd.modules.cpu_attention import use_cpu_attention
-from opcd.modules.shared_rows import SharedRows
 from opcd.modules.trajectories import Trajectories
 from tests.modules.test_prefix import FAMILIES, WITHOUT, ids
 
@@ -143,7 +142,3 @@ def test_a_model_that_cannot_is_told_once_and_computes_whole_rows(monkeypatch, w
         hidden = made.score(trajectories()).hidden
     assert_close(hidden, student("llama", "never").score(trajectories()).hidden)
     assert made._rows._agrees is False
-
-
-def test_the_mode_is_the_one_that_the_teacher_has():
-    assert [SharedRows(mode)._agrees for mode in ("auto", "always", "never")] == [None, True, False]
