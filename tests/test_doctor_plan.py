@@ -28,6 +28,7 @@ from opcd.modules import (
     distiller,
 )
 from opcd.modules.adapters import add_lora
+from opcd.modules.packed_linear import FEWEST_STEPS
 from opcd.planning import Setting, Shape, Weights, parts, peak, shape_of
 from opcd.planning.activations import kept_of_pass
 from opcd.planning.command import size
@@ -166,6 +167,17 @@ def test_teachers_and_writers_by_hand():
     assert whole["one layer's pass"]["teacher"] == 40 * (3 * 2 * 8 + 96)
     several = sizes(replace(RUN, contexts=7, prefix_bytes=1000))
     assert several["contexts' keys and values"]["student"] == 1000
+
+
+def test_packed_layers_take_the_memory_of_a_copy():
+    """Beside it comes the head alone, where that is the embedding; beside weights that are no copy, all of them."""
+    run = replace(RUN, packs=True, response=FEWEST_STEPS)
+    shape = run.student.shape
+    assert shape.tied and sizes(run)["packed or cast weights"] == {"rollout": 2 * shape.head}
+    untied = replace(shape, weights=shape.weights + shape.head)
+    assert "packed or cast weights" not in sizes(replace(run, student=replace(run.student, shape=untied)))
+    own = replace(run, student=replace(run.student, dtype=torch.bfloat16))
+    assert sizes(own)["packed or cast weights"]["rollout"] == 2 * (shape.head + shape.linear_weights)
 
 
 def test_a_mask_of_all_pairs():

@@ -109,11 +109,10 @@ def generate(
     begin, begin_mask = left_padded([prompt[:n] for prompt, n in zip(prompts, shared, strict=True)], pad_id)
     rest, rest_mask = left_padded([prompt[n:] for prompt, n in zip(prompts, shared, strict=True)], pad_id)
     ids = torch.cat([begin, rest], dim=1)
-    steps = sampling.max_new_tokens
     with (
         eval_mode(model),
         own_precision(model, keep_casts=True) as dtype,
-        packed_linears(model, dtype, len(ids), steps),
+        packed_linears(model, dtype, sampling.max_new_tokens),
     ):
         output = model.generate(  # type: ignore[operator]
             custom_generate=decode,

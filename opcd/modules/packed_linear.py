@@ -5,6 +5,7 @@ the one that oneDNN would choose (docs/log.md), and torch has no public call for
 Layers that read the same states are one product.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,23 +24,28 @@ FEWEST_STEPS = 16
 
 
 @contextmanager
-def packed_linears(model: nn.Module, dtype: torch.dtype, rows: int, steps: int) -> Iterator[None]:
+def packed_linears(model: nn.Module, dtype: torch.dtype, steps: int, consume: bool = False) -> Iterator[None]:
     """Within, the model's linear layers compute in ``dtype`` from packed copies of the weights of this moment.
 
     Nothing happens where it cannot help: off a CPU, in another type than bfloat16 (or where the CPU or this build of
     torch has no such kernel), for fewer than ``FEWEST_STEPS`` decode steps or more than ``MOST_BYTES`` of weights.
+    With ``consume`` the layers' own weights give their memory to the packed ones and are empty from then on, but for
+    those that another module reads.
     """
     linears = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
     size = sum(linear.weight.numel() * dtype.itemsize for linear in linears)
     if steps < FEWEST_STEPS or size > MOST_BYTES or not _has_kernel(linears, dtype):
         yield
         return
+    readers = Counter(weight.data_ptr() for module in model.modules() for weight in module.parameters(recurse=False))
     try:
         for group in _groups(model, linears):
-            product = partial(_product, *_packed(group, dtype, rows))
+            product = partial(_product, *_packed(group, dtype))
             joined = _Joined(product, [linear.out_features for linear in group])
             for number, linear in enumerate(group):  # before the class's own
                 vars(linear)["forward"] = partial(joined, number) if len(group) > 1 else product
+                if consume and readers[linear.weight.data_ptr()] == 1:
+                    linear.weight.untyped_storage().resize_(0)
         yield
     finally:
         for linear in linears:
@@ -68,11 +74,12 @@ def _has_kernel(linears: list[nn.Linear], dtype: torch.dtype) -> bool:
     return supported is not None and bool(supported()) and all(hasattr(torch.ops.mkldnn, name) for name in operations)
 
 
-def _packed(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor | None]:
+def _packed(layers: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of all of them."""
     weights = [layer.weight.detach().to(dtype) for layer in layers]
     biases = [layer.bias.detach().to(dtype) for layer in layers if layer.bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # of one it would be a copy
+    rows = 1  # a hint of how many will be multiplied, which makes no difference
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows), torch.cat(biases) if biases else None
 
 

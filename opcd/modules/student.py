@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opcd.memory import KEPT, give_back
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
+from opcd.modules.backward_memory import less_memory_in_backward
 from opcd.modules.cpu_attention import use_cpu_attention
 from opcd.modules.generation import EncodedPrefix, Sampling, generate
 from opcd.modules.prefix import Mode
@@ -54,7 +55,7 @@ class Student(nn.Module):
             # Its name of before transformers 5.20, which vLLM still wants, is deprecated.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-            model.get_input_embeddings().register_forward_hook(_give_back_in_backward)
+            less_memory_in_backward(model)
         # Training mode is what Lightning expects to find, and what dropout and gradient checkpointing act in.
         return cls(model.train(), load_tokenizer(config, "model.student"))
 
@@ -172,12 +173,6 @@ def _without_kept_casts(model: PreTrainedModel) -> Iterator[None]:
         return
     with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
         yield
-
-
-def _give_back_in_backward(embedding: nn.Module, ids: tuple[Tensor], states: Tensor) -> None:
-    """A forward hook: what the layers left free goes back before the embedding's gradient, [V, H], is there twice."""
-    if states.requires_grad:
-        states.register_hook(lambda gradient: give_back())
 
 
 def _recomputes(model: PreTrainedModel) -> bool:

@@ -47,6 +47,11 @@ class Shape:
         """Numbers of the head's matrix."""
         return self.vocabulary * self.hidden
 
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix."""
+        return self.weights - self.linear_weights < 2 * self.head
+
 
 @dataclass(frozen=True)
 class Weights:

@@ -109,11 +109,19 @@ def generating_copy(s: Setting) -> dict[str, int]:
 
 def packed(s: Setting) -> dict[str, int]:
     """Copies of linear layers for the time of a generation; elsewhere autocast's casts, which are kept as long."""
-    student = max((_packed_bytes(s, _writer(s, name)) for name in s.writers), default=0)
+    student = max((_packed_to_write(s, name) for name in s.writers), default=0)
     answers = _packed_bytes(s, s.student) if s.answer >= FEWEST_STEPS and s.answers else 0
     if not answers and s.answers and not s.sharded and s.computing < s.student.dtype.itemsize:
         answers = s.computing * (s.student.shape.linear_weights + s.student.shape.head)
     return {"samples": answers, "rollout": student if s.response >= FEWEST_STEPS else 0}
+
+
+def _packed_to_write(s: Setting, name: str) -> int:
+    """Of a copy that generates, the packed layers take its own memory; not the head's where that is the embedding."""
+    size, shape = _packed_bytes(s, _writer(s, name)), s.student.shape
+    if size and name == "student" and generating_copy(s)["rollout"]:
+        return 2 * shape.head if shape.tied else 0
+    return size
 
 
 def _packed_bytes(s: Setting, model: Weights) -> int:

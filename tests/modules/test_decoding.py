@@ -154,7 +154,7 @@ def test_packed_layers_compute_the_same(bias, rows):
     double = copy.deepcopy(layer).double()
     hidden = torch.randn(rows, 3, 64, dtype=torch.bfloat16)
     with torch.no_grad():
-        with packed_linears(layer, torch.bfloat16, rows, FEWEST_STEPS):
+        with packed_linears(layer, torch.bfloat16, FEWEST_STEPS):
             assert "forward" in vars(layer[0])
             packed = layer(hidden)
         exact = double(hidden.double())
@@ -186,7 +186,7 @@ def test_layers_that_read_the_same_are_one_product(biases, other, context):
     hidden = torch.randn(8, 1, 64, dtype=torch.bfloat16)
     with context():
         double = copy.deepcopy(reads).double()
-        with packed_linears(reads, torch.bfloat16, 8, FEWEST_STEPS):
+        with packed_linears(reads, torch.bfloat16, FEWEST_STEPS):
             assert (type(vars(reads.k_proj)["forward"].func) is _Joined) == (len(set(biases)) == 1)
             for states in (hidden, -hidden):  # the second call reads something else
                 torch.testing.assert_close(reads(states).double(), double(states.double()), rtol=2**-7, atol=2**-7)
@@ -200,7 +200,7 @@ def test_states_changed_in_place_between_two_layers_are_read_again():
     hidden = torch.randn(8, 1, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         exact = copy.deepcopy(reads).double()(hidden.double())
-        with packed_linears(reads, torch.bfloat16, 8, FEWEST_STEPS):
+        with packed_linears(reads, torch.bfloat16, FEWEST_STEPS):
             torch.testing.assert_close(reads(hidden.clone()).double(), exact, rtol=2**-7, atol=2**-7)
 
 
@@ -210,7 +210,7 @@ def test_packed_layers_follow_autocast_and_the_weights_of_the_moment(model, prom
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), own_precision(model) as dtype:
         assert dtype == torch.bfloat16
         plain = model(ids).logits
-        with packed_linears(model, dtype, len(ids), FEWEST_STEPS):
+        with packed_linears(model, dtype, FEWEST_STEPS):
             packed = model(ids).logits
         assert packed.dtype == plain.dtype
         torch.testing.assert_close(packed.float(), plain.float(), rtol=2e-2, atol=2e-2 * float(plain.abs().max()))
@@ -219,7 +219,7 @@ def test_packed_layers_follow_autocast_and_the_weights_of_the_moment(model, prom
         weight.zero_()
         torch.clear_autocast_cache()
         try:
-            with packed_linears(model, dtype, len(ids), FEWEST_STEPS):
+            with packed_linears(model, dtype, FEWEST_STEPS):
                 changed = model(ids).logits
             torch.testing.assert_close(
                 changed.float(), model(ids).logits.float(), rtol=2e-2, atol=2e-2 * float(plain.abs().max())
@@ -231,13 +231,13 @@ def test_packed_layers_follow_autocast_and_the_weights_of_the_moment(model, prom
 @pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 100), (torch.bfloat16, FEWEST_STEPS - 1)])
 def test_layers_stay_as_they_are_where_packing_does_not_help(dtype, steps):
     layer = nn.Sequential(nn.Linear(4, 4, dtype=dtype))
-    with packed_linears(layer, dtype, 1, steps):
+    with packed_linears(layer, dtype, steps):
         assert "forward" not in vars(layer[0])
 
 
 @packs
 def test_layers_are_restored_after_an_error():
     layer = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16))
-    with pytest.raises(RuntimeError), packed_linears(layer, torch.bfloat16, 1, FEWEST_STEPS):
+    with pytest.raises(RuntimeError), packed_linears(layer, torch.bfloat16, FEWEST_STEPS):
         raise RuntimeError
     assert "forward" not in vars(layer[0])

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from lightning import Trainer
+from torch import nn
 from torch.testing import assert_close
 
 from opcd.data import ContextQueryDataModule
@@ -21,8 +22,10 @@ from opcd.modules import (
     TeacherRollout,
 )
 from opcd.modules.generation import generate
+from opcd.modules.packed_linear import FEWEST_STEPS
 from opcd.modules.student import Student
 from tests.conftest import write_rows
+from tests.modules.test_decoding import packs
 
 RESPONSES = [
     "It is two.",
@@ -231,6 +234,26 @@ def test_the_low_precision_copy_follows_the_master_weights(tiny):
     for master, low in zip(distiller.student.model.parameters(), copied.parameters(), strict=True):
         assert torch.equal(master.to(torch.bfloat16), low)
     assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@packs
+def test_packed_layers_take_the_memory_of_the_copys_own(batch, tiny):
+    """While it writes, several times in a step if need be; the next step finds all weights again."""
+    student = Student.load(ModelConfig(tiny))
+    rollout = StudentRollout(Sampling(max_new_tokens=FEWEST_STEPS, temperature=0.0))
+    written = []
+    for _ in range(2):
+        rollout.synchronise(student)
+        empty = {name for name, w in rollout._copy.named_parameters() if not w.untyped_storage().nbytes()}
+        layers = {name for name, module in student.model.base_model.named_modules() if type(module) is nn.Linear}
+        assert empty == {f"model.{name}.weight" for name in layers}  # not the head: it is the embedding
+        written += [rollout.sample(student, FrozenTeacher(), batch).responses for _ in range(2)]
+    plain = StudentRollout(Sampling(max_new_tokens=FEWEST_STEPS - 1, temperature=0.0))
+    plain.synchronise(student)
+    written.append(plain.sample(student, FrozenTeacher(), batch).responses)
+    assert all(weight.untyped_storage().nbytes() for weight in plain._copy.parameters())
+    first = [[r.tolist()[: FEWEST_STEPS - 1] for r in responses] for responses in written]
+    assert all(responses == first[0] for responses in first)
 
 
 def test_a_copy_takes_no_memory_until_it_writes_again(batch, tiny):
