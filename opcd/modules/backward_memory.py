@@ -28,7 +28,7 @@ def less_memory_in_backward(model: PreTrainedModel) -> None:
 
 def _give_back_in_backward(module: nn.Module, arguments: Any, output: Any) -> None:
     states = output[0] if isinstance(output, tuple) else output
-    if states.requires_grad:
+    if _learns_on_cpu(states):
         states.register_hook(lambda gradient: give_back())
 
 
@@ -37,14 +37,17 @@ def _added_by_rows(embedding: nn.Module, arguments: tuple[Tensor], states: Tenso
 
     Not on several ranks, where DDP and FSDP see a gradient only as autograd brings it.
     """
-    if not (states.requires_grad and states.device.type == "cpu"):
-        return None
-    if not _learns_rows(embedding) or torch.distributed.is_initialized():
+    if not (_learns_on_cpu(states) and _learns_rows(embedding)) or torch.distributed.is_initialized():
         _give_back_in_backward(embedding, arguments, states)
         return None
     leaf = states.detach().requires_grad_()
     leaf.register_hook(partial(_add_rows, embedding, *arguments))
     return leaf
+
+
+def _learns_on_cpu(states: Tensor) -> bool:
+    """Whether a gradient will come, and glibc's heap is where it is."""
+    return states.requires_grad and states.device.type == "cpu"
 
 
 def _learns_rows(module: nn.Module) -> TypeGuard[nn.Embedding]:
@@ -57,5 +60,5 @@ def _add_rows(embedding: nn.Embedding, ids: Tensor, gradient: Tensor) -> None:
     weight = embedding.weight
     if weight.grad is None:  # no head has been there before
         weight.grad = torch.zeros_like(weight)
-    kept = ids != embedding.padding_idx if embedding.padding_idx is not None else torch.ones_like(ids, dtype=torch.bool)
+    kept = ids != (-1 if embedding.padding_idx is None else embedding.padding_idx)
     weight.grad.index_add_(0, ids[kept], gradient[kept])

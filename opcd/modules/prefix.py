@@ -137,11 +137,12 @@ class SharedPrefix:
         full = torch.cat([last_hidden(model, [prompt], [response]) for prompt, response in (rows[0], rows[-1])])
         fast: list[Tensor] = []
 
-        def ends() -> Tensor:
+        def first_and_last() -> Tensor:
+            """Of the packed pass, whose states stay in `fast`."""
             fast.extend(self._packed(model, ids, suffixes))
             return torch.cat([fast[0], fast[-1]])
 
-        why = disagreement(ends, full)
+        why = disagreement(first_and_last, full)
         self._agrees = why is None
         if not self._agrees:
             self.clear()
