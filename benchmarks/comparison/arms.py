@@ -74,6 +74,11 @@ class Benchmark:
     slurm: dict[str, Any] = field(default_factory=dict)
     """Parameters of submitit's AutoExecutor, for --launcher slurm."""
 
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """By the key in the file, which is the key of their results too: both may be one task with other rows."""
+        return {"task": self.task, "forgetting": self.forgetting}
+
     def apply(
         self, student: str | None, teacher: str | None, task: str | None, forgetting: str | None, dotted: dict[str, Any]
     ) -> None:
@@ -90,7 +95,7 @@ class Benchmark:
                 raise UserError(f"{key} must be one or more, each once, not {values}")
         if self.task.name == SAMPLES and not any(name in TRAINED for name in self.arms):
             raise UserError("task.name: samples are written by a fit, and no arm is trained; add one")
-        for key, measure in (("task", self.task), ("forgetting", self.forgetting)):
+        for key, measure in self.measures.items():
             if measure.games and measure.data:
                 raise UserError(f"{key}.data has no effect beside {key}.games; remove one of the two")
         if self.forgetting.name == SAMPLES:
@@ -118,7 +123,7 @@ class Plan:
         self.context = self.config["data"]["context"]
         if self.context is None:
             raise UserError("data.context: the in-context arm needs one file with the context; set --data.context FILE")
-        self.measured = [m for m in (benchmark.task, benchmark.forgetting) if m.name != SAMPLES]
+        self.measured = {key: measure for key, measure in benchmark.measures.items() if measure.name != SAMPLES}
         self.student, self.teacher = self._models()
         self.evaluations = {name: self._evaluations(name) for name in benchmark.arms}
         self._check_evaluations()
@@ -153,30 +158,31 @@ class Plan:
         return self.config["model"]["student"], teacher
 
     def _evaluations(self, name: str) -> list[dict[str, Job]]:
-        """A mapping measure -> job for each seed."""
-        measured = [m for m in self.measured if name != TEACHER or m is self.benchmark.task]
+        """A mapping key of the measure -> job for each seed."""
+        measured = [key for key in self.measured if name != TEACHER or key == "task"]
         if name in TRAINED:
             # The exported folder has its tokenizer and template with it.
             own = {key: value for key, value in self.student.items() if key in ("chat_template_kwargs", "attention")}
             students = [own | {"name": str(self.root / fit.name / fit.proof)} for fit in self.fits[name]]
             return [
-                {m.name: self._evaluate(name, m, student, None, seed, fit) for m in measured}
+                {key: self._evaluate(name, key, student, None, seed, fit) for key in measured}
                 for student, seed, fit in zip(students, self.benchmark.seeds, self.fits[name], strict=True)
             ]
         model = self.teacher if name == TEACHER else self.student
         context = None if name == BASE else self.context
-        return [{m.name: self._evaluate(name, m, model, context, self.benchmark.seeds[0], None) for m in measured}]
+        return [{key: self._evaluate(name, key, model, context, self.benchmark.seeds[0], None) for key in measured}]
 
     def _evaluate(
-        self, arm: str, measure: Measure, model: dict[str, Any], context: str | None, seed: int, fit: Job | None
+        self, arm: str, key: str, model: dict[str, Any], context: str | None, seed: int, fit: Job | None
     ) -> Job:
+        measure = self.measured[key]
         what = {"tasks": measure.name, "seed": seed, **measure.options}
         rows = measure.games or measure.data
         what |= {f"data.{measure.name}": rows} if rows else {}
         what |= {"context": context, "placement": self.config["data"]["placement"]} if context else {}
         what |= {"template": self.config["data"]["template"]} if context and self.config["data"]["template"] else {}
-        known = {f"model.{key}": value for key, value in model.items() if value is not None and value != {}}
-        name = f"{file_name(arm)}/seed={seed}/{measure.name}"
+        known = {f"model.{setting}": value for setting, value in model.items() if value is not None and value != {}}
+        name = f"{file_name(arm)}/seed={seed}/{key}"
         words = ["evaluate", *overrides(known), *overrides(what), "--out", str(self.root / name)]
         if fit is not None:
             known.pop("model.name")
@@ -191,21 +197,21 @@ class Plan:
                 make_parser().parse_args(job.words[1:])
         seen = set()
         for name in self.benchmark.arms:
-            for measure in self.measured:
+            for key, measure in self.measured.items():
                 context = self.context if name in (IN_CONTEXT, TEACHER) else None
                 model = self.teacher if name == TEACHER else self.student
-                if (measure.name, context, str(model)) in seen:
+                if (key, context, str(model)) in seen:
                     continue
-                seen.add((measure.name, context, str(model)))
-                job = self._evaluate(name, measure, model, context, 0, None)
+                seen.add((key, context, str(model)))
+                job = self._evaluate(name, key, model, context, 0, None)
                 try:
                     parsed, evaluation, _ = parse(job.words[1:])
                 except UserError as error:
-                    raise UserError(f"{measure.name}: {error}") from error
-                self._refuse_trained(measure.name, evaluation.data.get(measure.name))
+                    raise UserError(f"{key}: {error}") from error
+                self._refuse_trained(key, evaluation.data.get(measure.name))
                 Evaluator(evaluation, parsed)
 
-    def _refuse_trained(self, name: str, measured: str | GameSeeds | None) -> None:
+    def _refuse_trained(self, key: str, measured: str | GameSeeds | None) -> None:
         """Games that are measured must not be those that are trained on."""
         train = self.config["data"]["train"]
         if not isinstance(train, dict) or not isinstance(measured, GameSeeds):
@@ -214,4 +220,4 @@ class Plan:
         parser.add_argument("--train", type=ExampleSource)
         shared = parser.instantiate(parser.parse_object({"train": train})).train.overlap(measured)
         if shared is not None:
-            raise UserError(f"{name}: its data and data.train share {shared}; give each its own")
+            raise UserError(f"{key}: its data and data.train share {shared}; give each its own")

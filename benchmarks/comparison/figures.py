@@ -6,13 +6,13 @@ from opcd.sweep.plots import bars, curves, drawn, points
 
 def figures(outcome: Outcome) -> dict[str, str]:
     """Caption -> SVG; a plot for which nothing was measured is left out."""
-    task, kept = outcome.measures
+    task, kept = outcome.measures.values()
     trained = [arm for arm in outcome.arms if arm.metrics]
     over_steps = {arm.name: [c for c in arm.curves if c] for arm in trained}
     over_steps = {name: members for name, members in over_steps.items() if members}
     divergence = {arm.name: [m.get("train/divergence", []) for m in arm.metrics] for arm in trained}
     both = {
-        arm.name: [*zip(arm.scores[kept.name].seeds, arm.scores[task.name].seeds, strict=False)] for arm in outcome.arms
+        arm.name: [*zip(arm.scores["forgetting"].seeds, arm.scores["task"].seeds, strict=False)] for arm in outcome.arms
     }
     both = {name: members for name, members in both.items() if members}
     plots = {}

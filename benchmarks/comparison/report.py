@@ -27,7 +27,7 @@ def report(outcome: Outcome, plots: dict[str, str], command: str) -> str:
         rows=cells(outcome),
         notes=notes(outcome),
         plots={caption: Markup(svg) for caption, svg in plots.items()},
-        samples=[_samples(outcome, measure.name, measure.title) for measure in outcome.measures],
+        samples=[_samples(outcome, key) for key in outcome.measures],
         machine=machine(),
         versions=versions(*PACKAGES),
         seeds=outcome.plan.benchmark.seeds,
@@ -36,19 +36,19 @@ def report(outcome: Outcome, plots: dict[str, str], command: str) -> str:
     )
 
 
-def _samples(outcome: Outcome, measure: str, title: str) -> dict[str, Any]:
+def _samples(outcome: Outcome, key: str) -> dict[str, Any]:
     """The first questions with the answer of every arm's first seed."""
-    first = {arm.name: arm.answers[measure][0] for arm in outcome.arms if any(arm.answers.get(measure, []))}
+    first = {arm.name: arm.answers[key][0] for arm in outcome.arms if any(arm.answers.get(key, []))}
     questions = next(iter(first.values()), [])[:SHOWN_QUESTIONS]
-    metric = next(m.metric for m in outcome.measures if m.name == measure)
+    measure = outcome.measures[key]
     shown = []
     for question in questions:
         answers = [
-            {"who": name, "text": row["response"], "right": bool(row[metric])}
+            {"who": name, "text": row["response"], "right": bool(row[measure.metric])}
             for name, rows in first.items()
             for row in rows
             if row["index"] == question["index"] and row["sample"] == 0
         ]
         reference = question["reference"] if isinstance(question["reference"], str) else ""
         shown.append({"query": question["query"], "reference": reference, "answers": answers})
-    return {"title": title, "questions": shown}
+    return {"title": measure.title, "questions": shown}

@@ -46,9 +46,9 @@ class ArmOutcome:
 
     name: str
     scores: dict[str, Score]
-    """By name of the measure."""
+    """By key of the measure: task, forgetting."""
     answers: dict[str, list[Answers]]
-    """By name of the measure, a list a seed."""
+    """By key of the measure, a list a seed."""
     metrics: list[Series] = field(default_factory=list)
     """metrics.csv of each seed's fit."""
     curves: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -70,9 +70,9 @@ class Outcome:
     reference: str | None
 
     @property
-    def measures(self) -> list[Measure]:
+    def measures(self) -> dict[str, Measure]:
         """The task, then what must not be forgotten."""
-        return [self.plan.benchmark.task, self.plan.benchmark.forgetting]
+        return self.plan.benchmark.measures
 
 
 def collect(plan: Plan, engine: Engine) -> Outcome:
@@ -80,17 +80,17 @@ def collect(plan: Plan, engine: Engine) -> Outcome:
     arms = [_arm(name, plan, engine) for name in plan.benchmark.arms]
     known = {arm.name: arm for arm in arms}
     reference = next((name for name in REFERENCES if name in known), None)
-    for measure in (plan.benchmark.task, plan.benchmark.forgetting):
-        base = _pooled(known[reference].answers.get(measure.name, [])) if reference else []
+    for key, measure in plan.benchmark.measures.items():
+        base = _pooled(known[reference].answers.get(key, [])) if reference else []
         for arm in arms:
-            score = arm.scores[measure.name] = _score(arm.answers.get(measure.name, []), measure)
+            score = arm.scores[key] = _score(arm.answers.get(key, []), measure)
             if base and score.seeds and arm.name != reference:
-                score.gap = difference(_pooled(arm.answers[measure.name]), base, measure.metric)
+                score.gap = difference(_pooled(arm.answers[key]), base, measure.metric)
     return Outcome(plan, arms, reference)
 
 
 def _arm(name: str, plan: Plan, engine: Engine) -> ArmOutcome:
-    arm = ArmOutcome(name, {}, {})
+    arm, task = ArmOutcome(name, {}, {}), plan.benchmark.task
     fits = plan.fits.get(name, [])
     for fit in fits:
         if engine.tasks[fit.name].status != "finished":
@@ -102,18 +102,18 @@ def _arm(name: str, plan: Plan, engine: Engine) -> ArmOutcome:
         arm.seconds.append(engine.tasks[fit.name].seconds)
         arm.step_seconds.append(numbers["seconds/step"])
         arm.peak_mib.append(numbers["memory/peak_mib"])
-        column = f"eval/{plan.benchmark.task.name}/{plan.benchmark.task.metric}"
-        sampled = right_over_steps(run) if plan.benchmark.task.name == SAMPLES else []
+        column = f"eval/{task.name}/{task.metric}"
+        sampled = right_over_steps(run) if task.name == SAMPLES else []
         arm.curves.append(sampled or arm.metrics[-1].get(column, []))
     for by_seed in plan.evaluations[name]:
-        for measure, job in by_seed.items():
+        for key, job in by_seed.items():
             if engine.tasks[job.name].status == "finished":
-                rows = read_jsonl(plan.root / job.name / f"{measure}.jsonl")
-                arm.answers.setdefault(measure, []).append(rows)
+                rows = read_jsonl(plan.root / job.name / f"{plan.measured[key].name}.jsonl")
+                arm.answers.setdefault(key, []).append(rows)
             else:
                 arm.failed.append(job.name)
-    if plan.benchmark.task.name == SAMPLES:
-        arm.answers[SAMPLES] = _samples(name, plan, engine)
+    if task.name == SAMPLES:
+        arm.answers["task"] = _samples(name, plan, engine)
     return arm
 
 
@@ -162,7 +162,7 @@ def _score(answers: list[Answers], measure: Measure) -> Score:
 def header(outcome: Outcome) -> list[str]:
     """The columns of the table."""
     columns = ["arm", "seeds"]
-    for measure in outcome.measures:
+    for measure in outcome.measures.values():
         columns += [f"{measure.title}, %", "95 % interval"]
         columns += [f"minus {outcome.reference}, points"] if outcome.reference else []
     return [*columns, "seconds a step", "seconds of training", "peak GiB"]
@@ -176,8 +176,8 @@ def cells(outcome: Outcome) -> list[list[str]]:
 def _cells(arm: ArmOutcome, outcome: Outcome) -> list[str]:
     count = max((len(score.seeds) for score in arm.scores.values()), default=0)
     row = [arm.name + (f" ({len(arm.failed)} jobs failed)" if arm.failed else ""), str(count)]
-    for measure in outcome.measures:
-        score = arm.scores[measure.name]
+    for key in outcome.measures:
+        score = arm.scores[key]
         spread = "" if score.spread is None else f" ± {100 * score.spread:.1f}"
         row += [f"{100 * score.mean.value:.1f}{spread}" if score.mean else "-", interval(score.mean)]
         if outcome.reference:
@@ -203,8 +203,8 @@ def notes(outcome: Outcome) -> list[str]:
         "Seconds of training are those of the whole `opcd fit` process, its start and sample answers included, with "
         "whatever ran beside it.",
     ]
-    for measure in outcome.measures:
-        count = max((arm.scores[measure.name].questions for arm in outcome.arms), default=0)
+    for key, measure in outcome.measures.items():
+        count = max((arm.scores[key].questions for arm in outcome.arms), default=0)
         rule = "right where the answer contains the reference" if measure.name == SAMPLES else measure.metric
         rows = measure.games.get("init_args") or measure.data or ("data.val" if measure.name == SAMPLES else "the hub")
         lines.append(f"{measure.title}: {count} questions, {measure.name} ({rule}), rows of {rows}.")

@@ -91,7 +91,7 @@ def test_shipped_configs_are_whole(file, monkeypatch):
     benchmark = parse_yaml(file, Benchmark, "config")
     benchmark.apply(None, None, None, None, {"data.context": "lessons.txt"})
     ConfigChecker(fit_parser(), benchmark.base)
-    for measure in (benchmark.task, benchmark.forgetting):
+    for measure in benchmark.measures.values():
         if measure.name != SAMPLES:
             data = {f"data.{measure.name}": measure.games} if measure.games else {}
             words = overrides(measure.options | data)
@@ -154,12 +154,34 @@ def test_a_game_is_trained_and_measured_on_seeds_of_its_own(config, tmp_path, ti
     rollout = fit.config["model"]["rollout"]
     assert rollout["class_path"] == "opcd.games.GameRollout"
     assert rollout["init_args"]["rollout"]["class_path"] == "opcd.modules.StudentRollout"
-    _, evaluation, _ = parse(evaluations[0]["lake"].words[1:])
+    _, evaluation, _ = parse(evaluations[0]["task"].words[1:])
     assert isinstance(evaluation.data["lake"], GameSeeds) and evaluation.data["lake"].start == 10
     with pytest.raises(
-        UserError, match=r"lake: its data and data\.train share seed 9 of FrozenLake; give each its own"
+        UserError, match=r"task: its data and data\.train share seed 9 of FrozenLake; give each its own"
     ):
         plan(9)
+
+
+@pytest.mark.filterwarnings("ignore:tail=.drop. is not a divergence")
+def test_one_task_may_be_both_measures_with_other_rows(config, tmp_path):
+    """Of the results of the one, none lands on those of the other."""
+    from comparison.arms import Benchmark, Plan
+
+    from opcd.lightning_cli import fit_parser
+    from opcd.sweep.checks import ConfigChecker
+
+    rows = tmp_path / "other.jsonl"
+    rows.write_text(IFEVAL.read_text())
+    task = {"name": "ifeval", "metric": "prompt_level_strict_acc", "title": "rules", "data": str(rows)}
+    benchmark = parse_yaml(config(task=task | {"options": {"max_new_tokens": 8}}), Benchmark, "config")
+    benchmark.apply(None, None, None, None, {})
+    plan = Plan(benchmark, ConfigChecker(fit_parser(), benchmark.base), tmp_path / "out")
+    jobs = plan.evaluations["base"][0]
+    assert {key: any(str(rows) in word for word in job.words) for key, job in jobs.items()} == {
+        "task": True,
+        "forgetting": False,
+    }
+    assert len({job.name for job in plan.jobs()}) == len(plan.jobs())
 
 
 @pytest.mark.parametrize(
@@ -191,12 +213,9 @@ def test_a_comparison_and_its_page(config, tmp_path):
     ]
     assert "| OPCD, top-256 drop | 2 |" in done.stdout and (out / "table.md").read_text() in done.stdout
     full = json.loads((out / "table.json").read_text())
-    by_hand = [
-        json.loads(line)["prompt_level_strict_acc"]
-        for seed in (0, 1)
-        for line in (out / "OPCD__top-256_drop" / f"seed={seed}" / "ifeval" / "ifeval.jsonl").read_text().splitlines()
-    ]
-    assert full["arms"]["OPCD, top-256 drop"]["scores"]["ifeval"]["mean"]["value"] == sum(by_hand) / len(by_hand)
+    files = [out / "OPCD__top-256_drop" / f"seed={seed}" / "forgetting" / "ifeval.jsonl" for seed in (0, 1)]
+    by_hand = [json.loads(line)["prompt_level_strict_acc"] for file in files for line in file.read_text().splitlines()]
+    assert full["arms"]["OPCD, top-256 drop"]["scores"]["forgetting"]["mean"]["value"] == sum(by_hand) / len(by_hand)
     again = command(config(), out, "--jobs", 2)
     assert again.returncode == 0 and again.stdout.count("finished before") == 6 and ": running" not in again.stdout
     check_page(out / "report.html")
