@@ -128,4 +128,4 @@ def test_the_packaged_sweep_is_right_for_any_two_models(opcd, tiny, tiny_teacher
     names = ("--model.student.name", tiny, "--model.teacher.init_args.model.name", tiny_teacher)
     data = ("--data.train", rows, "--data.context", context)
     code, text = opcd("sweep", "benchmarks/sweeps/less_memory.yaml", *names, *data, "--dry_run")
-    assert code == 0 and text.splitlines()[-1] == "QLoRA__its_base_teaches"
+    assert code == 0 and text.splitlines()[-1] == "full__8-bit_optimizer"
