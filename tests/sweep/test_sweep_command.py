@@ -123,9 +123,8 @@ def test_a_search(opcd, sweep_file, tmp_path):
     assert code == 0 and "arms/trial-0001: finished before" in text
 
 
-def test_the_packaged_sweep_is_right_for_any_two_models(opcd, tiny, tiny_teacher, rows, context, monkeypatch):
+def test_the_packaged_sweep_is_right_for_any_two_models(opcd, tiny, tiny_teacher, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = ("--model.student.name", tiny, "--model.teacher.init_args.model.name", tiny_teacher)
-    data = ("--data.train", rows, "--data.context", context)
-    code, text = opcd("sweep", "benchmarks/sweeps/less_memory.yaml", *names, *data, "--dry_run")
+    code, text = opcd("sweep", "benchmarks/sweeps/less_memory.yaml", *names, "--dry_run")
     assert code == 0 and text.splitlines()[-1] == "full__8-bit_optimizer"
