@@ -241,3 +241,14 @@ def test_layers_are_restored_after_an_error():
     with pytest.raises(RuntimeError), packed_linears(layer, torch.bfloat16, FEWEST_STEPS):
         raise RuntimeError
     assert "forward" not in vars(layer[0])
+
+
+def test_a_frozen_head_is_not_copied_once_a_row(model, prompts):
+    """torch expands frozen weights over the rows of states that do not lie in one piece."""
+    whole = []
+    with model.get_output_embeddings().register_forward_hook(
+        lambda head, states, logits: whole.append(states[0].is_contiguous())
+    ):
+        generate(model, prompts, Sampling(2, temperature=0.0), set(), 0)
+    assert whole and all(whole)
+    assert not model.get_output_embeddings()._forward_pre_hooks
