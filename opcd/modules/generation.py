@@ -153,15 +153,8 @@ def own_precision(model: PreTrainedModel, keep_casts: bool = False) -> Iterator[
 @contextmanager
 def _one_product_of_head(model: PreTrainedModel) -> Iterator[None]:
     """The head reads whole tensors: with a slice of the prompts' states, torch copies a frozen head once a row."""
-
-    def contiguous(head: torch.nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (states[0].contiguous(), *states[1:])
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(contiguous)
-    try:
+    with model.get_output_embeddings().register_forward_pre_hook(lambda head, states: states[0].contiguous()):
         yield
-    finally:
-        hook.remove()
 
 
 @contextmanager

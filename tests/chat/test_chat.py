@@ -188,7 +188,12 @@ def test_a_mistake_at_the_prompt_does_not_end_the_chat(monkeypatch, tiny, capsys
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback(tiny):
-    """On a terminal of its own, in the middle of an answer."""
+    """Twice at most: on a busy machine one interrupt once led to nothing, and the cause was not found."""
+    assert any(ends_by_ctrl_c(tiny) for _ in range(2))
+
+
+def ends_by_ctrl_c(tiny: str) -> bool:
+    """One interrupt, on a terminal of its own, in the middle of an answer; whether the chat ends, which is checked."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     words = [sys.executable, "-m", "opcd", "chat", tiny, "--beside", tiny, "--max_new_tokens", "450"]
@@ -210,12 +215,15 @@ def test_ctrl_c_ends_with_130_and_no_traceback(tiny):
     wait_for("━".encode())
     time.sleep(0.1)
     chat.send_signal(signal.SIGINT)
-    with pytest.raises(OSError):  # until its terminal is gone
-        while True:
-            if select.select([ours], [], [], 20)[0]:
-                said += os.read(ours, 4096)
-            else:  # Python drops an interrupt that comes while it runs a destructor
-                chat.send_signal(signal.SIGINT)
+    try:
+        while select.select([ours], [], [], 20)[0]:
+            said += os.read(ours, 4096)
+        chat.kill()
+    except OSError:  # its terminal is gone
+        pass
     os.close(ours)
-    assert chat.wait(30) == 130
+    if (code := chat.wait(30)) == -signal.SIGKILL:
+        return False
+    assert code == 130
     assert b"Traceback" not in said and said.rstrip().endswith(b"\x1b[?25h")  # the cursor is there again
+    return True
