@@ -9,34 +9,30 @@ time, 429, 5xx, JSON that is cut), another one follows after a pause that double
 import asyncio
 import itertools
 import os
-import random
 import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import httpx2
 from lightning.pytorch.utilities import rank_zero_info
 
 from opcd.interruption import check
+from opcd.serving.pauses import pause
 
 Result = TypeVar("Result")
 
 AGAIN = (408, 429, 500, 502, 503, 504)
 """Statuses after which the same request may succeed."""
-FIRST, LONGEST = 0.25, 30.0
-"""Seconds of the first pause at most, and of any: between half of it and all of it is drawn."""
 POLL = 0.1
 """Seconds between two looks for a signal that ends the run."""
 CONNECT = 10.0
 """Seconds until a machine that does not answer counts as away."""
 SHOWN = 300
 """Characters of what a server says in an error."""
-
-_draw = random.Random()  # a generator of its own: training's draws must not depend on a server's mood
 
 
 class ServerError(Exception):
@@ -58,6 +54,21 @@ class _Again(Exception):
     def __init__(self, problem: str, retry_after: str | None = None) -> None:
         super().__init__(problem)
         self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Shortcut(Generic[Result]):
+    """A cheaper request in place of each body's own, which follows where this one fails; made once.
+
+    Args:
+        path: where.
+        bodies: one for each body that it stands for.
+        read: as that of `Server.post`.
+    """
+
+    path: str
+    bodies: list[Any]
+    read: Callable[[Any, int], Result]
 
 
 class Server:
@@ -89,27 +100,40 @@ class Server:
             )
         self.base_url, self.key_env = base_url.rstrip("/"), key_env
         self.concurrency, self.timeout, self.patience = concurrency, timeout, patience
+        self._failed: set[str] = set()  # paths of shortcuts of which the user knows
 
     def get(self, path: str, patience: float | None = None) -> Any:
         """The JSON at a path. ServerError where it cannot be had; `patience` may be less than the server's."""
         least = self.patience if patience is None else min(patience, self.patience)
         return self._all([("GET", path, None)], lambda answer, _: answer, least)[0]
 
-    def post(self, path: str, bodies: list[Any], read: Callable[[Any, int], Result]) -> list[Result]:
+    def post(
+        self,
+        path: str,
+        bodies: list[Any],
+        read: Callable[[Any, int], Result],
+        shortcut: Shortcut[Result] | None = None,
+        patience: float | None = None,
+    ) -> list[Result]:
         """What `read` makes of the JSON that each body is answered with, and of the body's number; in their order.
 
         ServerError for the first that cannot be had, or that `read` raises; the others are then given up.
         """
-        return self._all([("POST", path, body) for body in bodies], read, self.patience)
+        least = self.patience if patience is None else min(patience, self.patience)
+        return self._all([("POST", path, body) for body in bodies], read, least, shortcut)
 
     def _all(
-        self, requests: list[tuple[str, str, Any]], read: Callable[[Any, int], Result], patience: float
+        self,
+        requests: list[tuple[str, str, Any]],
+        read: Callable[[Any, int], Result],
+        patience: float,
+        shortcut: Shortcut[Result] | None = None,
     ) -> list[Result]:
         # A thread of its own: a notebook has an event loop in the main one, and signals are noticed there meanwhile.
         left = threading.Event()
         with ThreadPoolExecutor(1) as thread:
             try:
-                return thread.submit(asyncio.run, self._gather(requests, read, patience, left)).result()
+                return thread.submit(asyncio.run, self._gather(requests, read, patience, left, shortcut)).result()
             finally:
                 left.set()  # an interrupt in this thread, in a notebook, must not wait for the other
 
@@ -119,6 +143,7 @@ class Server:
         read: Callable[[Any, int], Result],
         patience: float,
         left: threading.Event,
+        shortcut: Shortcut[Result] | None,
     ) -> list[Result]:
         room, told = asyncio.Semaphore(self.concurrency), asyncio.Event()
         timeout, limits = httpx2.Timeout(None, connect=CONNECT), httpx2.Limits(max_connections=self.concurrency)
@@ -127,6 +152,8 @@ class Server:
             async def one(number: int) -> Result:
                 """What is read out of the answer to a request."""
                 async with room:
+                    if shortcut and (found := await self._taken(client, shortcut, number)) is not None:
+                        return found
                     return read(await self._answer(client, *requests[number], patience, told), number)
 
             tasks = [asyncio.create_task(one(number)) for number in range(len(requests))]
@@ -183,6 +210,18 @@ class Server:
         except ValueError as error:
             raise _Again("its answer is no whole JSON") from error
 
+    async def _taken(self, client: httpx2.AsyncClient, shortcut: Shortcut[Result], number: int) -> Result | None:
+        """What a shortcut gives in place of a body; None where it fails."""
+        try:
+            answer = await self._attempt(client, "POST", shortcut.path, shortcut.bodies[number])
+            return shortcut.read(answer, number)
+        except (ServerError, _Again) as problem:
+            if shortcut.path not in self._failed:
+                self._failed.add(shortcut.path)
+                where = "" if isinstance(problem, ServerError) else f"{self.base_url}{shortcut.path}: "
+                rank_zero_info(f"{where}{problem}; asked in the ordinary way, here and where it fails again")
+            return None
+
     def _key(self) -> str:
         return os.environ.get(self.key_env, "").strip()
 
@@ -200,26 +239,6 @@ class Server:
             words = response.text
         words = words.replace(self._key(), "***") if self._key() else words
         return f"HTTP {response.status_code} {' '.join(words.split())[:SHOWN]}".strip()
-
-
-def pause(attempt: int, retry_after: str | None) -> float:
-    """Seconds after the n-th attempt (from 1): twice as long each time, a part of it drawn, or what the server asks."""
-    longest = min(FIRST * 2.0 ** min(attempt - 1, 16), LONGEST)
-    return max(_draw.uniform(longest / 2, longest), _asked(retry_after))
-
-
-def _asked(retry_after: str | None) -> float:
-    """Seconds of a Retry-After, which is a number or a date; 0 where it is neither."""
-    if retry_after is None:
-        return 0.0
-    try:
-        return float(retry_after)
-    except ValueError:
-        pass
-    try:
-        return parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except ValueError:
-        return 0.0
 
 
 def _check_url(base_url: str) -> None:

@@ -1,28 +1,26 @@
 """One model of a vLLM server: what it is, and its log-probabilities of the tokens of a prompt.
 
 `POST /v1/completions` with a prompt of token ids and `prompt_logprobs: k` gives, for every token of the prompt but the
-first, a table of the k likeliest tokens of its position and of the token itself.
+first, a table of the k likeliest tokens of its position and of the token itself. For it vLLM computes the whole prompt.
+`POST /inference/v1/generate` (`--enable-scale-out`) takes what the server has in its prefix cache, and gives tables of
+the rest; how much that is, an answer tells with `--enable-prompt-tokens-details`.
 """
 
-import heapq
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from opcd.serving.client import Server, ServerError
+from opcd.serving.client import Server, ServerError, Shortcut
+from opcd.serving.positions import Values, cached_tokens, read_rest, read_whole
 
-MODELS, TOKENIZE, COMPLETIONS = "/v1/models", "/tokenize", "/v1/completions"
+MODELS, TOKENIZE, COMPLETIONS, GENERATE = "/v1/models", "/tokenize", "/v1/completions", "/inference/v1/generate"
 PROBE = "The 7 harbour masters of Quillhaven: naïve, 漢字, x += 1;\n\n\tdone.  Ferries leave at 08:45 (daily)!"
 """A text that two tokenizers hardly cut alike."""
 START = 10.0
 """Seconds for which a server that is not there is asked again when a run begins; later its patience counts."""
-ROUNDING = 1e-3
-"""Nats by which a log-probability may lie above 0."""
 
 Row = tuple[list[int], list[int]]
 """Token ids of a prompt, and of the response that follows it."""
@@ -44,12 +42,17 @@ class ServedModel:
     Args:
         server: where.
         name: as the server lists it.
+
+    Attributes:
+        tells_cached: whether prompts are asked for in the way that takes what the server has in its prefix cache;
+            `connect` finds out.
     """
 
     def __init__(self, server: Server, name: str) -> None:
         self.server, self.name = server, name
         self._card: Card | None = None
         self._called: str | None = None
+        self.tells_cached = False
 
     @property
     def window(self) -> int | None:
@@ -58,6 +61,8 @@ class ServedModel:
 
     def connect(self, tokenizer: PreTrainedTokenizerBase, k: int) -> None:
         """Find the model, and see that its token ids are the tokenizer's and that it gives k tokens a position.
+
+        And whether contexts can come from the server's prefix cache: it has the route, and tells what was cached.
 
         Raises:
             ServerError: it is not there, or does not do so.
@@ -69,8 +74,11 @@ class ServedModel:
         self._called = answer.get("model")
         if not by_text:
             _check_decoded(answer, ids, tokenizer)
+        self.tells_cached = self._asks_for_the_rest(ids, k)
+        hint = "can come" if self.tells_cached else "cannot come (--enable-scale-out --enable-prompt-tokens-details)"
+        rank_zero_info(f"{self.server.base_url}: contexts {hint} from the server's prefix cache")
 
-    def log_probs(self, rows: Sequence[Row], k: int) -> list[tuple[Tensor, Tensor]]:
+    def log_probs(self, rows: Sequence[Row], k: int) -> list[Values]:
         """Token ids and their log-probabilities at each token of each response, [R, k] x2.
 
         With k = 0 those of the response's own tokens, [R] x2. The model divides its logits by nothing.
@@ -111,13 +119,42 @@ class ServedModel:
             )
         return True
 
-    def _ask(self, rows: Sequence[Row], k: int) -> list[tuple[Any, tuple[Tensor, Tensor]]]:
-        """Each answer, and what is read out of it."""
+    def _asks_for_the_rest(self, ids: list[int], k: int) -> bool:
+        try:
+            self.server.post(GENERATE, [self._rest(ids, k)], lambda answer, _: cached_tokens(answer), patience=0)
+        except (ServerError, KeyError, TypeError, ValueError):
+            return False
+        return True
 
-        def read(answer: Any, number: int) -> tuple[Any, tuple[Tensor, Tensor]]:
+    def _ask(self, rows: Sequence[Row], k: int) -> list[tuple[Any, Values]]:
+        """Each answer, and what is read out of it."""
+        whole = [
+            {"model": self.name, "prompt": prompt + response, "prompt_logprobs": k, "max_tokens": 1, "temperature": 0.0}
+            for prompt, response in rows
+        ]
+        rest = [self._rest(prompt + response, k) for prompt, response in rows]
+        cheaper = Shortcut(GENERATE, rest, self._reader(GENERATE, rows, k, read_rest)) if self.tells_cached else None
+        try:
+            return self.server.post(COMPLETIONS, whole, self._reader(COMPLETIONS, rows, k, read_whole), cheaper)
+        except ServerError as error:
+            hint = f"; start the server with --max-logprobs {k}" if "max allowed" in str(error) else ""
+            raise ServerError(f"{error}{hint}", error.status) from error
+
+    def _rest(self, ids: list[int], k: int) -> dict[str, Any]:
+        """A request for values of what the server has not in its cache."""
+        cache = {"skip_reading_prefix_cache": False, "detokenize": False}
+        sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, **cache}
+        return {"model": self.name, "token_ids": ids, "sampling_params": sampling}
+
+    def _reader(
+        self, path: str, rows: Sequence[Row], k: int, values_of: Callable[[Any, list[int], list[int], int], Values]
+    ) -> Callable[[Any, int], tuple[Any, Values]]:
+        where = self.server.base_url + path
+
+        def read(answer: Any, number: int) -> tuple[Any, Values]:
             """The answer to a row's request, and its values."""
             try:
-                values = read_positions(answer["choices"][0].get("prompt_logprobs"), *rows[number], k)
+                values = values_of(answer, *rows[number], k)
                 called = answer.get("model")
             except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
                 raise ServerError(f"{where}: an answer that is not of vLLM's form: {error!r}") from error
@@ -127,47 +164,7 @@ class ServedModel:
                 raise ServerError(f"{where}: answered by {called}; it was {self._called} when the run began")
             return answer, values
 
-        where = self.server.base_url + COMPLETIONS
-        bodies = [
-            {"model": self.name, "prompt": prompt + response, "prompt_logprobs": k, "max_tokens": 1, "temperature": 0.0}
-            for prompt, response in rows
-        ]
-        try:
-            return self.server.post(COMPLETIONS, bodies, read)
-        except ServerError as error:
-            hint = f"; start the server with --max-logprobs {k}" if "max allowed" in str(error) else ""
-            raise ServerError(f"{error}{hint}", error.status) from error
-
-
-def read_positions(positions: Any, prompt: list[int], response: list[int], k: int) -> tuple[Tensor, Tensor]:
-    """What `prompt_logprobs` says at the response's tokens: token ids and log-probabilities, [R, k] or, k = 0, [R].
-
-    Raises:
-        ServerError: there are other positions than tokens, fewer than k tokens at one, or values that are no
-            log-probabilities.
-    """
-    if positions is None:
-        raise ServerError("it gives no prompt_logprobs; vLLM does")
-    if len(positions) != len(prompt) + len(response):
-        raise ServerError(f"{len(positions)} positions for a prompt of {len(prompt) + len(response)} tokens")
-    pairs = [_at(*one, k) for one in zip(positions[len(prompt) :], response, strict=True)]
-    tokens, log_probs = (torch.tensor([[pair[n] for pair in row] for row in pairs]) for n in (0, 1))
-    if k and float(log_probs.logsumexp(-1).max()) > ROUNDING:
-        raise ServerError("the probabilities of a position sum to more than 1")
-    return (tokens, log_probs) if k else (tokens[:, 0], log_probs[:, 0])
-
-
-def _at(table: dict[str, Any], token: int, k: int) -> list[tuple[int, float]]:
-    """The k likeliest tokens of a position, or with k = 0 the one that is there."""
-    said = {int(key): float(entry["logprob"]) for key, entry in table.items()}
-    bad = next((value for value in said.values() if not math.isfinite(value) or value > ROUNDING), None)
-    if bad is not None:
-        raise ServerError(f"{bad} for a log-probability, which is finite and at most 0")
-    if token not in said:
-        raise ServerError(f"a position without the token that was sent there ({token})")
-    if len(said) < k:
-        raise ServerError(f"{len(said)} tokens at a position where {k} were asked for")
-    return heapq.nlargest(k, said.items(), key=lambda pair: pair[1]) if k else [(token, said[token])]
+        return read
 
 
 def _check_decoded(answer: Any, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -33,14 +33,15 @@ from opcd.modules import (
 )
 from opcd.modules.checks import check_served
 from opcd.modules.objective import Objective
-from opcd.serving.client import LONGEST, pause
-from opcd.serving.model import COMPLETIONS, MODELS, TOKENIZE
+from opcd.serving.model import COMPLETIONS, GENERATE, MODELS, TOKENIZE
+from opcd.serving.pauses import LONGEST, pause
 from tests.serving.server import Served, serving
-from tests.serving.vllm import vllm_here, vllm_serving
+from tests.serving.vllm import cached_tokens_of, vllm_here, vllm_serving
 
 TOP = TopK(ReverseKL(), k=4, support="teacher")
 HASTY = {"timeout": 0.3, "patience": 0.4}
 BRIEF = {"timeout": 30.0, "patience": 0.4}
+CACHE = ("--enable-scale-out", "--enable-prompt-tokens-details", "--block-size", 32)
 KEY = "planted-KEY-0123456789"
 
 
@@ -121,6 +122,59 @@ def test_rows_are_sent_whole_and_equal_ones_once(connected, server, trajectories
     assert sorted(body["prompt"] for body in bodies) == sorted(torch.cat(row).tolist() for row in list(rows)[:8])
     assert {(body["prompt_logprobs"], body["max_tokens"], body["model"]) for body in bodies} == {(4, 1, "teacher")}
     assert 2 <= server.most <= 3
+
+
+def paths(server):
+    return {path for path, *_ in server.seen} - {MODELS}
+
+
+@pytest.mark.parametrize("cache", ["left out", "filled"])
+@pytest.mark.parametrize("loss", [TOP, SampledReverseKL()], ids=str)
+def test_contexts_come_from_the_servers_cache(loss, cache, connected, server, trajectories):
+    whole, rows = connected(loss), trajectories.select([*range(8)])
+    whole.ask(rows)
+    assert paths(server) == {COMPLETIONS}
+    server.cache = cache
+    cached = connected(loss)
+    cached.ask(rows)
+    assert paths(server) == {GENERATE}
+    assert sum(server.cached) >= 5 * 8, server.cached  # the context's eight tokens; three rows are asked for at a time
+    assert_close(vars(cached.score(rows, 0)), vars(whole.score(rows, 0)))
+
+
+def test_a_response_that_was_cached_is_asked_for_again(connected, server, trajectories, caplog):
+    server.cache = "filled"
+    teacher = connected()
+    teacher.ask(trajectories)
+    first = teacher.score(trajectories, 0)
+    server.seen.clear()
+    with caplog.at_level("INFO"):
+        teacher.ask(trajectories)  # every row is in the cache now, up to its response's last tokens
+    assert paths(server) == {GENERATE, COMPLETIONS}
+    assert caplog.text.count("came from its cache, without values; asked in the ordinary way") == 1
+    assert_close(vars(teacher.score(trajectories, 0)), vars(first))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda handler, path, answer: handler.say(500, {"error": {"message": "Out of range float values"}}),
+        lambda handler, path, answer: handler.send(200, b'{"prompt_logprobs": [nul'),
+        lambda handler, path, answer: answer | {"prompt_logprobs": [None, {"5": {"logprob": 1e28}}] * 20},
+        lambda handler, path, answer: answer | {"model": "another"},
+        lambda handler, path, answer: time.sleep(1),
+    ],
+    ids=["500", "cut", "junk", "another model", "stalls"],
+)
+def test_what_the_cache_does_not_give_is_computed(fault, connected, server, trajectories):
+    server.cache = "left out"
+    whole, cached = connected(), connected(timeout=0.3, patience=20)
+    whole._model.tells_cached = False
+    whole.ask(trajectories)
+    server.fault = lambda handler, path, answer: fault(handler, path, answer) if path == GENERATE else answer
+    cached.ask(trajectories)
+    assert {GENERATE, COMPLETIONS} <= paths(server)
+    assert_close(vars(cached.score(trajectories, 0)), vars(whole.score(trajectories, 0)))
 
 
 def test_several_served_teachers_are_each_asked_for_their_own_rows(connected, server, student, trajectories):
@@ -513,7 +567,8 @@ def test_predictions_need_no_server():
 
 @pytest.mark.slow
 @vllm_here
-def test_vllm_itself_teaches(opcd, rows, context, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cache", [(), CACHE], ids=["computes contexts", "caches contexts"])
+def test_vllm_itself_teaches(opcd, rows, context, tmp_path, monkeypatch, cache):
     """Three steps against a real server give the weights that the model at hand gives, in float32."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     folder = make_tiny(tmp_path / "model", hidden=128)  # vLLM's attention on a CPU wants heads of 32 numbers or more
@@ -522,16 +577,18 @@ def test_vllm_itself_teaches(opcd, rows, context, tmp_path, monkeypatch):
     words += ["--trainer.max_steps", 3, "--trainer.precision", "32-true", "--model.loss", loss]
     words += ["--model.rollout", "StudentRollout", "--model.rollout.sampling.max_new_tokens", 8]
     # Not Adam, which makes whole steps out of a gradient's rounding.
-    words += ["--model.rollout.dtype", "float32", "--model.optimizer", "SGD", "--model.optimizer.lr", 0.1]
+    words += ["--model.rollout.dtype", "float32", "--model.optimizer", "torch.optim.SGD"]
+    words += ["--model.optimizer.lr", 0.1]
     at_hand = ("--model.teacher", "FrozenTeacher", "--model.teacher.model.name", folder)
     at_hand += ("--model.teacher.model.dtype", "float32", "--trainer.default_root_dir", tmp_path / "at_hand")
     code, said = opcd(*words, *at_hand)
     assert code == 0, said
-    with vllm_serving(folder, "teacher", "--max-logprobs", 16) as address:
+    with vllm_serving(folder, "teacher", "--max-logprobs", 16, *cache) as address:
         served = ("--model.teacher", "ServedTeacher", "--model.teacher.base_url", address)
         served += ("--model.teacher.name", "teacher", "--trainer.default_root_dir", tmp_path / "served")
         code, said = opcd(*words, *served)
         assert code == 0, said
+        assert bool(cached_tokens_of(address)) == bool(cache)
         code, said = opcd(*words, *served, "--model.loss.init_args.k", 17)
         assert code == 2 and "--max-logprobs 17" in said, said
     one, other = (load_file(tmp_path / name / "version_0/student/model.safetensors") for name in ("at_hand", "served"))

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+BLOCK = 4
+"""Tokens of a block of the prefix cache."""
+
 
 class Served:
     """A model of a Hugging Face folder, and its log-probabilities as vLLM 0.32 tells them.
@@ -55,6 +58,9 @@ class TeacherServer(ThreadingHTTPServer):
     """Answers for a model on a free port of this machine, as `vllm serve` does.
 
     Attributes:
+        cache: whether prompts come from a prefix cache, and what the answer has in place of tables of what did: "left
+            out" (vLLM's newer engine) or "filled" with what lies around (the other). None: the route is closed.
+        cached: tokens of each answer that came from it.
         fault: gets a handler, its path and the answer that is due; returns the answer to give, or None where it has
             answered in its own way.
         until: how many requests of a path the fault meets; the first ones. None: all.
@@ -73,6 +79,9 @@ class TeacherServer(ThreadingHTTPServer):
         self.fault: Callable[[Any, str, Any], Any] | None = None
         self.until: int | None = None
         self.seen: list[tuple[str, Any, dict[str, str]]] = []
+        self.cache: str | None = None
+        self.cached: list[int] = []
+        self.known: set[tuple[int, ...]] = set()
         self.busy, self.most, self.lock = 0, 0, threading.Lock()
 
     @property
@@ -93,7 +102,27 @@ class TeacherServer(ThreadingHTTPServer):
             return 200, {"count": len(ids), "max_model_len": self.window, "tokens": ids, "token_strs": None}
         if path == "/v1/completions":
             return self._completion(body["prompt"], body["prompt_logprobs"], body["max_tokens"])
+        if path == "/inference/v1/generate" and self.cache is None:
+            return 403, _error("Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out.")
+        if path == "/inference/v1/generate":
+            assert body["sampling_params"]["skip_reading_prefix_cache"] is False
+            return self._rest(body["token_ids"], body["sampling_params"])
         return 404, {"detail": "Not Found"}
+
+    def _rest(self, prompt: list[int], sampling: dict[str, Any]) -> tuple[int, Any]:
+        status, answer = self._completion(prompt, sampling["prompt_logprobs"], sampling["max_tokens"])
+        if status != 200:
+            return status, answer
+        with self.lock:
+            starts = [tuple(prompt[:end]) for end in range(BLOCK, len(prompt), BLOCK)]  # the last token is computed
+            cached = BLOCK * sum(start in self.known for start in starts)
+            self.known.update(starts)
+            self.cached.append(cached)
+        tables = answer["choices"][0].pop("prompt_logprobs")
+        junk = {"-86956944": {"logprob": 1.8e28, "rank": -86957088, "decoded_token": None}}
+        filled = [junk] * cached if self.cache == "filled" else []
+        usage = answer["usage"] | {"prompt_tokens_details": {"cached_tokens": cached}}
+        return 200, answer | {"usage": usage, "prompt_logprobs": [None, *filled, *tables[cached + 1 :]]}
 
     def _completion(self, prompt: list[int], k: int, new: int) -> tuple[int, Any]:
         if k > self.max_logprobs:

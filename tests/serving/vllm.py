@@ -39,3 +39,10 @@ def vllm_serving(model: Path, name: str, *options: object) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def cached_tokens_of(address: str) -> float:
+    """Tokens that a server has taken from its prefix cache."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=10) as stream:
+        lines = stream.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
