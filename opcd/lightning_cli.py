@@ -33,6 +33,7 @@ from opcd.checkpoints import SafeCheckpointIO, check_config, newest_whole
 from opcd.checkpoints.last import saved_config
 from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.errors import StepAbandoned, UserError
+from opcd.machine import check_port, in_full
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, FrozenTeacher, StudentRollout
 from opcd.modules.strategies import chosen
@@ -108,7 +109,12 @@ class Command(LightningCLI):
             "callbacks": [*callbacks, *self._own_callbacks(callbacks, config)],
             "plugins": _with_safe_io(config["plugins"]),
         }
-        return super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:
+            raise UserError(in_full(error, config)) from error
+        check_port(trainer)
+        return trainer
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
         if configured is False:

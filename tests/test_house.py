@@ -26,7 +26,7 @@ LAYERS = [
     {"modules"},
     {"data", "serving"},
     {"changes", "interruption", "losses", "memory", "models", "parsing", "run_folder"},
-    {"card", "commands", "gguf", "hub", "pages", "refusals", "versions"},
+    {"card", "commands", "gguf", "hub", "machine", "pages", "refusals", "versions"},
     {"errors"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command

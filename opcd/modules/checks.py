@@ -8,6 +8,7 @@ from opcd.errors import UserError
 from opcd.losses import Divergence, SampledReverseKL
 from opcd.models import ModelConfig, context_window, load_tokenizer
 from opcd.modules.adapters import Lora, require_peft
+from opcd.modules.engine import Engine
 from opcd.modules.generation import Sampling
 from opcd.modules.objective import Objective
 from opcd.modules.recorded_teacher import RecordedTeacher
@@ -46,6 +47,9 @@ def check_data(
     for split in (split for split in STAGES[stage] if data.sources[split]):
         new = answer.max_new_tokens if stage == "predict" else rollout.longest_response(data, split)
         _check_window(*own, split, data.longest_student_prompt(split), new)
+        for engine in engines_of(rollout) if stage != "predict" else []:
+            window = ("model.rollout", type(engine).__name__, engine.window)
+            _check_window(*window, split, data.longest_student_prompt(split), new)
         for name, reader in readers.items():
             _check_window(*reader, split, data.longest_teacher_prompt(split, name), new)
 
@@ -92,7 +96,7 @@ def check_shards(
     adapter: Lora | None, rollout: Rollout, halve_micro_batches: bool, optimizer: type[torch.optim.Optimizer]
 ) -> None:
     """Refuse what a sharded student cannot be trained with (UserError)."""
-    if any(isinstance(part, VLLMRollout) and isinstance(part.engine, ColocatedVLLM) for part in rollout.parts):
+    if any(isinstance(engine, ColocatedVLLM) for engine in engines_of(rollout)):
         raise UserError(f"model.rollout: ColocatedVLLM takes no sharded weights ({SHARDED}); use VLLMServer, or ddp")
     if optimizer.__module__.startswith("bitsandbytes"):
         raise UserError(
@@ -138,10 +142,14 @@ def check_recorded(teacher: Teacher, rollout: Rollout, loss: Divergence | Sample
         recorded.check(loss, temperature, rollout.sampling)
 
 
+def engines_of(rollout: Rollout) -> list[Engine]:
+    """The engines that write for a rollout."""
+    return [part.engine for part in rollout.parts if isinstance(part, VLLMRollout)]
+
+
 def check_engine(rollout: Rollout, ranks: int) -> None:
     """Refuse an engine in this process where there are several (UserError)."""
-    engines = [part.engine for part in rollout.parts if isinstance(part, VLLMRollout)]
-    if ranks > 1 and any(isinstance(engine, ColocatedVLLM) for engine in engines):
+    if ranks > 1 and any(isinstance(engine, ColocatedVLLM) for engine in engines_of(rollout)):
         raise UserError("model.rollout: ColocatedVLLM is for one process; use VLLMServer with several trainer.devices")
 
 

@@ -39,6 +39,7 @@ from opcd.modules.checks import (
     check_served,
     check_shards,
     check_teacher_parts,
+    engines_of,
 )
 from opcd.modules.drift import Drift
 from opcd.modules.generation import Sampling, computing_dtype, eval_mode, own_precision
@@ -152,6 +153,8 @@ class Distiller(OnRanks):
             optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
             check_shards(self.adapter, self.rollout, self.halve_micro_batches, type(optimizer))
         check_recorded(self.teacher, self.rollout, self.objective.loss, self.objective.temperature)
+        for engine in engines_of(self.rollout) if stage != "predict" else []:
+            engine.connect()
         check_served(self.teacher, stage, self.rollout, self.objective, self.student_config)
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ContextQueryDataModule):

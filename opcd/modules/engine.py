@@ -36,6 +36,14 @@ class Completion:
 class Engine(ABC):
     """Writes responses faster than the trainer's own model would."""
 
+    @property
+    def window(self) -> int | None:
+        """Most tokens of a prompt and its response; None where that is not known."""
+        return None
+
+    def connect(self) -> None:  # noqa: B027
+        """See that the engine is there, before a model loads (UserError); `window` may be known only then."""
+
     @abstractmethod
     def renew(self, student: Student, dtype: torch.dtype) -> None:
         """Take over the student's weights in `dtype`, an adapter merged; starts the engine the first time."""

@@ -58,6 +58,12 @@ class ColocatedVLLM(Engine):
         }
         self._llm: Any = None
 
+    @property
+    def window(self) -> int | None:
+        """max_model_len."""
+        window: int | None = self._settings["max_model_len"]
+        return window
+
     def renew(self, student: Student, dtype: torch.dtype) -> None:
         """Hand the tensors over; the first time through a folder, as vLLM wants."""
         if self._llm is None:

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
-from opcd.errors import StepAbandoned
+from opcd.errors import StepAbandoned, UserError
 from opcd.modules.engine import Completion, Engine, named_weights
 from opcd.modules.student import Student
-from opcd.serving import Server, ServerError
+from opcd.serving import START, Card, Server, ServerError, find
 
 COMPLETIONS, RPC, PREFIXES = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
 
@@ -45,6 +45,20 @@ class VLLMServer(Engine):
     ) -> None:
         self._server = Server(base_url, api_key_env, concurrency, timeout, patience)
         self.name, self.weights = name, Path(weights).expanduser().absolute()
+        self._card: Card | None = None
+
+    @property
+    def window(self) -> int | None:
+        """As the server says once it is connected."""
+        return None if self._card is None else self._card.window
+
+    def connect(self) -> None:
+        """Ask whether the server has the model, and takes weights (UserError); for ten seconds."""
+        try:
+            self._card = find(self._server, self.name, START)
+            self._forget(START)
+        except ServerError as error:
+            raise UserError(f"model.rollout's engine: {error}") from error
 
     def renew(self, student: Student, dtype: torch.dtype) -> None:
         """Through the folder, on the first rank; the step waits for it on all (`leaving_together`).
@@ -69,16 +83,22 @@ class VLLMServer(Engine):
         save_file(dict(named_weights(student, dtype)), scratch / "model.safetensors", {"format": "pt"})
         shutil.rmtree(self.weights, ignore_errors=True)
         scratch.rename(self.weights)
-        request = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
+        self._develop(RPC, {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}})
+        self._forget()
+
+    def _develop(self, path: str, body: dict[str, Any], patience: float | None = None) -> Any:
+        """What a route says that a server has in its development mode alone."""
         try:
-            self._server.post(RPC, [request], lambda answer, _: answer)
-            (answer,) = self._server.post(PREFIXES, [{}], lambda answer, _: answer)
-            if not answer.get("success"):
-                raise ServerError(f"{self._server.base_url} keeps what it has computed with the former weights")
+            return self._server.post(path, [body], lambda answer, _: answer, patience=patience)[0]
         except ServerError as error:
             if error.status != 404:
                 raise
             raise ServerError(f"{error}; start the server with VLLM_SERVER_DEV_MODE=1", 404) from error
+
+    def _forget(self, patience: float | None = None) -> None:
+        """Have the server drop the keys and values that it has kept."""
+        if not self._develop(PREFIXES, {}, patience).get("success"):
+            raise ServerError(f"{self._server.base_url} keeps what it has computed with the former weights")
 
     def complete(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
         """A request a prompt; the server makes batches of them.

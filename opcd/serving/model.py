@@ -36,6 +36,19 @@ class Card:
     """Most tokens of a prompt and what follows it; None where it is not said."""
 
 
+def find(server: Server, name: str, patience: float | None = None) -> Card:
+    """What a server says of a model; ServerError where it has none of that name, or is not there."""
+    try:
+        cards = {card["id"]: card for card in server.get(MODELS, patience)["data"]}
+        if name not in cards:
+            raise ServerError(f"{server.base_url} serves no model {name}, but {', '.join(cards)}")
+        card = cards[name]
+        base = cards.get(card.get("parent"), {})  # an adapter's window is its base's
+        return Card(card.get("root"), card.get("max_model_len") or base.get("max_model_len"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ServerError(f"{server.base_url}{MODELS} lists no models: {error!r}") from error
+
+
 class ServedModel:
     """A model behind a server; `connect` comes first.
 
@@ -67,7 +80,7 @@ class ServedModel:
         Raises:
             ServerError: it is not there, or does not do so.
         """
-        self._card = self._find(START)
+        self._card = find(self.server, self.name, START)
         ids = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
         by_text = self._tokenized(ids)
         ((answer, _),) = self._ask([(ids[:1], ids[1:])], k)
@@ -87,21 +100,10 @@ class ServedModel:
             ServerError: they cannot be had, make no sense, or come from another model than `connect` has found.
         """
         answers = self._ask(rows, k)
-        found = self._find()  # afterwards: whoever has answered is there now
+        found = find(self.server, self.name)  # afterwards: whoever has answered is there now
         if found != self._card:
             raise ServerError(f"{self.server.base_url} serves another {self.name} now: {found}; it was {self._card}")
         return [values for _, values in answers]
-
-    def _find(self, patience: float | None = None) -> Card:
-        try:
-            cards = {card["id"]: card for card in self.server.get(MODELS, patience)["data"]}
-            if self.name not in cards:
-                raise ServerError(f"{self.server.base_url} serves no model {self.name}, but {', '.join(cards)}")
-            card = cards[self.name]
-            base = cards.get(card.get("parent"), {})  # an adapter's window is its base's
-            return Card(card.get("root"), card.get("max_model_len") or base.get("max_model_len"))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ServerError(f"{self.server.base_url}{MODELS} lists no models: {error!r}") from error
 
     def _tokenized(self, ids: list[int]) -> bool:
         """Compare the probe's ids with the server's; False where it does not tell them."""

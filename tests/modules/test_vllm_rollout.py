@@ -230,6 +230,31 @@ def test_a_server_that_is_not_vllms_is_one_message(tiny, monkeypatch, tmp_path):
             engine.complete([[5, 6]], settings, [0])
 
 
+def test_a_server_that_cannot_write_is_told_before_a_model_loads(opcd, tiny, rows, context, monkeypatch, tmp_path):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("opcd.modules.vllm_server.START", 0.1)
+    monkeypatch.setattr("opcd.modules.distiller.Student.load", None)
+    with serving(Served(tiny)) as server:
+        words = ("fit", "--model.student.name", tiny, "--data.train", rows, "--trainer.default_root_dir", tmp_path)
+        words += ("--trainer.max_steps", 1, "--data.context", context)
+        words += ("--model.rollout", "VLLMRollout", "--model.rollout.init_args.engine", "VLLMServer")
+        words += ("--model.rollout.init_args.engine.weights", tmp_path / "weights")
+        words += ("--model.rollout.init_args.engine.base_url", server.url, "--model.rollout.init_args.engine.name")
+        code, said = opcd(*words, "teacher")
+        assert code == 2 and "model.rollout's engine: " in said and "VLLM_SERVER_DEV_MODE=1" in said, said
+        code, said = opcd(*words, "another")
+        assert code == 2 and "serves no model another, but teacher" in said, said
+        server.fault = lambda handler, path, answer: (
+            handler.say(200, {"success": True}) if path == "/reset_prefix_cache" else answer
+        )
+        server.window = 100
+        code, said = opcd(*words, "teacher", "--model.rollout.init_args.sampling.max_new_tokens", 90)
+        assert code == 2 and "model.rollout: VLLMServer takes 100 tokens" in said, said
+    code, said = opcd(*words, "teacher")
+    assert code == 2 and "/v1/models: ConnectError" in said, said
+    assert not list(tmp_path.glob("version_*"))
+
+
 def test_vllm_that_is_not_installed_is_one_message(opcd, tiny, rows, tmp_path):
     code, said = opcd(
         *("fit", "--model.student.name", tiny, "--data.train", rows, "--trainer.default_root_dir", tmp_path),
