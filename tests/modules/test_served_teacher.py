@@ -142,6 +142,13 @@ def test_contexts_come_from_the_servers_cache(loss, cache, connected, server, tr
     assert_close(vars(cached.score(rows, 0)), vars(whole.score(rows, 0)))
 
 
+def test_what_a_server_is_asked_first_is_never_cached(connected, server):
+    """What V1 says of cached tokens may be no JSON; then the run would not use the cache at all."""
+    server.cache = "filled"
+    assert all(connected()._model.tells_cached for _ in range(3))
+    assert server.cached == [0, 0, 0]
+
+
 def test_a_response_that_was_cached_is_asked_for_again(connected, server, trajectories, caplog):
     server.cache = "filled"
     teacher = connected()
