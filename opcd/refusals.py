@@ -15,6 +15,7 @@ KEY = re.compile(r'^(?P<before>.*?)Parser key "(?P<key>[^"]+)":')
 OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<option>[\w.]+)' is not accepted")
 NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
 NO_MODULE = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+No module named '(?P<module>[\w.]+)'")
+NO_MODULE_OF_A_FUNCTION = re.compile(r"No module named '(?P<module>[\w.]+)'. Got value: (?P<path>[\w.]+)")
 NO_ATTRIBUTE = re.compile(r"given class_path '[\w.]+':\s+module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
 NO_SUBCLASS = re.compile(r"Import path (\S+ )?does not correspond to a subclass of (?P<base>\w+)")
 GIVEN = re.compile(r"Given value: (?P<path>[\w.]+)$")
@@ -27,6 +28,8 @@ OTHER_KIND = re.compile(r"\s*- Expected a .*\n")
 OTHER_CLASS = re.compile(r"\n\s*- Import path \S+ does not correspond to a subclass of \w+")
 LIBRARIES = ("torch.optim", "torch.optim.lr_scheduler", "opcd.callbacks", "lightning.pytorch.callbacks")
 """Where a class may lie whose key does not name what it must be."""
+EXTRAS = {"bitsandbytes": "bitsandbytes"}
+"""Modules that configs name, and the extra that brings them."""
 
 
 def in_plain_words(message: str) -> str:
@@ -35,11 +38,8 @@ def in_plain_words(message: str) -> str:
     where = f"{key['before']}{key['key']}: " if key else ""
     if found := OPTION.search(message):
         return f"{where}{found['path']} has no option {found['option']}{_options(found['path'], found['option'])}"
-    if found := NO_MODULE.search(message):
-        return (
-            f"{where}{found['path']}: no module {found['module']}; a file of yours is found in the folder that opcd is "
-            "started in, and in those of PYTHONPATH"
-        )
+    if found := NO_MODULE.search(message) or NO_MODULE_OF_A_FUNCTION.search(message):
+        return f"{where}{found['path']}: no module {found['module']}; {_source(found['module'])}"
     if found := NO_ATTRIBUTE.search(message):
         known = vars(importlib.import_module(found["module"]))
         return f"{where}{found['module']} has no {found['name']}{_meant(found['name'], known)}"
@@ -49,6 +49,13 @@ def in_plain_words(message: str) -> str:
         return f"{where}no class {found['name']}{_classes(found['name'], message)}"
     message = ALTERNATIVES.sub(lambda union: OTHER_KIND.sub("", union["errors"]).strip(" -\n") or union[0], message)
     return OTHER_CLASS.sub("", message)
+
+
+def _source(module: str) -> str:
+    """Where a module would come from."""
+    if module in EXTRAS:
+        return f"pip install 'opcd[{EXTRAS[module]}]'"
+    return "a file of yours is found in the folder that opcd is started in, and in those of PYTHONPATH"
 
 
 def _options(path: str, wrong: str) -> str:

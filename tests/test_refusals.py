@@ -15,6 +15,7 @@ LOSSES = ("ForwardKL", "JSD", "Mixture", "ReverseKL", "SampledReverseKL", "SkewK
         (["--model.loss", "opcd.losses.JDS"], ["model.loss: opcd.losses has no JDS; did you mean JSD?"]),
         (["--model.loss", "torch.nn.Linear"], ["model.loss: torch.nn.Linear is no Divergence or SampledReverseKL"]),
         (["--model.loss", "mine.Loss"], ["model.loss: mine.Loss: no module mine", "PYTHONPATH"]),
+        (["--model.optimizer", "mine.Adam"], ["model.optimizer: mine.Adam: no module mine", "PYTHONPATH"]),
         (["--model.rollout", "StudentRolout"], ["model.rollout: no class StudentRolout; did you mean StudentRollout?"]),
         (["--model.optimizer", "AdmW"], ["model.optimizer: no class AdmW; did you mean AdamW?"]),
         (["--trainer.logger", "WandLogger"], ["trainer.logger: no class WandLogger; did you mean WandbLogger?"]),
@@ -30,6 +31,12 @@ def test_one_line_says_what_is_wrong_and_what_there_is(opcd, words, told):
     code, text = opcd("fit", *words)
     assert code == 2 and len(text.splitlines()) == 1
     assert all(part in text for part in told)
+
+
+def test_an_optimizer_whose_library_is_not_installed_names_the_extra(opcd, monkeypatch):
+    monkeypatch.setattr("opcd.refusals.EXTRAS", {"nobodys_library": "adapters"})
+    code, text = opcd("fit", "--model.optimizer", "nobodys_library.Adam")
+    assert code == 2 and "nobodys_library.Adam: no module nobodys_library; pip install 'opcd[adapters]'" in text
 
 
 def test_a_value_that_does_not_fit_its_class_hides_behind_no_other_class(opcd):
