@@ -15,12 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from jsonargparse import ArgumentError
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from opcd.commands import COMMANDS, TRAINER
 from opcd.errors import UserError
 from opcd.interruption import Interrupted, reset
-from opcd.memory import keep_freed_blocks
 from opcd.parsing import allow_imports
 from opcd.refusals import in_plain_words
 
@@ -32,15 +30,13 @@ def main(args: list[str] | None = None) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     sys.path.append(str(Path.cwd()))  # for files that a class_path names; last, so that they hide no package
-    _quiet()
-    keep_freed_blocks()
     try:
         return _dispatch(allow_imports(args))
     except Interrupted as leaving:
         reset()
         print(f"opcd: {leaving}; --ckpt_path last goes on", file=sys.stderr)
         return leaving.exit_code
-    except (UserError, MisconfigurationException, ArgumentError) as error:
+    except _mistakes() as error:
         return _refused(str(error), debug)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -56,16 +52,26 @@ def _dispatch(args: list[str]) -> int:
     if name == "--version":
         print(f"opcd {version('opcd')}")
         return 0
-    if name in COMMANDS:
-        return int(importlib.import_module(COMMANDS[name][0]).main(args[1:]))
-    if name not in TRAINER:
+    if name not in TRAINER | COMMANDS:
         near = get_close_matches(name, [*TRAINER, *COMMANDS], n=1)
         raise UserError(f"no command {name}" + (f"; did you mean {near[0]}?" if near else "; see opcd --help"))
+    from opcd.memory import keep_freed_blocks  # torch: what is above answers at once
+
+    _quiet()
+    keep_freed_blocks()
+    if name in COMMANDS:
+        return int(importlib.import_module(COMMANDS[name][0]).main(args[1:]))
     from opcd.lightning_cli import run
 
     with _plain_ctrl_c():
         run(args)
     return 0
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """What the user's mistakes raise; Lightning's own error where it has been imported, which takes seconds."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return UserError, ArgumentError, *([lightning.MisconfigurationException] if lightning else [])
 
 
 def _help() -> str:

@@ -3,6 +3,7 @@
 import csv
 import importlib.metadata
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -321,3 +322,10 @@ def test_doctor_looks_for_the_packaged_file(opcd, monkeypatch, tmp_path):
 
 def test_version(opcd):
     assert opcd("--version") == (0, f"opcd {importlib.metadata.version('opcd')}\n")
+
+
+def test_help_and_a_wrong_word_do_not_wait_for_torch():
+    check = "import sys; from opcd.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    for word in ("--help", "--version", "fti"):
+        done = subprocess.run([sys.executable, "-c", check, word], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and (done.stdout or "did you mean fit?" in done.stderr), done.stderr
