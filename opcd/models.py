@@ -28,6 +28,7 @@ from transformers import (
 from opcd import gguf
 from opcd.errors import UserError
 from opcd.hub import hub_reachable
+from opcd.memory import let_go
 
 PACKAGED = "smollm2-135m"
 ADAPTER = "adapter_config.json"
@@ -118,6 +119,8 @@ def load_model(
         )
         if adapter != base:
             model = _with_adapter(model, adapter)
+    if config.quantization != "none":
+        let_go(model.parameters())  # the embedding holds the whole file's mapping, with what has been quantized since
     model.eval()
     return model
 

@@ -107,6 +107,12 @@ def test_the_parts_of_a_run_by_hand():
     assert peak(parts(RUN)) == ("student", student)
 
 
+def test_states_that_a_step_unpacks_by_hand():
+    run = replace(RUN, gpu=False, state_bytes=2.0, unpacked=20.0)
+    assert sizes(run)["optimizer's scratch"] == {"optimizer": 32 * 8 * 20}  # the embedding's
+    assert "optimizer's scratch" not in sizes(replace(run, lora=Lora(rank=2)))
+
+
 def test_one_pass_has_no_gradients_when_it_begins():
     found = sizes(replace(RUN, micro_batch_tokens=40))  # 40 x 864 bytes of activations go as 5,792 - 1,024 come
     assert found["gradients"] == {"student": 1024, "backward": 1024, "optimizer": 5792}

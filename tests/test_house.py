@@ -25,8 +25,8 @@ LAYERS = [
     {"checkpoints", "games", "init", "tasks"},
     {"modules"},
     {"data", "serving"},
-    {"changes", "interruption", "losses", "memory", "models", "parsing", "run_folder"},
-    {"card", "commands", "gguf", "hub", "machine", "pages", "refusals", "versions"},
+    {"changes", "interruption", "losses", "models", "parsing", "run_folder"},
+    {"card", "commands", "gguf", "hub", "machine", "memory", "pages", "refusals", "versions"},
     {"errors"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command

@@ -11,7 +11,9 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny import make_tiny
 from opcd import gguf
 from opcd.errors import UserError
 from opcd.models import PACKAGED, ModelConfig, context_window, load_model, load_tokenizer, resolve
@@ -127,3 +129,22 @@ def test_code_from_the_hub_needs_a_commit(revision):
         resolve(ModelConfig(name="org/model", trust_remote_code=True, revision=revision))
     with pytest.raises(UserError, match="the hub cannot be reached"):
         resolve(ModelConfig(name="org/model", trust_remote_code=True, revision="0123456789" * 4))
+
+
+def mapped() -> int:
+    """Bytes of files that lie in this process's memory."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+    return int(line.split()[1]) * 2**10
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is mapped")
+def test_quantized_weights_do_not_keep_their_file_in_memory(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    folder = make_tiny(tmp_path / "wide", hidden=512)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    config = ModelConfig(name=str(folder), quantization="8bit", dtype="bfloat16")
+    load_model(config)  # the libraries
+    before = mapped()
+    model = load_model(config)
+    assert mapped() - before < 3 * 2**20  # its linear layers are 9 MiB there; the embedding has not been read yet
+    assert model.get_input_embeddings().weight.abs().sum() > 0  # what is left comes from the file again

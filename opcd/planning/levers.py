@@ -7,7 +7,7 @@ import torch
 
 from opcd.modules import Lora
 from opcd.planning.parts import parts, peak
-from opcd.planning.setting import Setting
+from opcd.planning.setting import UNPACKED, Setting
 from opcd.planning.shapes import Weights
 
 SMALLEST = 0.02
@@ -33,7 +33,8 @@ def ways(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if setting.ranks > 1 and not setting.sharded and setting.lora is None:
         yield "trainer.strategy: ModelParallelStrategy (FSDP2)", replace(setting, sharded=True)
     if setting.state_bytes > 4:
-        yield "model.optimizer: bitsandbytes.optim.AdamW8bit", replace(setting, state_bytes=2.0)
+        small = replace(setting, state_bytes=2.0, unpacked=0.0 if setting.gpu else UNPACKED)
+        yield "model.optimizer: bitsandbytes.optim.AdamW8bit", small
     if setting.micro_rows > 1:
         half = setting.row * (setting.micro_rows // 2)
         yield f"model.micro_batch_tokens: {half}", replace(setting, micro_batch_tokens=half)

@@ -76,6 +76,8 @@ def _passing(s: Setting) -> Iterator[Part]:
     yield Part("drawing a token", drawn)
     if s.gpu and not s.fused:
         yield Part("optimizer's scratch", {"optimizer": s.gradient_bytes})
+    if s.unpacked and s.lora is None:  # an adapter's matrices are small
+        yield Part("optimizer's scratch", {"optimizer": sizes.unpacked_states(s)})
 
 
 def _always(name: str, size: int) -> Part:

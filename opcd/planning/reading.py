@@ -12,7 +12,7 @@ from opcd.modules.checks import check_adapter, check_engine, check_recorded, che
 from opcd.modules.strategies import SHARDED, FullyShard, chosen
 from opcd.planning.lengths import Lengths
 from opcd.planning.roles import student_of, teacher_of, writers_of
-from opcd.planning.setting import Setting
+from opcd.planning.setting import UNPACKED, Setting
 
 SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "None": "32-true"}
 """Lightning's other names."""
@@ -73,6 +73,7 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
         sharded=sharded,
         process=0 if gpu else process,
         state_bytes=_kept(optimizer),
+        unpacked=UNPACKED if not gpu and type(optimizer).__module__.startswith("bitsandbytes") else 0.0,
         fused=bool(optimizer.defaults.get("fused")),
         **teacher_of(distiller, student, gpu, sharded, ranks),
         **writers_of(distiller.rollout, recorded=any(isinstance(t, RecordedTeacher) for t in teachers)),

@@ -8,6 +8,9 @@ from opcd.modules import Lora
 from opcd.modules.adapters import ALL_LINEAR
 from opcd.planning.shapes import Shape, Weights
 
+UNPACKED = 20.0
+"""Bytes a number that bitsandbytes' 8-bit AdamW takes on a CPU for the weight that it is at (docs/log.md)."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -23,6 +26,8 @@ class Setting:
     lora: Lora | None = None
     state_bytes: float = 8.0
     """What the optimizer keeps of each number that learns."""
+    unpacked: float = 0.0
+    """Bytes that its step takes beside them for each number of the weight that it is at."""
     fused: bool = True
     """Whether the optimizer's step needs no tensors beside its states."""
     writers: tuple[str, ...] = ("student",)

@@ -161,3 +161,8 @@ def _writer(s: Setting, name: str) -> Weights:
 def draw(s: Setting) -> int:
     """One token of one row."""
     return s.student.shape.vocabulary * DRAWN
+
+
+def unpacked_states(s: Setting) -> int:
+    """What an optimizer's step unpacks of the largest weight, the embedding."""
+    return round(s.unpacked * s.student.shape.vocabulary * s.student.shape.hidden)
