@@ -39,17 +39,16 @@ def main() -> None:
     if not model.tells_cached:
         raise SystemExit("the server does not tell what it has cached: start it with the options above")
     print("| contexts | seconds of each time |\n|---|---|")
-    taken = [both_ways(model, drawn(options, len(tokenizer), number), options.k) for number in range(options.repeat)]
+    taken = [both_ways(model, drawn(options, len(tokenizer)), options.k) for _ in range(options.repeat)]
     for name, way in (("computed", 0), ("from the cache", 1)):
         print(f"| {name} | {', '.join(f'{seconds[way]:.1f}' for *seconds, _ in taken)} |")
     print(f"apart: {statistics.mean(apart for *_, apart in taken):.2g} nats")
 
 
-def drawn(options: argparse.Namespace, vocabulary: int, seed: int) -> list[Row]:
-    """Rows of a context that no other seed has."""
-    draw = random.Random(seed + time.time_ns())
+def drawn(options: argparse.Namespace, vocabulary: int) -> list[Row]:
+    """Rows of a context that no server has seen: drawn without a seed."""
     context, *own = (
-        [draw.randrange(vocabulary) for _ in range(count)]
+        [random.randrange(vocabulary) for _ in range(count)]
         for count in (options.context, *[options.query + options.tokens] * options.rows)
     )
     return [(context + row[: options.query], row[options.query :]) for row in own]
@@ -58,11 +57,8 @@ def drawn(options: argparse.Namespace, vocabulary: int, seed: int) -> list[Row]:
 def both_ways(model: ServedModel, rows: list[Row], k: int) -> tuple[float, float, float]:
     """Seconds with contexts computed and from the cache, and how far the likeliest tokens are apart."""
     seconds, likeliest = [], []
-    for way in (
-        True,
-        False,
-    ):  # the second computes what the first has left in the cache; the other way round it would not
-        model.tells_cached = way
+    # The cache first: it would have whole rows after the other way, and values of none of their tokens.
+    for model.tells_cached in (True, False):
         start = time.perf_counter()
         values = model.log_probs(rows, k)
         seconds.append(time.perf_counter() - start)

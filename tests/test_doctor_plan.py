@@ -33,9 +33,9 @@ from opcd.planning import Setting, Shape, Weights, parts, peak, shape_of
 from opcd.planning.activations import kept_of_pass
 from opcd.planning.command import size
 from opcd.planning.levers import until_it_fits, ways
-from opcd.planning.reading import _kept, _optimizer
+from opcd.planning.reading import _kept, _optimizer, _unpacked
 from opcd.planning.roles import teacher_of, writers_of
-from opcd.planning.setting import adapter_weights
+from opcd.planning.setting import UNPACKED, adapter_weights
 from opcd.planning.sizes import casts
 
 LAYER = (("q", 8, 8), ("k", 8, 4), ("v", 8, 4), ("o", 8, 8), ("gate", 8, 16), ("up", 8, 16), ("down", 16, 8))
@@ -355,6 +355,15 @@ def test_an_optimizer_is_asked_what_it_keeps():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     # Two bytes, and two scales of four bytes for 256 numbers.
     assert of(bitsandbytes.optim.AdamW8bit) == pytest.approx(2 + 8 / 256, abs=0.01)
+
+
+def test_who_unpacks_its_states():
+    def of(optimizer, gpu=False) -> float:
+        return _unpacked(_optimizer(Distiller(optimizer=optimizer), torch.float32), gpu)
+
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    assert of(torch.optim.AdamW) == of(bitsandbytes.optim.AdamW) == of(bitsandbytes.optim.AdamW8bit, gpu=True) == 0
+    assert of(bitsandbytes.optim.AdamW8bit) == UNPACKED
 
 
 def test_levers_are_tried_until_it_fits():

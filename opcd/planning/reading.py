@@ -73,7 +73,7 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
         sharded=sharded,
         process=0 if gpu else process,
         state_bytes=_kept(optimizer),
-        unpacked=UNPACKED if not gpu and type(optimizer).__module__.startswith("bitsandbytes") else 0.0,
+        unpacked=_unpacked(optimizer, gpu),
         fused=bool(optimizer.defaults.get("fused")),
         **teacher_of(distiller, student, gpu, sharded, ranks),
         **writers_of(distiller.rollout, recorded=any(isinstance(t, RecordedTeacher) for t in teachers)),
@@ -147,3 +147,9 @@ def _kept(optimizer: torch.optim.Optimizer) -> float:
     """Bytes that it keeps of each number of that matrix."""
     states = [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.nbytes for value in states if isinstance(value, torch.Tensor)) / SIDE**2
+
+
+def _unpacked(optimizer: torch.optim.Optimizer, gpu: bool) -> float:
+    """Bytes a number that its step takes beside its states; known of bitsandbytes' 8-bit ones on a CPU."""
+    packed = type(optimizer).__module__.startswith("bitsandbytes") and _kept(optimizer) < 4
+    return UNPACKED if packed and not gpu else 0.0

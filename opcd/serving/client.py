@@ -104,8 +104,7 @@ class Server:
 
     def get(self, path: str, patience: float | None = None) -> Any:
         """The JSON at a path. ServerError where it cannot be had; `patience` may be less than the server's."""
-        least = self.patience if patience is None else min(patience, self.patience)
-        return self._all([("GET", path, None)], lambda answer, _: answer, least)[0]
+        return self._all([("GET", path, None)], lambda answer, _: answer, patience)[0]
 
     def post(
         self,
@@ -119,21 +118,21 @@ class Server:
 
         ServerError for the first that cannot be had, or that `read` raises; the others are then given up.
         """
-        least = self.patience if patience is None else min(patience, self.patience)
-        return self._all([("POST", path, body) for body in bodies], read, least, shortcut)
+        return self._all([("POST", path, body) for body in bodies], read, patience, shortcut)
 
     def _all(
         self,
         requests: list[tuple[str, str, Any]],
         read: Callable[[Any, int], Result],
-        patience: float,
+        patience: float | None,
         shortcut: Shortcut[Result] | None = None,
     ) -> list[Result]:
+        least = self.patience if patience is None else min(patience, self.patience)
         # A thread of its own: a notebook has an event loop in the main one, and signals are noticed there meanwhile.
         left = threading.Event()
         with ThreadPoolExecutor(1) as thread:
             try:
-                return thread.submit(asyncio.run, self._gather(requests, read, patience, left, shortcut)).result()
+                return thread.submit(asyncio.run, self._gather(requests, read, least, left, shortcut)).result()
             finally:
                 left.set()  # an interrupt in this thread, in a notebook, must not wait for the other
 

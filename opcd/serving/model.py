@@ -134,13 +134,16 @@ class ServedModel:
             {"model": self.name, "prompt": prompt + response, "prompt_logprobs": k, "max_tokens": 1, "temperature": 0.0}
             for prompt, response in rows
         ]
-        rest = [self._rest(prompt + response, k) for prompt, response in rows]
-        cheaper = Shortcut(GENERATE, rest, self._reader(GENERATE, rows, k, read_rest)) if self.tells_cached else None
+        shortcut = self._shortcut(rows, k) if self.tells_cached else None
         try:
-            return self.server.post(COMPLETIONS, whole, self._reader(COMPLETIONS, rows, k, read_whole), cheaper)
+            return self.server.post(COMPLETIONS, whole, self._reader(COMPLETIONS, rows, k, read_whole), shortcut)
         except ServerError as error:
             hint = f"; start the server with --max-logprobs {k}" if "max allowed" in str(error) else ""
             raise ServerError(f"{error}{hint}", error.status) from error
+
+    def _shortcut(self, rows: Sequence[Row], k: int) -> Shortcut[tuple[Any, Values]]:
+        bodies = [self._rest(prompt + response, k) for prompt, response in rows]
+        return Shortcut(GENERATE, bodies, self._reader(GENERATE, rows, k, read_rest))
 
     def _rest(self, ids: list[int], k: int) -> dict[str, Any]:
         """A request for values of what the server has not in its cache."""
