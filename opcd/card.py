@@ -3,8 +3,9 @@
 import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
+
+from opcd.versions import VERSION
 
 FACTS = "distillation.json"
 """The file beside the weights."""
@@ -48,7 +49,7 @@ class Facts:
     reduction: str | None = None
     rollout: str | None = None
     steps: int | None = None
-    opcd: str | None = version("opcd")
+    opcd: str | None = VERSION
 
     def write(self, folder: Path) -> None:
         """Put them beside a student's weights."""

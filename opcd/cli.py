@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.metadata import version
 from pathlib import Path
 
 from jsonargparse import ArgumentError
@@ -21,6 +20,7 @@ from opcd.errors import UserError
 from opcd.interruption import Interrupted, reset
 from opcd.parsing import allow_imports
 from opcd.refusals import in_plain_words
+from opcd.versions import VERSION
 
 
 def main(args: list[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def _dispatch(args: list[str]) -> int:
         print(_help())
         return 0
     if name == "--version":
-        print(f"opcd {version('opcd')}")
+        print(f"opcd {VERSION}")
         return 0
     if name not in TRAINER | COMMANDS:
         near = get_close_matches(name, [*TRAINER, *COMMANDS], n=1)

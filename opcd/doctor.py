@@ -15,6 +15,7 @@ from huggingface_hub import constants
 
 from opcd import gguf
 from opcd.errors import UserError
+from opcd.extras import install_hint
 from opcd.hub import hub_reachable
 from opcd.models import PACKAGED
 from opcd.versions import installed_version
@@ -59,9 +60,7 @@ def _packages() -> Iterator[tuple[bool | None, str]]:
         yield version is not None, f"{name} {version}" if version else f"{name}: pip install {name}"
     for name, (purpose, extra) in OPTIONAL.items():
         version = installed_version(name)
-        text = (
-            f"{name} {version}" if version else f"{name} is not installed; for {purpose}: pip install 'opcd[{extra}]'"
-        )
+        text = f"{name} {version}" if version else f"{name} is not installed; for {purpose}: {install_hint(extra)}"
         yield (True if version else None), text
 
 

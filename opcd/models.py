@@ -1,7 +1,6 @@
 """A model or a tokenizer from a hub id, a folder, a GGUF file or the packaged default."""
 
 import difflib
-import importlib.util
 import json
 import re
 import warnings
@@ -27,6 +26,7 @@ from transformers import (
 
 from opcd import gguf
 from opcd.errors import UserError
+from opcd.extras import require
 from opcd.hub import hub_reachable
 from opcd.memory import let_go
 
@@ -143,8 +143,7 @@ def base_of(name: str, key: str = "model.student") -> str:
     file = Path(name) / ADAPTER
     if not file.is_file():
         return name
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{key}.name: {name} is an adapter, and peft is not installed: pip install 'opcd[adapters]'")
+    require("adapters", "peft", f"{key}.name: {name} is an adapter, which")
     try:
         base = json.loads(file.read_text())["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
@@ -162,8 +161,7 @@ def quantization_config(config: ModelConfig, dtype: torch.dtype, key: str) -> Bi
     """
     if config.quantization == "none":
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{key}.quantization needs bitsandbytes: pip install 'opcd[bitsandbytes]'")
+    require("bitsandbytes", "bitsandbytes", f"{key}.quantization")
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from itertools import chain
 
+from opcd.extras import install_hint
+
 KEY = re.compile(r'^(?P<before>.*?)Parser key "(?P<key>[^"]+)":')
 OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<option>[\w.]+)' is not accepted")
 NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
@@ -54,7 +56,7 @@ def in_plain_words(message: str) -> str:
 def _source(module: str) -> str:
     """Where a module would come from."""
     if module in EXTRAS:
-        return f"pip install 'opcd[{EXTRAS[module]}]'"
+        return install_hint(EXTRAS[module])
     return "a file of yours is found in the folder that opcd is started in, and in those of PYTHONPATH"
 
 

@@ -1,6 +1,9 @@
-"""Which versions of packages are installed."""
+"""The version of opcd, and those of the packages beside it."""
 
 import importlib.metadata
+
+VERSION = "0.1.0"
+"""That of opcd; pyproject.toml reads it here, so that a clone knows it where nothing is installed."""
 
 
 def installed_version(name: str) -> str | None:

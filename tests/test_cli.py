@@ -1,7 +1,6 @@
 """The command as users call it: what a run leaves, the four subcommands, and wrong input."""
 
 import csv
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opcd.versions import VERSION
 from tests.conftest import ROWS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -321,7 +321,7 @@ def test_doctor_looks_for_the_packaged_file(opcd, monkeypatch, tmp_path):
 
 
 def test_version(opcd):
-    assert opcd("--version") == (0, f"opcd {importlib.metadata.version('opcd')}\n")
+    assert opcd("--version") == (0, f"opcd {VERSION}\n")
 
 
 def test_help_and_a_wrong_word_do_not_wait_for_torch():

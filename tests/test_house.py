@@ -26,8 +26,9 @@ LAYERS = [
     {"modules"},
     {"data", "serving"},
     {"changes", "interruption", "losses", "models", "parsing", "run_folder"},
-    {"card", "commands", "gguf", "hub", "machine", "memory", "pages", "refusals", "versions"},
-    {"errors"},
+    {"card", "commands", "gguf", "hub", "machine", "memory", "pages", "refusals"},
+    {"extras"},
+    {"errors", "versions"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
 runs by its name (`COMMANDS` of opcd/commands.py) stands below it like everything else."""

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from opcd.extras import install_hint
+
 LOSSES = ("ForwardKL", "JSD", "Mixture", "ReverseKL", "SampledReverseKL", "SkewKL", "SkewReverseKL", "TopK")
 
 
@@ -36,7 +38,7 @@ def test_one_line_says_what_is_wrong_and_what_there_is(opcd, words, told):
 def test_an_optimizer_whose_library_is_not_installed_names_the_extra(opcd, monkeypatch):
     monkeypatch.setattr("opcd.refusals.EXTRAS", {"nobodys_library": "adapters"})
     code, text = opcd("fit", "--model.optimizer", "nobodys_library.Adam")
-    assert code == 2 and "nobodys_library.Adam: no module nobodys_library; pip install 'opcd[adapters]'" in text
+    assert code == 2 and "nobodys_library.Adam: no module nobodys_library; " + install_hint("adapters") in text
 
 
 def test_a_value_that_does_not_fit_its_class_hides_behind_no_other_class(opcd):

@@ -1,6 +1,5 @@
 """One evaluation: tasks and prompts are read and checked when it is made, models are asked when it is called."""
 
-import importlib.util
 import logging
 import random
 import warnings
@@ -22,6 +21,7 @@ from opcd.evaluation.config import Evaluation
 from opcd.evaluation.games import GameRows, game_rows, rank_and_ranks
 from opcd.evaluation.results import Results, Row, TaskResult, summarise
 from opcd.evaluation.tasks import TaskRows, load_tasks
+from opcd.extras import require
 from opcd.games import GameSeeds
 from opcd.models import ModelConfig, context_window, load_tokenizer
 from opcd.modules.generation import Sampling
@@ -201,8 +201,7 @@ def _check_packages(evaluation: Evaluation) -> None:
     if all(isinstance(evaluation.data.get(name), GameSeeds) for name in evaluation.tasks):
         return
     for package in ("lm_eval", "math_verify"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"evaluation needs {package}, which is not installed: pip install 'opcd[evaluation]'")
+        require("evaluation", package, "evaluation")
 
 
 def _row(task: TaskRows, sample: dict[str, Any], number: int) -> Row:

@@ -1,14 +1,13 @@
 """Problems with one answer, in the shape of DAPO-Math-17k, scored as the task `dapo_math` is."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Sequence
 
 from opcd.data import Example, read_examples
 from opcd.data.examples import Message
-from opcd.errors import UserError
 from opcd.experience.problems import Attempt, Problems, Writer, Written
+from opcd.extras import require
 from opcd.tasks.dapo_math import process_results
 from opcd.tasks.docs import question_docs
 
@@ -32,8 +31,7 @@ class MathProblems(Problems):
         for name, limit in (("limit_train", limit_train), ("limit_val", limit_val)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{KEY}.{name} must be at least 1, got {limit}: without a row nothing can be chosen")
-        if importlib.util.find_spec("math_verify") is None:
-            raise UserError("MathProblems needs math_verify, which is not installed: pip install 'opcd[evaluation]'")
+        require("evaluation", "math_verify", "MathProblems")
         self.sources = {"train": (train, limit_train), "val": (val, limit_val)}
         self._parts: dict[str, dict[str, Example]] = {}
 

@@ -1,13 +1,13 @@
 """Games of the package `textarena`, without the rules that it would tell."""
 
 import difflib
-import importlib.util
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from opcd.errors import UserError
+from opcd.extras import require
 from opcd.games.environment import Environment, Step
 
 # What textarena's games raise at wrong options, a wrong number of players, a missing package or an old Python.
@@ -29,8 +29,7 @@ class Arena:
     """
 
     def __init__(self, game: str, options: dict[str, Any]) -> None:
-        if importlib.util.find_spec("textarena") is None:
-            raise UserError("text games need textarena, which is not installed: pip install 'opcd[games]'")
+        require("games", "textarena", "a text game")
         from textarena.envs.registration import ENV_REGISTRY
 
         if game not in ENV_REGISTRY:

@@ -6,7 +6,6 @@ and twin share the memory of the frozen weights.
 
 import copy
 import difflib
-import importlib.util
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +46,6 @@ class Lora:
             raise ValueError(f"targets is {ALL_LINEAR} or a list of names, not {self.targets!r}")
         if not self.targets:
             raise ValueError("targets is empty: no layer would learn")
-
-
-def require_peft(key: str) -> None:
-    """Refuse an adapter without its library.
-
-    Raises:
-        UserError: peft is not installed.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{key} needs peft, which is not installed: pip install 'opcd[adapters]'")
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, key: str = "model.adapter") -> None:

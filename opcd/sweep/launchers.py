@@ -12,6 +12,7 @@ from typing import Any
 
 from opcd.data.files import write_whole
 from opcd.errors import UserError
+from opcd.extras import require
 from opcd.sweep.jobs import JobFolder
 
 GRACE_SECONDS = 5
@@ -146,10 +147,9 @@ class SlurmLauncher(Launcher):
     """
 
     def __init__(self, folder: Path, parameters: dict[str, Any]) -> None:
-        try:
-            import submitit
-        except ImportError as error:
-            raise UserError("--launcher slurm needs submitit: pip install 'opcd[slurm]'") from error
+        require("slurm", "submitit", "--launcher slurm")
+        import submitit
+
         parameters = dict(parameters)
         self.cluster = parameters.pop("cluster", "slurm")
         try:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from opcd.errors import UserError
+from opcd.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,11 +23,10 @@ def drawn(draw: "Callable[[Axes], None]", title: str, x: str, y: str, seed: str 
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plots need matplotlib: pip install 'opcd[plots]'") from error
+    require("plots", "matplotlib", "a plot")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": seed, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
     ):

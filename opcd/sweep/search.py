@@ -10,6 +10,7 @@ from typing import Any
 from opcd.changes import changed_keys
 from opcd.data.files import write_whole
 from opcd.errors import UserError
+from opcd.extras import require
 from opcd.sweep.plan import Arm, Search, SweepFile, label
 from opcd.sweep.summary import ArmResult
 
@@ -29,10 +30,9 @@ class ArmSearch:
 
     def __init__(self, sweep: SweepFile, file: Path) -> None:
         assert sweep.search is not None
-        try:
-            import optuna
-        except ImportError as error:
-            raise UserError("`search` needs Optuna: pip install 'opcd[search]'") from error
+        require("search", "optuna", "search")
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self.search = optuna, sweep.search
         self.ranges = {key: self._distribution(key, value) for key, value in sweep.axes.items()}

@@ -4,6 +4,7 @@ from typing import Any
 
 from opcd.data import read_rows
 from opcd.errors import UserError
+from opcd.extras import install_hint
 from opcd.tasks.punkt import provide_punkt
 
 FIELDS = {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list}
@@ -57,6 +58,6 @@ def _instructions() -> set[str]:
         from langdetect import DetectorFactory
         from lm_eval.tasks.ifeval import instructions_registry
     except ImportError as error:
-        raise UserError(f"ifeval needs {error.name}: pip install 'opcd[evaluation]'") from error
+        raise UserError(f"ifeval needs {error.name}: {install_hint('evaluation')}") from error
     DetectorFactory.seed = 0  # its guesses of a language are drawn: another seed at every call otherwise
     return set(instructions_registry.INSTRUCTION_DICT)

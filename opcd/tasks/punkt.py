@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from opcd.errors import UserError
+from opcd.extras import require
 from opcd.gguf import cache_folder
 
 RESOURCE = "tokenizers/punkt_tab/english/"
@@ -23,10 +24,9 @@ def provide_punkt() -> None:
     Raises:
         UserError: it is neither installed nor in a package that is; the message holds the one command that mends it.
     """
-    try:
-        import nltk
-    except ImportError as error:
-        raise UserError("ifeval needs nltk: pip install 'opcd[evaluation]'") from error
+    require("evaluation", "nltk", "ifeval")
+    import nltk
+
     folder = cache_folder() / "nltk_data"
     if folder.is_dir() and str(folder) not in nltk.data.path:
         nltk.data.path.append(str(folder))

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from opcd.evaluation import Evaluation, Evaluator
+from opcd.extras import install_hint
 from opcd.models import ModelConfig
 from opcd.tasks.punkt import provide_punkt
 from tests.conftest import CONTEXT, write_rows
@@ -198,7 +199,7 @@ def test_without_lm_eval_the_extra_is_named(evaluate, monkeypatch, package):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
     code, text = evaluate()
-    assert code == 2 and f"{package}, which is not installed: pip install 'opcd[evaluation]'" in text
+    assert code == 2 and f"{package}, which is not installed: {install_hint('evaluation')}" in text
 
 
 def test_the_help_lists_it(opcd, capsys):

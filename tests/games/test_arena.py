@@ -2,12 +2,14 @@
 
 import importlib.util
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 
 from opcd.errors import UserError
+from opcd.extras import install_hint
 from opcd.games import FrozenLake, Sokoban, TextArena
 
 MOVES = ("[right]", "[down]", "nonsense", "[right]", "[up]")
@@ -136,5 +138,5 @@ def test_boards_that_cannot_be():
 def test_textarena_is_not_there(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "textarena" else found(name))
-    with pytest.raises(UserError, match=r"textarena, which is not installed: pip install 'opcd\[games\]'"):
+    with pytest.raises(UserError, match=re.escape(f"textarena, which is not installed: {install_hint('games')}")):
         FrozenLake()

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from benchmarks.tiny import make_tiny
 from opcd.data import ContextQueryDataModule
 from opcd.errors import StepAbandoned, UserError
+from opcd.extras import install_hint
 from opcd.games import GameRollout
 from opcd.losses import ReverseKL, SampledReverseKL
 from opcd.models import ModelConfig
@@ -261,7 +262,7 @@ def test_vllm_that_is_not_installed_is_one_message(opcd, tiny, rows, tmp_path):
         *("--model.rollout", "VLLMRollout", "--model.rollout.init_args.engine", "ColocatedVLLM"),
     )
     assert code == 2
-    assert "ColocatedVLLM needs vLLM here: pip install 'opcd[vllm]'" in said
+    assert f"ColocatedVLLM needs vLLM here: {install_hint('vllm')}" in said
     assert not list(tmp_path.glob("version_*"))
 
 

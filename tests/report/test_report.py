@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from opcd.cli import main
+from opcd.extras import install_hint
 from opcd.report.runs import Run
 from tests.browser import check_plots, opened
 from tests.conftest import CONTEXT, ROWS, write_rows
@@ -173,7 +174,7 @@ def test_in_a_browser(page_file, runs):
 def test_one_run_without_matplotlib_has_a_page_and_a_message(opcd, runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, text = opcd("report", runs[0], "--out", tmp_path / "one.html")
-    assert code == 0 and text.count("pip install 'opcd[plots]'") == 1
+    assert code == 0 and text.count(install_hint("plots")) == 1
     page = Page(tmp_path / "one.html")
     assert not page.plots and "differences" not in page.tables and len(page.tables["results"]) == 2
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from opcd import parsing
 from opcd.errors import UserError
+from opcd.extras import install_hint
 from opcd.sweep.engine import Engine, explain, locked
 from opcd.sweep.jobs import Job, JobFolder
 from opcd.sweep.launchers import LocalLauncher, SlurmLauncher, shares
@@ -177,7 +179,7 @@ def test_wrong_parameters_of_submitit(tmp_path, parameters):
 
 def test_submitit_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(UserError, match=r"needs submitit: pip install 'opcd\[slurm\]'"):
+    with pytest.raises(UserError, match=re.escape(f"needs submitit, which is not installed: {install_hint('slurm')}")):
         SlurmLauncher(tmp_path, {})
 
 
