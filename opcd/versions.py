@@ -7,7 +7,9 @@ VERSION = "0.1.0"
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a package of this environment, or None where it is not installed."""
+    """The version of a package of this environment, or None where it is not installed; `opcd` is this project."""
+    if name == "opcd":  # pip knows another project by that name
+        return VERSION
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

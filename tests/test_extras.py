@@ -11,7 +11,7 @@ import pytest
 
 from opcd import extras
 from opcd.errors import UserError
-from opcd.versions import VERSION
+from opcd.versions import VERSION, installed_version
 
 ROOT = Path(__file__).parent.parent
 SOMEBODY_ELSES = re.compile(r"(?<![\w./-])opcd\[|pip3? install [^\n|&;]*?(?<![\w./-])opcd(?![\w./-])")
@@ -59,6 +59,7 @@ def test_the_project_is_called_so_and_every_extra_that_is_asked_for_exists():
     asked = re.compile(r"(?:require|install_hint)\(\s*[\"'](\w+)[\"']")
     used = {name for file in (ROOT / "opcd").rglob("*.py") for name in asked.findall(file.read_text(encoding="utf-8"))}
     assert used and used <= set(project["optional-dependencies"])
+    assert installed_version("opcd") == VERSION and installed_version("nobodys") is None
     assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)
 
 
