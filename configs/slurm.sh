@@ -1,6 +1,6 @@
 #!/bin/bash
 # Several machines under SLURM, back in the queue before the time limit, going on from the newest whole checkpoint:
-#     sbatch configs/slurm.sh --config configs/cross_size.yaml --config configs/node_8gpu.yaml --data.context LESSONS.txt
+#     sbatch configs/slurm.sh --config configs/cross_size.yaml --config configs/node_8gpu.yaml
 # Not run on a cluster by us yet; the signal, the save and the requeue are tested with SLURM's variables.
 #SBATCH --job-name=opcd
 #SBATCH --nodes=2

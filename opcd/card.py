@@ -9,7 +9,8 @@ from opcd.versions import VERSION
 
 FACTS = "distillation.json"
 """The file beside the weights."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:\w+)?")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+((/[\w.-]+)?:\S+)?")
+"""org/name; of a data set org/name:split or org/name/config:split, too."""
 
 CARD = """---
 library_name: {library}

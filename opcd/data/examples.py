@@ -19,7 +19,7 @@ NATIVE_KEYS = ("query", "context", "response", "reference", "teacher")
 ROLES = ("system", "user", "assistant", "tool")
 ACCEPTED = (
     "accepted are {query, context, response, reference, teacher}, {prompt, completion, privileged_context}, "
-    "DAPO-Math-17k"
+    "DAPO-Math-17k, {content, answer}"
 )
 
 
@@ -100,6 +100,11 @@ def parse_row(row: object, source: str, index: int) -> Example:
         names = {"query": "prompt", "response": "completion", "context": "privileged_context"}
         fields = {field: row.get(name) for field, name in names.items()}
         fields["response"] = _completion(fields["response"], source)
+    elif (
+        "content" in row and "answer" in row and "query" not in row
+    ):  # the paper's sets of its system-prompt experiments
+        names = {"query": "content", "reference": "answer"}
+        fields = {field: row[name] for field, name in names.items()}
     else:
         _check_native_keys(row, source)
         names, fields = {}, row

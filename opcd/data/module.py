@@ -31,10 +31,10 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 class ContextQueryDataModule(LightningDataModule):
     """Queries, and the contexts that the teacher sees with them.
 
-    A source is a .jsonl, .json or .parquet file, a hub data set (org/name or org/name:split), or a class that makes
-    rows (opcd.data.DataSets: several of them; opcd.games.GameSeeds). A row is {"query", "context", "response",
-    "reference", "teacher"} (only the query is required; text or chat messages), TRL's {"prompt", "completion",
-    "privileged_context"}, or in the shape of DAPO-Math-17k.
+    A source is a .jsonl, .json or .parquet file, a hub data set (org/name:split or org/name/config:split), or a class
+    that makes rows (opcd.data.DataSets: several of them; opcd.games.GameSeeds). A row is {"query", "context",
+    "response", "reference", "teacher"} (only the query is required; text or chat messages), TRL's {"prompt",
+    "completion", "privileged_context"}, {"content", "answer"}, or in the shape of DAPO-Math-17k.
 
     Args:
         train: source of the training rows.

@@ -14,7 +14,7 @@ from opcd.hub import hub_reachable
 
 Rows = Iterator[tuple[str, object]]
 
-HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<split>.+))?")
+HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?")
 
 
 class ExampleSource(ABC):
@@ -35,8 +35,9 @@ def read_examples(
     """All examples of a source.
 
     Args:
-        source: a .jsonl, .json or .parquet file, a hub data set "org/name" or "org/name:split" (split: train; slices
-            of `datasets`, such as train[:1000], are allowed), or what makes examples itself.
+        source: a .jsonl, .json or .parquet file, a hub data set "org/name", "org/name:split" or "org/name/config:split"
+            (split: train; slices of `datasets`, such as train[:1000], are allowed; a set with several configs needs
+            one), or what makes examples itself.
         key: the config key that holds the source, for messages and for the `source` of examples that stand in no file.
         on_bad_row: raise an error for the first wrong row, or leave all such rows out with one warning.
 
@@ -69,9 +70,10 @@ def _rows(source: str, key: str) -> Rows:
     hub = HUB_ID.fullmatch(source)
     if hub is None or path.exists():
         raise UserError(
-            f"{key}: {source!r} is neither a {', '.join(readers)} file nor a hub data set (org/name or org/name:split)"
+            f"{key}: {source!r} is neither a {', '.join(readers)} file nor a hub data set (org/name:split, or "
+            "org/name/config:split)"
         )
-    return _hub_rows(hub["name"], hub["split"] or "train", key)
+    return _hub_rows(hub["name"], hub["config"], hub["split"] or "train", key)
 
 
 def _json_rows(path: Path, key: str) -> Rows:
@@ -93,14 +95,14 @@ def _parquet_rows(path: Path, key: str) -> Rows:
     yield from _numbered(table.to_pylist(), str(path))
 
 
-def _hub_rows(name: str, split: str, key: str) -> Rows:
+def _hub_rows(name: str, config: str | None, split: str, key: str) -> Rows:
     import datasets
 
-    source = f"{name}:{split}"
+    source = f"{name}/{config}:{split}" if config else f"{name}:{split}"
     if not hub_reachable():
         datasets.config.HF_HUB_OFFLINE = True  # what is in the cache is still read, and nothing is tried for 20 s
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, config, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(f"{key}: no hub data set {name}, and no such file ({Path(name).resolve()}): {error}") from error
     except (ConnectionError, OSError) as error:
@@ -109,7 +111,9 @@ def _hub_rows(name: str, split: str, key: str) -> Rows:
             f"check the network, or give a .jsonl, .json or .parquet file ({Path(name).resolve()} does not exist)"
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{key}: the hub data set {source} cannot be read: {error}") from error
+        named = "config" in str(error).lower()
+        hint = f"; a config is named so: {name}/CONFIG:{split}" if named else ""
+        raise UserError(f"{key}: the hub data set {source} cannot be read: {error}{hint}") from error
     yield from _numbered(rows, source)
 
 

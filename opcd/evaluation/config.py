@@ -15,8 +15,8 @@ class Evaluation:
     tasks: list[str] | str
     """Names of tasks (dapo_math, ifeval, medmcqa, safety, or a game's of `data`): a list, or text with commas."""
     data: dict[str, str | GameSeeds] = field(default_factory=dict)
-    """Rows of a task (data.TASK): a .jsonl, .json or .parquet file, or a hub data set org/name:split. A task whose rows
-    are opcd.games.GameSeeds is a game, and has any name."""
+    """Rows of a task (data.TASK): a .jsonl, .json or .parquet file, or a hub data set (org/name:split or
+    org/name/config:split). A task whose rows are opcd.games.GameSeeds is a game, and has any name."""
     limit: int | None = None
     """Take the first so many rows of each task; null takes all."""
     samples: int = 1
