@@ -1,11 +1,6 @@
 """The command `opcd`, also as `python -m opcd`."""
 
-import os
 import sys
-
-# Read once, by torch's first allocation: its large tensors on a CPU then lie in huge pages, where a step maps them anew
-# at a fraction of the page faults (docs/log.md).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from opcd.errors import UserError
 from opcd.extras import install_hint
 from opcd.hub import hub_reachable
 from opcd.models import PACKAGED
+from opcd.precision import has_bfloat16
 from opcd.versions import installed_version
 
 REQUIRED = ("lightning", "torch", "transformers", "torchmetrics", "jsonargparse", "datasets", "safetensors")
@@ -66,8 +67,8 @@ def _packages() -> Iterator[tuple[bool | None, str]]:
 
 def _devices() -> Iterator[tuple[bool | None, str]]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    bf16 = "with" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without (use --trainer.precision 32-true)"
-    yield True, f"CPU: {os.cpu_count()} cores, {memory:.0f} GiB of memory, {bf16} bfloat16 instructions"
+    kind = "with bfloat16 instructions" if has_bfloat16("cpu") else "without bfloat16 instructions: float32 is used"
+    yield True, f"CPU: {os.cpu_count()} cores, {memory:.0f} GiB of memory, {kind}"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield True, f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"

@@ -37,6 +37,7 @@ from opcd.machine import check_port, in_full
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, FrozenTeacher, StudentRollout
 from opcd.modules.strategies import chosen
+from opcd.precision import chosen_precision
 from opcd.run_folder import RunFolder, one_at_a_time, refuse_living
 
 SOURCES = ("data.train", "data.val", "data.test", "data.predict")
@@ -68,6 +69,8 @@ class Command(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand != "fit":  # what it trained with has nothing to do now
             warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
+        if config.trainer.precision is None:
+            config.trainer.precision = chosen_precision(str(config.trainer.accelerator))
         self.plain = plain_config(self._parser(self.subcommand), config)
         self.plain.pop("ckpt_path", None)
         config.trainer.strategy = chosen(config.trainer.strategy)
@@ -216,7 +219,6 @@ def _settings() -> dict[str, Any]:
             "log_every_n_steps": 1,
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
-            "precision": "bf16-mixed",
         },
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,

@@ -29,6 +29,7 @@ from opcd.errors import UserError
 from opcd.extras import require
 from opcd.hub import hub_reachable
 from opcd.memory import let_go
+from opcd.precision import fast_dtype, warn_if_emulated
 
 PACKAGED = "smollm2-135m"
 ADAPTER = "adapter_config.json"
@@ -43,7 +44,8 @@ class ModelConfig:
     name: str = PACKAGED
     """A hub id (org/name), a folder, a .gguf file, or the packaged model smollm2-135m."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights. auto: float32 for weights that are trained or averaged, bfloat16 for frozen ones."""
+    """Type of the weights. auto: float32 for weights that are trained or averaged; for frozen ones bfloat16 where the
+    device has instructions for it, else float32."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """bitsandbytes: LLM.int8(), or NF4 with double quantization; the head stays as it is. For weights that are not
     trained: a teacher's, or a student's under an adapter."""
@@ -101,12 +103,26 @@ def load_tokenizer(config: ModelConfig, key: str = "model.student") -> PreTraine
 
 
 def load_model(
-    config: ModelConfig, default_dtype: torch.dtype = torch.bfloat16, key: str = "model.student"
+    config: ModelConfig,
+    default_dtype: torch.dtype | None = None,
+    key: str = "model.student",
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The causal language model in eval mode on the CPU, its weights in `config.dtype` (auto: `default_dtype`)."""
+    """Load the causal language model in eval mode, on the CPU.
+
+    Args:
+        config: which one, and how.
+        default_dtype: what `dtype: auto` means; None: the type that `device` computes fastest in.
+        key: what the user named the model by, for messages.
+        device: where the model will run.
+    """
     name = resolve(config, key)
     adapter, base = name, base_of(name, key)
-    dtype = default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.dtype == "auto":
+        dtype = default_dtype or fast_dtype(device)
+    else:
+        dtype = getattr(torch, config.dtype)
+        warn_if_emulated(f"{key}.dtype", dtype, device)
     with _explained(f"{key}.name", name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             base,

@@ -287,7 +287,9 @@ def test_who_scores_and_who_writes(tiny, tiny_teacher, monkeypatch):
     student = Weights(small, torch.float32)
 
     def teachers(teacher, sharded: bool = False, **options) -> tuple[int | None, int, bool]:
-        found = teacher_of(Distiller(ModelConfig(tiny), teacher, **options), student, False, sharded, ranks=4)
+        found = teacher_of(
+            Distiller(ModelConfig(tiny), teacher, **options), student, torch.bfloat16, False, sharded, ranks=4
+        )
         return found["scorer"] and found["scorer"].shape.hidden, found["teacher_bytes"], found["teacher_leaves"]
 
     large = shape_of(ModelConfig(tiny_teacher), "model.student").weights
@@ -311,9 +313,12 @@ def test_who_scores_and_who_writes(tiny, tiny_teacher, monkeypatch):
     assert teachers(ServedTeacher("http://localhost:1", "large")) == (None, 0, False)
 
     mixed = MixedRollout([StudentRollout(dtype="float32"), TeacherRollout()], [0.5, 0.5])
-    assert writers_of(mixed, recorded=False) == {"writers": ("student", "teacher"), "rollout_dtype": torch.float32}
-    assert writers_of(TeacherRollout(), recorded=True) == {"writers": ()}
-    assert writers_of(RecordedRollout(), recorded=False) == {"writers": ()}
+    assert writers_of(mixed, False, torch.bfloat16) == {
+        "writers": ("student", "teacher"),
+        "rollout_dtype": torch.float32,
+    }
+    assert writers_of(TeacherRollout(), True, torch.bfloat16) == {"writers": ()}
+    assert writers_of(RecordedRollout(), False, torch.bfloat16) == {"writers": ()}
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])

@@ -26,7 +26,7 @@ LAYERS = [
     {"modules"},
     {"data", "serving"},
     {"changes", "interruption", "losses", "models", "parsing", "run_folder"},
-    {"card", "commands", "gguf", "hub", "machine", "memory", "pages", "refusals"},
+    {"card", "commands", "gguf", "hub", "machine", "memory", "pages", "precision", "refusals"},
     {"extras"},
     {"errors", "versions"},
 ]

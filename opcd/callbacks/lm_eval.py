@@ -16,6 +16,7 @@ from opcd.memory import give_back
 from opcd.modules import Distiller
 from opcd.modules.generation import computing_dtype
 from opcd.modules.student import Student
+from opcd.precision import warn_if_emulated
 
 
 class LMEval(Callback):
@@ -142,7 +143,11 @@ class LMEval(Callback):
         """The student itself, or a copy: in another type, or whole where its weights are sharded."""
         own: torch.dtype = student.model.dtype
         auto = computing_dtype(trainer.precision, own)
-        return student.plain(auto if self.dtype == "auto" else getattr(torch, self.dtype))
+        if self.dtype == "auto":
+            return student.plain(auto)
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        warn_if_emulated("LMEval.dtype", dtype, student.model.device)
+        return student.plain(dtype)
 
     def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:

@@ -82,7 +82,7 @@ class Source:
     def load(self, device: torch.device) -> None:
         """Load the weights, once."""
         if self.student is None:
-            model = load_model(self.config, key=self.key).to(device)  # type: ignore[arg-type]
+            model = load_model(self.config, key=self.key, device=device).to(device)  # type: ignore[arg-type]
             self.student = Student(model, self.tokenizer)
 
 

@@ -51,7 +51,7 @@ def main(args: list[str]) -> int:
     device = torch_device(output.device)
     if output.out is not None:
         refuse_results(Path(output.out), "out")
-    student = Student(load_model(model, key="model").to(device), load_tokenizer(model, "model"))  # type: ignore[arg-type]
+    student = Student(load_model(model, key="model", device=device).to(device), load_tokenizer(model, "model"))  # type: ignore[arg-type]
     results = _evaluate(evaluator, student)
     differences = _differences(results, others)
     if output.out is not None:

@@ -95,7 +95,7 @@ class ModelWriters:
         config, key = self.config.model_of(stage)
         if self._loaded is None or self._loaded[0] != config:
             self.close()
-            model = load_model(config, key=key).to(self.device)  # type: ignore[arg-type]
+            model = load_model(config, key=key, device=self.device).to(self.device)  # type: ignore[arg-type]
             self._loaded = (config, Student(model, load_tokenizer(config, key)))
         window = context_window(config, key)
         name = f"{key}.name: {config.name}"

@@ -55,6 +55,7 @@ from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.teachers import FrozenTeacher
 from opcd.modules.trajectories import Reduction, Trajectories, token_weights
+from opcd.precision import warn_if_emulated
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -144,6 +145,8 @@ class Distiller(OnRanks):
             )
         if self.halve_micro_batches and self.trainer.world_size > 1:
             raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
+        if str(self.trainer.precision).startswith("bf16"):
+            warn_if_emulated("trainer.precision", torch.bfloat16, self.trainer.strategy.root_device)
         check_strategy(self.trainer.strategy)
         check_engine(self.rollout, self.trainer.world_size)
         if stage != "predict":  # no teacher is there
@@ -164,7 +167,9 @@ class Distiller(OnRanks):
         """Load the student and the teacher, once."""
         if hasattr(self, "student"):
             return
-        self.student = Student.load(self.student_config, self.gradient_checkpointing, self.adapter)
+        self.student = Student.load(
+            self.student_config, self.gradient_checkpointing, self.adapter, self.trainer.strategy.root_device
+        )
         self.student.share_beginnings(self.answering.mode)
         if self.trainer.state.fn == "fit" and not trainable(self.student):
             raise UserError(

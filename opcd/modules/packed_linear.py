@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from opcd.precision import has_bfloat16
+
 MOST_BYTES = 2 * 2**30
 """The packed weights of larger models are not made: they take this much beside the weights."""
 
@@ -27,8 +29,9 @@ FEWEST_STEPS = 16
 def packed_linears(model: nn.Module, dtype: torch.dtype, steps: int, consume: bool = False) -> Iterator[None]:
     """Within, the model's linear layers compute in ``dtype`` from packed copies of the weights of this moment.
 
-    Nothing happens where it cannot help: off a CPU, in another type than bfloat16 (or where the CPU or this build of
-    torch has no such kernel), for fewer than ``FEWEST_STEPS`` decode steps or more than ``MOST_BYTES`` of weights.
+    Nothing happens where it cannot help: off a CPU, in another type than float32 or bfloat16 (or where the CPU or this
+    build of torch has no such kernel), for fewer than ``FEWEST_STEPS`` decode steps or more than ``MOST_BYTES`` of
+    weights.
     With ``consume`` the layers' own weights give their memory to the packed ones and are empty from then on, but for
     those that another module reads.
     """
@@ -67,11 +70,13 @@ def _groups(model: nn.Module, linears: list[nn.Linear]) -> list[list[nn.Linear]]
 
 
 def _has_kernel(linears: list[nn.Linear], dtype: torch.dtype) -> bool:
-    if dtype != torch.bfloat16 or any(linear.weight.device.type != "cpu" for linear in linears):
+    if any(linear.weight.device.type != "cpu" for linear in linears) or not torch.backends.mkldnn.is_available():
         return False
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    operations = ("_reorder_linear_weight", "_linear_pointwise")
-    return supported is not None and bool(supported()) and all(hasattr(torch.ops.mkldnn, name) for name in operations)
+    operations = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    if not all(hasattr(torch.ops.mkldnn, name) for name in operations):
+        return False
+    low = dtype == torch.bfloat16 and has_bfloat16("cpu") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(low) or dtype == torch.float32
 
 
 def _packed(layers: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -15,8 +15,16 @@ from opcd.modules.sharding import fill
 from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.trajectories import Trajectories
+from opcd.precision import fast_dtype, warn_if_emulated
 
 Value = TypeVar("Value")
+
+
+def rollout_dtype(name: str) -> torch.dtype | None:
+    """The type of the weights that generate; None for auto. ValueError for any other name."""
+    if name not in ("auto", "bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype must be auto, bfloat16, float16 or float32, got {name!r}")
+    return None if name == "auto" else getattr(torch, name)
 
 
 class Rollout(ABC):
@@ -59,20 +67,18 @@ class StudentRollout(Rollout):
 
     Args:
         sampling: how tokens are drawn.
-        dtype: type of the weights that generate. Where it differs from the student's, or these are sharded,
-            `synchronise` fills a copy from the master weights, on a CPU in oneDNN's layout where that is faster; its
-            memory is given back after the rollout.
+        dtype: type of the weights that generate; auto: bfloat16 where the device has instructions for it, else float32.
+            Where it differs from the student's, or these are sharded, `synchronise` fills a copy from the master
+            weights; its memory is given back after the rollout.
     """
 
     def __init__(
         self,
         sampling: Sampling = Sampling(),  # noqa: B008
-        dtype: str = "bfloat16",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     ) -> None:
-        if dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
         self.sampling = sampling
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = rollout_dtype(dtype)
         self._copy: PreTrainedModel | None = None
         self._packed = ExitStack()
 
@@ -89,15 +95,16 @@ class StudentRollout(Rollout):
             return
         if getattr(master, "is_quantized", False):
             raise UserError(
-                f"model.rollout: a quantized student computes in {str(master.dtype)[6:]}; give the rollout that dtype"
+                f"model.rollout: a quantized student computes in {str(master.dtype)[6:]}; leave the rollout's dtype out"
             )
+        dtype = self._dtype(student)
         if self._copy is None or self._copy.device != master.device:
-            self._copy = student.blank_copy(self.dtype)
+            self._copy = student.blank_copy(dtype)
         self._packed.close()  # of a rollout that was not given back
         for parameter in self._copy.parameters():
             parameter.untyped_storage().resize_(parameter.nbytes)
         fill(self._copy, master)
-        self._packed.enter_context(packed_linears(self._copy, self.dtype, self.sampling.max_new_tokens, consume=True))
+        self._packed.enter_context(packed_linears(self._copy, dtype, self.sampling.max_new_tokens, consume=True))
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Generate with the student of this step."""
@@ -113,7 +120,15 @@ class StudentRollout(Rollout):
             parameter.untyped_storage().resize_(0)
 
     def _needs_copy(self, student: Student) -> bool:
-        return student.is_sharded or student.model.dtype != self.dtype
+        return student.is_sharded or student.model.dtype != self._dtype(student)
+
+    def _dtype(self, student: Student) -> torch.dtype:
+        """The configured type; auto: what the hardware computes fastest in, of a quantized student its own."""
+        device = student.model.device
+        if self.dtype is None:
+            return student.model.dtype if getattr(student.model, "is_quantized", False) else fast_dtype(device)
+        warn_if_emulated("model.rollout's dtype", self.dtype, device)
+        return self.dtype
 
 
 class TeacherRollout(Rollout):

@@ -43,9 +43,19 @@ class Student(nn.Module):
             self.register_load_state_dict_post_hook(_frozen_may_be_missing)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def load(cls, config: ModelConfig, gradient_checkpointing: bool = False, adapter: Lora | None = None) -> "Student":
-        """Load as `config` says; `auto` weights are float32, under an adapter bfloat16. UserError where that fails."""
-        model = load_model(config, torch.bfloat16 if adapter else torch.float32, "model.student")
+    def load(
+        cls,
+        config: ModelConfig,
+        gradient_checkpointing: bool = False,
+        adapter: Lora | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Student":
+        """Load as `config` says, on the CPU.
+
+        Weights of type `auto` are float32; under an adapter, which leaves them frozen, of the type that `device`, where
+        the student will run, computes fastest in. UserError where the model cannot be loaded.
+        """
+        model = load_model(config, None if adapter else torch.float32, "model.student", device)
         keep_differentiable(model)
         use_cpu_attention(model)
         check_head(model, "model.student.name")

@@ -35,7 +35,7 @@ class FrozenTeacher(ModelTeacher):
     def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Load the model. UserError where that fails."""
         key = f"{self.key}.init_args.model" if self.config else "model.student"
-        self._model = load_model(self.config or student_config, torch.bfloat16, key)
+        self._model = load_model(self.config or student_config, key=key, device=device)
         use_cpu_attention(self._model)
         check_head(self._model, f"{key}.name")
         if self.shard:

@@ -1,14 +1,17 @@
 """The student's responses from an inference engine that takes over its weights."""
 
+from typing import Literal
+
 import torch
 
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.modules.engine import Engine, check_options, vllm_settings
 from opcd.modules.generation import Sampling
-from opcd.modules.rollouts import Rollout
+from opcd.modules.rollouts import Rollout, rollout_dtype
 from opcd.modules.student import Student
 from opcd.modules.teacher import Teacher
 from opcd.modules.trajectories import Trajectories
+from opcd.precision import fast_dtype
 
 
 class VLLMRollout(Rollout):
@@ -19,7 +22,7 @@ class VLLMRollout(Rollout):
     Args:
         engine: ColocatedVLLM (in this process) or VLLMServer.
         sampling: how tokens are drawn.
-        dtype: type of the engine's weights.
+        dtype: type of the engine's weights; auto: bfloat16 where the device has instructions for it, else float32.
         every_n_steps: the weights are taken over at every n-th step; with more than 1 the responses are stale.
         max_importance: weigh every token by min(p_S(y) / p_B(y), max_importance), truncated importance sampling, which
             corrects what stale or low-precision weights draw otherwise. null: all tokens count the same.
@@ -29,18 +32,16 @@ class VLLMRollout(Rollout):
         self,
         engine: Engine,
         sampling: Sampling = Sampling(),  # noqa: B008
-        dtype: str = "bfloat16",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
         every_n_steps: int = 1,
         max_importance: float | None = None,
     ) -> None:
-        if dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         check_options(sampling)
         _check_importance(max_importance, sampling)
         self.engine, self.sampling, self.every_n_steps = engine, sampling, every_n_steps
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = rollout_dtype(dtype)
         self.max_importance = max_importance
         self._steps = 0
 
@@ -52,7 +53,7 @@ class VLLMRollout(Rollout):
     def synchronise(self, student: Student) -> None:
         """Hand over the weights, in training at every n-th step."""
         if not student.training or self._steps % self.every_n_steps == 0:
-            self.engine.renew(student, self.dtype)
+            self.engine.renew(student, self.dtype or fast_dtype(student.model.device))
         self._steps += student.training
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from opcd.modules import Lora
 from opcd.planning.parts import parts, peak
 from opcd.planning.setting import UNPACKED, Setting
@@ -19,7 +17,7 @@ def ways(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if not setting.checkpointing:
         yield "model.gradient_checkpointing: true", replace(setting, checkpointing=True)
     if setting.lora is None and not setting.sharded:
-        frozen = replace(setting.student, dtype=torch.bfloat16)
+        frozen = replace(setting.student, dtype=setting.fast)
         small = replace(setting, student=frozen, scorer=_following(setting, frozen), lora=Lora())
         yield "an adapter (configs/lora.yaml's model.adapter)", small
     if setting.lora is not None and setting.student.quantization == "none":
@@ -71,5 +69,5 @@ def _following(setting: Setting, student: Weights) -> Weights | None:
 def _quantizable(setting: Setting) -> Weights | None:
     """A frozen teacher in full numbers."""
     scorer = setting.scorer
-    own = scorer is not None and setting.teacher_bytes == scorer.bytes and scorer.dtype == torch.bfloat16
+    own = scorer is not None and setting.teacher_bytes == scorer.bytes and scorer.dtype == setting.fast
     return scorer if own and scorer is not None and scorer.quantization == "none" else None

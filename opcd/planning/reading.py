@@ -13,8 +13,9 @@ from opcd.modules.strategies import SHARDED, FullyShard, chosen
 from opcd.planning.lengths import Lengths
 from opcd.planning.roles import student_of, teacher_of, writers_of
 from opcd.planning.setting import UNPACKED, Setting
+from opcd.precision import fast_dtype
 
-SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "None": "32-true"}
+SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
 """Lightning's other names."""
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "bf16-mixed": (torch.bfloat16, None),
@@ -40,10 +41,11 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
     Raises:
         UserError: something that `opcd fit` refuses, or that is not known here.
     """
-    autocast, forced = _precision(trainer.precision)
     gpu = on_gpu(trainer)
+    fast = torch.bfloat16 if gpu else fast_dtype("cpu")
+    autocast, forced = _precision(trainer.precision, fast)
     ranks, sharded = _ranks(trainer, gpu)
-    student = student_of(distiller, forced)
+    student = student_of(distiller, forced, fast)
     optimizer = _optimizer(distiller, torch.float32 if distiller.adapter else student.dtype)
     _check(distiller, ranks, sharded, type(optimizer))
     teachers = list(distiller.teacher.parts.values())
@@ -67,7 +69,8 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
         masks=gpu and any(model.attention != "flex_attention" for model in scoring),
         autocast=autocast,
         gpu=gpu,
-        packs=not gpu and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        fast=fast,
+        packs=not gpu and torch.backends.mkldnn.is_available(),
         keeps_freed=not gpu and GLIBC,
         ranks=ranks,
         sharded=sharded,
@@ -75,8 +78,8 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
         state_bytes=_kept(optimizer),
         unpacked=_unpacked(optimizer, gpu),
         fused=bool(optimizer.defaults.get("fused")),
-        **teacher_of(distiller, student, gpu, sharded, ranks),
-        **writers_of(distiller.rollout, recorded=any(isinstance(t, RecordedTeacher) for t in teachers)),
+        **teacher_of(distiller, student, fast, gpu, sharded, ranks),
+        **writers_of(distiller.rollout, recorded=any(isinstance(t, RecordedTeacher) for t in teachers), fast=fast),
     )
 
 
@@ -101,7 +104,10 @@ def _check(distiller: Distiller, ranks: int, sharded: bool, optimizer: type[torc
         raise UserError("attention: there is no plan for eager, which has a score for every pair of tokens; use sdpa")
 
 
-def _precision(configured: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
+def _precision(configured: Any, fast: torch.dtype) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """Of a precision that is left open, that of the hardware."""
+    if configured is None:
+        configured = "bf16-mixed" if fast == torch.bfloat16 else "32-true"
     name = SHORT.get(str(configured), str(configured))
     if name not in PRECISIONS:
         raise UserError(f"trainer.precision: there is no plan for {name}; use one of {', '.join(PRECISIONS)}")

@@ -26,10 +26,10 @@ from opcd.planning.setting import adapter_weights
 from opcd.planning.shapes import Weights, shape_of
 
 
-def student_of(distiller: Distiller, forced: torch.dtype | None) -> Weights:
-    """The student, in `forced` where the trainer's precision gives all weights one type."""
+def student_of(distiller: Distiller, forced: torch.dtype | None, fast: torch.dtype) -> Weights:
+    """The student, in `forced` where the trainer's precision gives all weights one type; frozen weights in `fast`."""
     config = distiller.student_config
-    own = _dtype(config, torch.bfloat16 if distiller.adapter else torch.float32)
+    own = _dtype(config, fast if distiller.adapter else torch.float32)
     return Weights(shape_of(config, "model.student"), forced or own, config.quantization)
 
 
@@ -37,9 +37,11 @@ def _dtype(config: ModelConfig, auto: torch.dtype) -> torch.dtype:
     return auto if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
-def teacher_of(distiller: Distiller, student: Weights, gpu: bool, sharded: bool, ranks: int) -> dict[str, Any]:
+def teacher_of(
+    distiller: Distiller, student: Weights, fast: torch.dtype, gpu: bool, sharded: bool, ranks: int
+) -> dict[str, Any]:
     """The model that scores (of several teachers the largest), what all take, and whether their pages leave."""
-    each = [_one_teacher(part, distiller, student, sharded, ranks) for part in distiller.teacher.parts.values()]
+    each = [_one_teacher(part, distiller, student, fast, sharded, ranks) for part in distiller.teacher.parts.values()]
     models = [model for model, _, _ in each if model is not None]
     return {
         "scorer": max(models, key=lambda model: model.bytes, default=None),
@@ -49,14 +51,14 @@ def teacher_of(distiller: Distiller, student: Weights, gpu: bool, sharded: bool,
 
 
 def _one_teacher(
-    teacher: Teacher, distiller: Distiller, student: Weights, sharded: bool, ranks: int
+    teacher: Teacher, distiller: Distiller, student: Weights, fast: torch.dtype, sharded: bool, ranks: int
 ) -> tuple[Weights | None, int, bool]:
     """The model that scores, what it takes beside the student, and whether its pages leave when it has scored."""
     lora = distiller.adapter
     if isinstance(teacher, FrozenTeacher):
         config = teacher.config or distiller.student_config
         shape = shape_of(config, f"{teacher.key}.init_args.model") if teacher.config else student.shape
-        model = Weights(shape, _dtype(config, torch.bfloat16), config.quantization)
+        model = Weights(shape, _dtype(config, fast), config.quantization)
         if teacher.shard:
             return model, _in_parts(model, ranks), False
         mapped = model.quantization == "none" and model.dtype == shape.dtype
@@ -77,13 +79,13 @@ def _in_parts(model: Weights, ranks: int) -> int:
     return model.bytes - layers + layers // ranks + layers // model.shape.layers
 
 
-def writers_of(rollout: Rollout, recorded: bool) -> dict[str, Any]:
+def writers_of(rollout: Rollout, recorded: bool, fast: torch.dtype) -> dict[str, Any]:
     """Who writes here, and in which type a student does; what is recorded, or a server's, is written elsewhere."""
     names, dtypes = set(), []
     for part in rollout.parts:
         if isinstance(part, StudentRollout):
             names.add("student")
-            dtypes.append(part.dtype)
+            dtypes.append(part.dtype or fast)
         elif isinstance(part, TeacherRollout) and not recorded:
             names.add("teacher")
         elif not _elsewhere(part):

@@ -32,6 +32,8 @@ class Setting:
     """Whether the optimizer's step needs no tensors beside its states."""
     writers: tuple[str, ...] = ("student",)
     """Who writes responses: student, teacher."""
+    fast: torch.dtype = torch.bfloat16
+    """What `dtype: auto` gives frozen weights, and those that write."""
     rollout_dtype: torch.dtype = torch.bfloat16
     """Of the weights of a student that writes."""
     batch: int = 8

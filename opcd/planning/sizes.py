@@ -1,5 +1,7 @@
 """How large the parts of a run are, in bytes on one rank."""
 
+import torch
+
 from opcd.losses.chunking import LIVE, MEMORY_BYTES, MOST_ROWS
 from opcd.modules.packed_linear import FEWEST_STEPS, MOST_BYTES
 from opcd.planning.activations import alive_in_layer, kept_of_layer, kept_of_pass
@@ -125,9 +127,10 @@ def _packed_to_write(s: Setting, name: str) -> int:
 
 
 def _packed_bytes(s: Setting, model: Weights) -> int:
-    if not s.packs or model.computing(s.autocast) != 2:
+    number = model.computing(s.autocast)
+    if not s.packs or number not in (torch.float32.itemsize, s.fast.itemsize):
         return 0
-    size = 2 * (model.shape.head + (model.shape.linear_weights if model.quantization == "none" else 0))
+    size = number * (model.shape.head + (model.shape.linear_weights if model.quantization == "none" else 0))
     return size if size <= MOST_BYTES else 0
 
 

@@ -16,6 +16,7 @@ from opcd.modules import decoding
 from opcd.modules.decoding import draw
 from opcd.modules.generation import Sampling, generate, own_precision
 from opcd.modules.packed_linear import FEWEST_STEPS, _Joined, packed_linears
+from opcd.precision import has_bfloat16
 
 PAD, STEPS = 2, 24
 ENDS = set(range(0, 49152, 12))
@@ -140,26 +141,30 @@ def test_a_draw_takes_one_random_number_a_row():
     assert tokens.tolist() == (torch.rand(4, dtype=torch.float64) * 1000).long().tolist()
 
 
-packs = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 instructions"
+no_bfloat16 = pytest.mark.skipif(not has_bfloat16("cpu"), reason="this CPU has no bfloat16 instructions")
+packs = pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), pytest.param(torch.bfloat16, 2**-7, marks=no_bfloat16)],
+    ids=["float32", "bfloat16"],
 )
+"""Types whose layers are packed, and how far their products may be from those in float64."""
 
 
 @packs
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_packed_layers_compute_the_same(bias, rows):
+def test_packed_layers_compute_the_same(bias, rows, dtype, tolerance):
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(64, 96, bias=bias).bfloat16())
+    layer = nn.Sequential(nn.Linear(64, 96, bias=bias, dtype=dtype))
     double = copy.deepcopy(layer).double()
-    hidden = torch.randn(rows, 3, 64, dtype=torch.bfloat16)
+    hidden = torch.randn(rows, 3, 64, dtype=dtype)
     with torch.no_grad():
-        with packed_linears(layer, torch.bfloat16, FEWEST_STEPS):
+        with packed_linears(layer, dtype, FEWEST_STEPS):
             assert "forward" in vars(layer[0])
             packed = layer(hidden)
         exact = double(hidden.double())
         assert "forward" not in vars(layer[0])
-    torch.testing.assert_close(packed.double(), exact, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(packed.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 class Reads(nn.Module):
@@ -180,31 +185,33 @@ class Reads(nn.Module):
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("biases", [(True, True, True), (False, False, False), (True, True, False)])
 @pytest.mark.parametrize("other", [None, torch.neg])
-def test_layers_that_read_the_same_are_one_product(biases, other, context):
+def test_layers_that_read_the_same_are_one_product(biases, other, context, dtype, tolerance):
     torch.manual_seed(0)
-    reads = Reads(biases, other).bfloat16()
-    hidden = torch.randn(8, 1, 64, dtype=torch.bfloat16)
+    reads = Reads(biases, other).to(dtype)
+    hidden = torch.randn(8, 1, 64, dtype=dtype)
     with context():
         double = copy.deepcopy(reads).double()
-        with packed_linears(reads, torch.bfloat16, FEWEST_STEPS):
+        with packed_linears(reads, dtype, FEWEST_STEPS):
             assert (type(vars(reads.k_proj)["forward"].func) is _Joined) == (len(set(biases)) == 1)
             for states in (hidden, -hidden):  # the second call reads something else
-                torch.testing.assert_close(reads(states).double(), double(states.double()), rtol=2**-7, atol=2**-7)
+                torch.testing.assert_close(
+                    reads(states).double(), double(states.double()), rtol=tolerance, atol=tolerance
+                )
     assert not any("forward" in vars(layer) for layer in reads.children())
 
 
 @packs
-def test_states_changed_in_place_between_two_layers_are_read_again():
+def test_states_changed_in_place_between_two_layers_are_read_again(dtype, tolerance):
     torch.manual_seed(0)
-    reads = Reads(other=torch.neg_).bfloat16()
-    hidden = torch.randn(8, 1, 64, dtype=torch.bfloat16)
+    reads = Reads(other=torch.neg_).to(dtype)
+    hidden = torch.randn(8, 1, 64, dtype=dtype)
     with torch.no_grad():
         exact = copy.deepcopy(reads).double()(hidden.double())
-        with packed_linears(reads, torch.bfloat16, FEWEST_STEPS):
-            torch.testing.assert_close(reads(hidden.clone()).double(), exact, rtol=2**-7, atol=2**-7)
+        with packed_linears(reads, dtype, FEWEST_STEPS):
+            torch.testing.assert_close(reads(hidden.clone()).double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@packs
+@no_bfloat16
 def test_packed_layers_follow_autocast_and_the_weights_of_the_moment(model, prompts):
     ids = torch.stack([prompt[:3] for prompt in prompts])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), own_precision(model) as dtype:
@@ -228,7 +235,7 @@ def test_packed_layers_follow_autocast_and_the_weights_of_the_moment(model, prom
             weight.copy_(kept)
 
 
-@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 100), (torch.bfloat16, FEWEST_STEPS - 1)])
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float64, 100), (torch.float32, FEWEST_STEPS - 1)])
 def test_layers_stay_as_they_are_where_packing_does_not_help(dtype, steps):
     layer = nn.Sequential(nn.Linear(4, 4, dtype=dtype))
     with packed_linears(layer, dtype, steps):
@@ -236,9 +243,9 @@ def test_layers_stay_as_they_are_where_packing_does_not_help(dtype, steps):
 
 
 @packs
-def test_layers_are_restored_after_an_error():
-    layer = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16))
-    with pytest.raises(RuntimeError), packed_linears(layer, torch.bfloat16, FEWEST_STEPS):
+def test_layers_are_restored_after_an_error(dtype, tolerance):
+    layer = nn.Sequential(nn.Linear(4, 4, dtype=dtype))
+    with pytest.raises(RuntimeError), packed_linears(layer, dtype, FEWEST_STEPS):
         raise RuntimeError
     assert "forward" not in vars(layer[0])
 

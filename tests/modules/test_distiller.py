@@ -25,7 +25,7 @@ from opcd.modules.generation import generate
 from opcd.modules.packed_linear import FEWEST_STEPS
 from opcd.modules.student import Student
 from tests.conftest import write_rows
-from tests.modules.test_decoding import packs
+from tests.modules.test_decoding import no_bfloat16
 
 RESPONSES = [
     "It is two.",
@@ -223,7 +223,7 @@ def test_the_low_precision_copy_follows_the_master_weights(tiny):
     distiller = Distiller(ModelConfig(name=tiny))
     distiller.trainer = trainer(None)
     distiller.configure_model()
-    rollout = StudentRollout(Sampling(max_new_tokens=4, temperature=0.0))
+    rollout = StudentRollout(Sampling(max_new_tokens=4, temperature=0.0), dtype="bfloat16")
     rollout.synchronise(distiller.student)
     copied = rollout._copy
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_the_low_precision_copy_follows_the_master_weights(tiny):
     assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-@packs
+@no_bfloat16
 def test_packed_layers_take_the_memory_of_the_copys_own(batch, tiny):
     """While it writes, several times in a step if need be; the next step finds all weights again."""
     student = Student.load(ModelConfig(tiny))
@@ -261,7 +261,7 @@ def test_a_copy_takes_no_memory_until_it_writes_again(batch, tiny):
     distiller.trainer = trainer(None)
     distiller.configure_model()
     student, greedy = distiller.student, Sampling(max_new_tokens=4, temperature=0.0)
-    kept, released = StudentRollout(greedy), StudentRollout(greedy)
+    kept, released = (StudentRollout(greedy, dtype="bfloat16") for _ in range(2))
     for change in (0.0, 0.01):
         with torch.no_grad():
             for weight in student.parameters():
