@@ -173,14 +173,16 @@ class RecordedRollout(Rollout):
 
 
 class MixedRollout(Rollout):
-    """Each example goes to one of several rollouts, drawn with given shares (the lambda of GKD, arXiv:2306.13649).
+    """One of several rollouts writes, drawn with given shares (the lambda of GKD, arXiv:2306.13649).
 
     Args:
         rollouts: at least two rollouts.
         shares: probability of each, in the same order; they sum to 1.
+        draw: row: for each example alone, so that a batch holds responses of several. batch: once for all examples of a
+            batch, as GKD does; a step then has the decode passes of one rollout, not of each.
     """
 
-    def __init__(self, rollouts: list[Rollout], shares: list[float]) -> None:
+    def __init__(self, rollouts: list[Rollout], shares: list[float], draw: Literal["row", "batch"] = "row") -> None:
         if len(rollouts) < 2 or len(rollouts) != len(shares):
             raise ValueError(f"MixedRollout wants two or more rollouts and a share for each, got {len(shares)} shares")
         if any(rollout.several_turns for rollout in rollouts):
@@ -189,7 +191,9 @@ class MixedRollout(Rollout):
             raise ValueError("MixedRollout: a rollout's max_importance has no effect inside it; leave it out")
         if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"shares must be positive and sum to 1, got {shares}")
-        self.rollouts, self.shares = rollouts, shares
+        if draw not in ("row", "batch"):
+            raise ValueError(f"MixedRollout: draw must be row or batch, got {draw!r}")
+        self.rollouts, self.shares, self.draw = rollouts, shares, draw
 
     @property
     def parts(self) -> list[Rollout]:
@@ -211,8 +215,10 @@ class MixedRollout(Rollout):
             rollout.release()
 
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
-        """Draw a rollout for each row; the rows keep their order."""
-        drawn = torch.multinomial(torch.tensor(self.shares), len(batch), replacement=True).tolist()
+        """Draw a rollout for each row, or for the batch; the rows keep their order."""
+        draws = len(batch) if self.draw == "row" else 1
+        drawn = torch.multinomial(torch.tensor(self.shares), draws, replacement=True).tolist()
+        drawn *= len(batch) // draws
         parts: list[Trajectories] = []
         order: list[int] = []
         for number, rollout in enumerate(self.rollouts):

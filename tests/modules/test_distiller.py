@@ -14,6 +14,7 @@ from opcd.models import ModelConfig, load_model
 from opcd.modules import (
     Distiller,
     FrozenTeacher,
+    MixedRollout,
     MovingAverageTeacher,
     RecordedRollout,
     Sampling,
@@ -217,6 +218,37 @@ def test_the_student_writes_without_the_context_and_the_teacher_with_it(tmp_path
         for prompt, response in zip(prompts, written[name].responses, strict=True):
             assert response.tolist() == greedily(student.model, prompt, len(response))
     assert [r.tolist() for r in written["student"].responses] != [r.tolist() for r in written["teacher"].responses]
+
+
+class Writes(RecordedRollout):
+    """Counts how many rows of each batch it is asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def sample(self, student, teacher, batch):
+        self.asked.append(len(batch))
+        return super().sample(student, teacher, batch)
+
+
+@pytest.mark.parametrize("draw", ["row", "batch"])
+def test_a_mixture_draws_by_row_or_by_batch(recorded, tiny, draw):
+    recorded.setup("fit")
+    batch, student = recorded.encode(recorded.examples("train")), Student.load(ModelConfig(tiny))
+    first, second = Writes(), Writes()
+    mixed = MixedRollout([first, second], [0.25, 0.75], draw)
+    torch.manual_seed(0)
+    for _ in range(200):
+        found = mixed.sample(student, FrozenTeacher(), batch)
+        assert [r.tolist() for r in found.responses] == [r.tolist() for r in batch.responses]  # in their order
+    assert abs(sum(first.asked) / (200 * len(batch)) - 0.25) < 0.1
+    whole = set(first.asked + second.asked) == {len(batch)}
+    assert whole == (draw == "batch")
+
+
+def test_a_mixture_refuses_another_draw():
+    with pytest.raises(ValueError, match="row or batch"):
+        MixedRollout([Writes(), Writes()], [0.5, 0.5], "step")
 
 
 def test_the_low_precision_copy_follows_the_master_weights(tiny):
