@@ -1,16 +1,21 @@
-"""Seconds and memory of a training step as the context grows, side by side with TRL's SDFTTrainer.
+"""Seconds and memory of a training step as the context grows, side by side with a peer.
 
     pip install -e '.[trl]'                   # the peer; not a dependency of opcd
     python benchmarks/step.py --peer trl --context-tokens 74 2000 8000
+    python benchmarks/step.py --peer plain --context-tokens 74 --new-tokens 24 [--busy]
     python benchmarks/step.py --peer none --context-tokens 74 8000 --rounds 5
     python benchmarks/step.py --peer none --model SMALL --teacher LARGE --context-tokens 300 --new-tokens 160
 
-Both sides train the same model on the same queries with the same context: bfloat16 autocast over float32 master
-weights, AdamW, a frozen copy of the starting weights as the teacher, the reverse KL over the whole vocabulary, and
-exactly --new-tokens sampled tokens a query. Every cell is a process of its own; the two sides take turns in one run.
-With --rounds, all cells take turns so often. Seconds are the median of the steps after --warm-up, memory is the peak of
-the process, model and libraries included, or on a GPU the most that its allocator had given out; of several rounds, the
-median of each and of the ratios within a round. "Over first" is opcd's step over its step behind the first context.
+Both sides train the same model on the same queries with the same context: AdamW, a frozen copy of the starting weights
+as the teacher, the reverse KL over the whole vocabulary, and exactly --new-tokens sampled tokens a query. opcd computes
+in the type that the machine is fast in. The peers: trl is its SDFTTrainer with bfloat16 autocast over float32 master
+weights; plain is the least that a step needs in plain transformers, in the same type as opcd: `generate`, one forward
+pass of the teacher, forward and backward of the student with a dense loss, logits of the responses only, no optimizer.
+With --busy, each cell has a process beside it that keeps one core busy. Every cell is a process of its own; the two
+sides take turns in one run. With --rounds, all cells take turns so often. Seconds are the median of the steps after
+--warm-up, memory is the peak of the process, model and libraries included, or on a GPU the most that its allocator had
+given out; of several rounds, the median of each and of the ratios within a round. "Over first" is opcd's step over its
+step behind the first context.
 """
 
 import argparse
@@ -22,8 +27,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import opcd  # noqa: F401  before torch: it sets how threads wait
 
 WORDS = ("river", "stone", "lamp", "garden", "winter", "copper", "cloud", "market", "bridge", "forest", "paper")
 PARTS = ("sync", "rollout", "teacher", "student", "loss", "optimizer")
@@ -46,10 +55,12 @@ def logged_steps(distiller: Any, data: Any, folder: Path, steps: int) -> list[di
     from lightning import Trainer
     from lightning.pytorch.loggers import CSVLogger
 
+    from opcd.precision import trainer_precision
+
     trainer = Trainer(
         max_steps=steps,
         accelerator="auto",
-        precision="bf16-mixed",
+        precision=trainer_precision(),
         log_every_n_steps=1,
         logger=CSVLogger(folder, name="", version=""),
         default_root_dir=folder,
@@ -147,9 +158,55 @@ def trl_side(options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": statistics.median(seconds[options.warm_up :])}
 
 
+def plain_side(options: argparse.Namespace) -> dict[str, Any]:
+    """The parts of a step in plain transformers."""
+    import torch
+
+    from opcd.models import ModelConfig, load_model, load_tokenizer
+    from opcd.precision import fast_dtype
+
+    fast, tokenizer = fast_dtype(), load_tokenizer(ModelConfig(options.model), "model")
+    tokenizer.padding_side = "left"
+    student = load_model(ModelConfig(options.model, dtype="float32")).train()
+    teacher = load_model(ModelConfig(options.teacher or options.model))
+    writer = student if fast == torch.float32 else load_model(ModelConfig(options.model))
+    context, new = context_of(options.context, tokenizer), options.new_tokens
+    spent: list[dict[str, float]] = []
+
+    def prompts(first: int, system: list[dict[str, str]]) -> Any:
+        chats = [[*system, {"role": "user", "content": text(12, seed=first + row)}] for row in range(options.queries)]
+        return tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+
+    def whole(prompt: Any, responses: Any) -> dict[str, Any]:
+        mask = torch.cat([prompt["attention_mask"], torch.ones_like(responses)], 1)
+        return {"input_ids": torch.cat([prompt["input_ids"], responses], 1), "attention_mask": mask}
+
+    for step in range(options.steps):
+        first = 1 + step * options.queries
+        short, long = prompts(first, []), prompts(first, [{"role": "system", "content": context}])
+        began = time.perf_counter()
+        drawn = {"do_sample": True, "top_k": 0, "max_new_tokens": new, "min_new_tokens": new}
+        written = writer.generate(**short, **drawn)[:, -new:]
+        wrote = time.perf_counter()
+        with torch.no_grad():
+            target = teacher(**whole(long, written), logits_to_keep=new + 1).logits[:, :-1].float().log_softmax(-1)
+        scored = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast == torch.bfloat16):
+            logits = student(**whole(short, written), logits_to_keep=new + 1).logits[:, :-1]
+        own = logits.float().log_softmax(-1)
+        (own.exp() * (own - target)).sum(-1).mean().backward()
+        learnt = time.perf_counter()
+        student.zero_grad()
+        spent.append({"rollout": wrote - began, "teacher": scored - wrote, "student": learnt - scored})
+    parts = {part: statistics.median(of[part] for of in spent[options.warm_up :]) for part in spent[0]}
+    return {"seconds": sum(parts.values()), "parts": parts}
+
+
 def child(options: argparse.Namespace) -> None:
     """Measure one cell and print it as JSON."""
-    found = {"opcd": opcd_side, "trl": trl_side}[options.side](options)
+    found = {"opcd": opcd_side, "trl": trl_side, "plain": plain_side}[options.side](options)
     import torch
 
     from opcd.modules.meters import peak_memory_mib
@@ -158,10 +215,22 @@ def child(options: argparse.Namespace) -> None:
     print("\n" + json.dumps(found))
 
 
+@contextmanager
+def busy() -> Iterator[None]:
+    """A process that keeps one core busy."""
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+
+
 def measure(options: argparse.Namespace, side: str, context: int) -> dict[str, Any]:
     """Run one cell in a process of its own."""
     words = [sys.executable, "-W", "ignore", *sys.argv, "--side", side, "--context", str(context)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    with busy() if options.busy else nullcontext():
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{side} with {context} context tokens failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -171,10 +240,10 @@ def measure(options: argparse.Namespace, side: str, context: int) -> dict[str, A
 def main() -> None:
     """Run every cell and print the table, or a JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", choices=("trl", "none"), default="trl")
+    parser.add_argument("--peer", choices=("trl", "plain", "none"), default="trl")
     parser.add_argument("--context-tokens", type=int, nargs="+", default=[74, 2000, 8000])
     parser.add_argument("--model", default="smollm2-135m", help="the packaged model, a folder or a hub id")
-    parser.add_argument("--teacher", help="another model as the teacher, for --peer none")
+    parser.add_argument("--teacher", help="another model as the teacher, for --peer none or plain")
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
@@ -183,14 +252,15 @@ def main() -> None:
     parser.add_argument(
         "--gradient-checkpointing", nargs="?", const="both", choices=("both", "opcd"), help="on both sides, or on ours"
     )
+    parser.add_argument("--busy", action="store_true", help="with a process beside each cell that keeps a core busy")
     parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         return child(options)
-    if options.teacher and options.peer != "none":
-        parser.error("--teacher has no counterpart in the peer; add --peer none")
+    if options.teacher and options.peer == "trl":
+        parser.error("--teacher has no counterpart in the peer; add --peer none or plain")
     if not options.json:
         import torch
         import transformers
@@ -217,7 +287,7 @@ def cell(options: argparse.Namespace, context: int) -> dict[str, Any]:
     peer = measure(options, options.peer, context) if options.peer != "none" else {}
     ratio, memory_ratio = (ours[key] / peer[key] if peer else None for key in ("seconds", "peak_mib"))
     line = {"context_tokens": context, "opcd_step_s": ours["seconds"], "parts": ours["parts"]}
-    line |= {"peer_step_s": peer.get("seconds"), "ratio": ratio}
+    line |= {"peer_step_s": peer.get("seconds"), "ratio": ratio, "peer_parts": peer.get("parts")}
     return line | {
         "opcd_peak_mib": ours["peak_mib"],
         "peer_peak_mib": peer.get("peak_mib"),
