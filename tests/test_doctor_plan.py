@@ -328,7 +328,7 @@ def test_quantized_weights_beside_those_of_bitsandbytes(quantization, tmp_path):
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    name = ModelConfig(str(tmp_path), quantization=quantization)
+    name = ModelConfig(str(tmp_path), "bfloat16", quantization)
     weights = Weights(shape_of(name, "model.student"), torch.bfloat16, quantization)
     model = load_model(name)
     assert weights.bytes == pytest.approx(sum(map(nbytes, tensors_of(model))), rel=0.01)
