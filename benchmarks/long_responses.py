@@ -17,6 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import opcd  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
 import torch
 from step import context_of, logged_steps
 from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -20,6 +20,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import opcd  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div

@@ -14,6 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import opcd  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
 import torch
 from torch import Tensor
 

@@ -10,6 +10,9 @@ import argparse
 import statistics
 import time
 
+import opcd  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
 import torch
 
 from opcd.data import ContextQueryDataModule

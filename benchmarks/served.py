@@ -13,6 +13,9 @@ import random
 import statistics
 import time
 
+import opcd  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
 import torch
 
 from opcd.models import ModelConfig, load_tokenizer

@@ -10,6 +10,10 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # LightningCLI calls wh
 
 import pytest
 
+import opcd as _opcd  # noqa: F401  before torch: it sets how threads wait
+
+# isort: split
+
 from benchmarks.tiny import make_tiny
 from opcd.data import ContextQueryDataModule
 
