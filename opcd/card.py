@@ -25,7 +25,12 @@ answer with it.
 |---|---|
 {rows}
 """
-TITLES = {"context_sha256": "context (sha256)"}
+TITLES = {
+    "context_sha256": "context (sha256)",
+    "learning_rate": "learning rate",
+    "lr_scheduler": "schedule of the learning rate",
+    "batch_size": "batch size",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,9 @@ class Facts:
         teacher: the model of each, None where it has none of its own.
         context: the file of the context; rows may have had their own.
         context_sha256: of all contexts that the teacher saw.
+        learning_rate: that of the optimizer, before a scheduler changes it.
+        batch_size: rows of a step, on all ranks.
+        precision: the trainer's.
         opcd: the version that trained it.
     """
 
@@ -49,6 +57,11 @@ class Facts:
     temperature: float | None = None
     reduction: str | None = None
     rollout: str | None = None
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    lr_scheduler: str | None = None
+    batch_size: int | None = None
+    precision: str | None = None
     steps: int | None = None
     opcd: str | None = VERSION
 

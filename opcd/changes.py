@@ -1,12 +1,14 @@
 """Configs as plain values, and where two of them differ."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningArgumentParser
 
 
-def plain_config(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+def plain_config(parser: "LightningArgumentParser", config: Any) -> dict[str, Any]:
     """A parsed config as plain values, without the folder that runs are written to."""
     plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False, format="yaml"))
     plain["trainer"].pop("default_root_dir")

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import logging
+import re
 import signal
 import sys
 import threading
@@ -10,16 +11,18 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 
 from jsonargparse import ArgumentError
 
-from opcd.commands import COMMANDS, TRAINER
+from opcd.commands import COMMANDS, TRAINER, WITHOUT_TORCH
+from opcd.did_you_mean import near, or_all
 from opcd.errors import UserError
 from opcd.interruption import Interrupted, reset
 from opcd.parsing import allow_imports
+from opcd.precheck import RECIPES, UNKNOWN, checked, unknown_words
 from opcd.refusals import in_plain_words
+from opcd.signatures import inner_keys, options
 from opcd.versions import VERSION
 
 
@@ -53,19 +56,47 @@ def _dispatch(args: list[str]) -> int:
         print(f"opcd {VERSION}")
         return 0
     if name not in TRAINER | COMMANDS:
-        near = get_close_matches(name, [*TRAINER, *COMMANDS], n=1)
-        raise UserError(f"no command {name}" + (f"; did you mean {near[0]}?" if near else "; see opcd --help"))
-    from opcd.memory import keep_freed_blocks  # torch: what is above answers at once
+        raise UserError(f"no command {name}{_command_meant(name)}")
+    if name in TRAINER:
+        args = [name, *checked(name, args[1:])]
+    if name not in WITHOUT_TORCH or "--plan" in args:
+        from opcd.memory import keep_freed_blocks  # torch: what is above answers at once
 
-    _quiet()
-    keep_freed_blocks()
+        _quiet()
+        keep_freed_blocks()
     if name in COMMANDS:
-        return int(importlib.import_module(COMMANDS[name][0]).main(args[1:]))
+        return _run_own(name, args[1:])
     from opcd.lightning_cli import run
 
     with _plain_ctrl_c():
         run(args)
     return 0
+
+
+def _run_own(name: str, words: list[str]) -> int:
+    """Run one of the project's own commands; an option that it does not have is told with the nearest."""
+    module = importlib.import_module(COMMANDS[name][0])
+    try:
+        return int(module.main(words))
+    except (UserError, ArgumentError) as error:
+        found = UNKNOWN.search(str(error))
+        if found is None:
+            raise
+        own = [option for action in module.make_parser()._actions for option in action.option_strings]
+        known = [option.removeprefix("--") for option in own if option.startswith("--")]
+        fits = [*options(), *inner_keys()] if name in ("record", "doctor") else []  # which take those of `opcd fit` too
+        raise UserError(unknown_words(found["words"].split(), [*known, *fits])) from error
+
+
+def _command_meant(wrong: str) -> str:
+    """The end of a message: the command with the nearest name, or with that word in what it is said to do."""
+    lines = _lines()
+    if Path(wrong).suffix in RECIPES:
+        return f"; did you mean opcd fit --config {wrong}?"
+    if wrong.startswith("-") and near(wrong, ("--help", "--version")) is None:
+        return f"; an option comes after one, as in opcd fit {wrong}"
+    told = [name for name, text in lines.items() if wrong.lower() in re.findall(r"\w+", text.lower())]
+    return f"; did you mean {told[0]}?" if told else or_all(wrong, [*lines, "--help", "--version"])
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
@@ -74,14 +105,18 @@ def _mistakes() -> tuple[type[Exception], ...]:
     return UserError, ArgumentError, *([lightning.MisconfigurationException] if lightning else [])
 
 
+def _lines() -> dict[str, str]:
+    """Every command, and what it does."""
+    return TRAINER | {name: text for name, (_, text) in COMMANDS.items()}
+
+
 def _help() -> str:
     """What `opcd --help` prints."""
-    lines = TRAINER | {name: text for name, (_, text) in COMMANDS.items()}
     return "\n".join(
         [
             "On-policy context distillation: put a context into a language model's weights.\n",
             "usage: opcd COMMAND [options]; opcd COMMAND --help explains each\n",
-            *(f"  {name:<12}{text}" for name, text in lines.items()),
+            *(f"  {name:<12}{text}" for name, text in _lines().items()),
             "",
             "--version says which opcd this is. --debug shows the traceback of an error. --allow-imports A.B,C lets a",
             "class_path name what jsonargparse denies, such as what is under os or subprocess: a config can run any",

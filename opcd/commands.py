@@ -22,3 +22,5 @@ COMMANDS = {
 }
 """The project's own: the module and what it does. `main` takes the words after the name, `make_parser` has the
 options."""
+WITHOUT_TORCH = ("init", "report", "show", "completion", "doctor")
+"""Those that begin without torch: they read and write files, or import it when their options are read."""

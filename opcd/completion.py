@@ -20,7 +20,7 @@ import shtab
 from jsonargparse._completions_jsonschema import ParserJsonschema
 
 from opcd.commands import COMMANDS, TRAINER
-from opcd.lightning_cli import fit_parser
+from opcd.parsing import Parser
 from opcd.refusals import concrete
 
 SCHEMA = "jsonschema"
@@ -37,15 +37,15 @@ def main(args: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
-        prog="opcd completion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="opcd completion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=[*shtab.SUPPORTED_SHELLS, SCHEMA], help="a shell, or a schema of recipes")
     return parser
 
 
 def recipe_schema() -> dict[str, Any]:
     """JSON schema (2020-12) of what `opcd fit --config` reads."""
+    from opcd.lightning_cli import fit_parser  # seconds, that --help does not wait for
+
     schema: dict[str, Any] = _Recipes().generate(fit_parser())  # type: ignore[no-untyped-call]
     return schema
 
@@ -85,6 +85,8 @@ class _Recipes(ParserJsonschema):
 
 def _all_commands() -> argparse.ArgumentParser:
     """One parser with all commands and options, which completes and parses nothing."""
+    from opcd.lightning_cli import fit_parser
+
     root = argparse.ArgumentParser(prog="opcd", description="On-policy context distillation.")
     commands = root.add_subparsers()
     fit = fit_parser()

@@ -10,15 +10,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from huggingface_hub import constants
-
-from opcd import gguf
 from opcd.errors import UserError
 from opcd.extras import install_hint
-from opcd.hub import hub_reachable
-from opcd.models import PACKAGED
-from opcd.precision import has_bfloat16
+from opcd.parsing import Parser
 from opcd.versions import installed_version
 
 REQUIRED = ("lightning", "torch", "transformers", "torchmetrics", "jsonargparse", "datasets", "safetensors")
@@ -45,7 +39,7 @@ def main(args: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(prog="opcd doctor", description=__doc__)
+    parser = Parser(prog="opcd doctor", description=__doc__)
     what = "the memory of `opcd fit` with the options that follow, before a weight is loaded; --plan --help: more"
     parser.add_argument("--plan", nargs=argparse.REMAINDER, help=what)
     return parser
@@ -66,6 +60,10 @@ def _packages() -> Iterator[tuple[bool | None, str]]:
 
 
 def _devices() -> Iterator[tuple[bool | None, str]]:
+    import torch
+
+    from opcd.precision import has_bfloat16
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     kind = "with bfloat16 instructions" if has_bfloat16("cpu") else "without bfloat16 instructions: float32 is used"
     yield True, f"CPU: {os.cpu_count()} cores, {memory:.0f} GiB of memory, {kind}"
@@ -78,6 +76,11 @@ def _devices() -> Iterator[tuple[bool | None, str]]:
 
 
 def _models() -> Iterator[tuple[bool | None, str]]:
+    from huggingface_hub import constants
+
+    from opcd import gguf
+    from opcd.models import PACKAGED
+
     try:
         gguf.packaged_file()
         yield True, f"packaged model {PACKAGED}"
@@ -90,6 +93,11 @@ def _models() -> Iterator[tuple[bool | None, str]]:
 
 
 def _hub() -> Iterator[tuple[bool | None, str]]:
+    from huggingface_hub import constants
+
+    from opcd.hub import hub_reachable
+    from opcd.models import PACKAGED
+
     if hub_reachable():
         yield True, f"the hub {constants.ENDPOINT} can be found"
     else:

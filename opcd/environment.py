@@ -5,13 +5,16 @@ import platform
 import subprocess
 from pathlib import Path
 
-import torch
-
 from opcd.versions import installed_version
+
+FILE = "environment.json"
+"""In a run's folder."""
 
 
 def machine() -> dict[str, str]:
     """Processor, memory, GPUs, system, and the commit of the code."""
+    import torch
+
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from opcd.data.files import write_whole
 from opcd.errors import UserError
+from opcd.parsing import Parser
 
 STARTER = Path(__file__).parent / "starter"
 FIT = "opcd fit --config recipe.yaml"
@@ -32,7 +33,7 @@ def main(args: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="opcd init",
         description="Write a recipe that says what each of its keys does, a context, and questions to learn it by: "
         f"`{FIT}` runs there as it is. Then put in your own.",

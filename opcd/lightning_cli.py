@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace  # type: ignore[attr-defined]
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from opcd import parsing  # noqa: F401  its settings
+from opcd import parsing, signatures  # noqa: F401  parsing: its settings
 from opcd.callbacks import (
     Alarms,
     AnswerSamples,
@@ -33,14 +33,42 @@ from opcd.checkpoints import SafeCheckpointIO, check_config, newest_whole
 from opcd.checkpoints.last import saved_config
 from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.errors import StepAbandoned, UserError
+from opcd.lazy import all_of
 from opcd.machine import check_port, in_full
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, FrozenTeacher, StudentRollout
+from opcd.modules.distiller import default_optimizer
 from opcd.modules.strategies import chosen
 from opcd.precision import chosen_precision
+from opcd.recipes import ReadRecipe
 from opcd.run_folder import RunFolder, one_at_a_time, refuse_living
 
+DEFAULT_OPTIMIZER = f"{default_optimizer.__module__}.{default_optimizer.__name__}"
+"""As jsonargparse writes it."""
+PARSER = {"exit_on_error": False, "allow_abbrev": False}
+for _package in ("opcd.data", "opcd.callbacks"):  # a config may name any class by its last name
+    all_of(_package)
 SOURCES = ("data.train", "data.val", "data.test", "data.predict")
+
+
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, with paths in recipes as `opcd.recipes` takes them."""
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        """Add it; --config reads recipes."""
+        if options.get("action") is ActionConfigFile:
+            options["action"] = ReadRecipe
+        return super().add_argument(*names, **options)
+
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        """The config as text, with the optimizer that is taken where none is named."""
+        cfg = cfg.clone()
+        for config in (cfg, *(cfg[name] for name in LightningCLI.subcommands() if name in cfg)):
+            if config is not None and config.get(signatures.OPTIMIZER) in (default_optimizer, DEFAULT_OPTIMIZER):
+                written = signatures.default_optimizer()
+                make: Any = Namespace
+                config[signatures.OPTIMIZER] = make(**{**written, "init_args": make(**written["init_args"])})
+        return str(super().dump(cfg, *args, **kwargs))
 
 
 class Command(LightningCLI):
@@ -212,6 +240,7 @@ class _ParserOnly(Command):
 def _settings() -> dict[str, Any]:
     """What the command tells LightningCLI."""
     return {
+        "parser_class": _Parser,
         "model_class": Distiller,
         "datamodule_class": ContextQueryDataModule,
         "trainer_defaults": {
@@ -223,8 +252,7 @@ def _settings() -> dict[str, Any]:
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "load_from_checkpoint_support": False,
-        "parser_kwargs": {"exit_on_error": False}
-        | {name: {"exit_on_error": False} for name in LightningCLI.subcommands()},
+        "parser_kwargs": PARSER | dict.fromkeys(LightningCLI.subcommands(), PARSER),
     }
 
 

@@ -1,6 +1,5 @@
 """A model or a tokenizer from a hub id, a folder, a GGUF file or the packaged default."""
 
-import difflib
 import json
 import re
 import warnings
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 from opcd import gguf
+from opcd.did_you_mean import beside, did_you_mean, is_run
 from opcd.errors import UserError
 from opcd.extras import require
 from opcd.hub import hub_reachable
@@ -215,9 +215,10 @@ def _model_folder(path: Path, key: str) -> str:
 
 def _hub_id(config: ModelConfig, key: str) -> str:
     name = config.name
+    if is_run(name):
+        raise UserError(f"{key}.name: no folder {Path(name).expanduser().absolute()}{beside(Path(name))}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
-        near = difflib.get_close_matches(name, [PACKAGED], n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, [PACKAGED], cutoff=0.5)
         raise UserError(
             f"{key}.name: no model {name!r}: it is no folder or .gguf file here ({Path(name).expanduser().resolve()}), "
             f"no hub id (org/name), and not the packaged model {PACKAGED}{hint}"
@@ -249,8 +250,8 @@ def _explained(key: str, name: str) -> Iterator[None]:
         yield
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         raise UserError(
-            f"{key}: {name} is not on this machine and the hub cannot be reached; "
-            f"give a local folder, a .gguf file or {PACKAGED} (`opcd doctor` shows what is there)"
+            f"{key}: {name} is not on this machine and the hub cannot be reached; give a local folder, a .gguf file or "
+            f"{PACKAGED} (`opcd doctor` shows what is there){beside(Path(name)) if Path(name).parent.is_dir() else ''}"
         ) from error
     except HfHubHTTPError as error:
         raise UserError(f"{key}: the hub refuses {name}: {str(error).splitlines()[0]}") from error

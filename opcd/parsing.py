@@ -1,5 +1,8 @@
 """How jsonargparse reads options and configs, in every command."""
 
+import argparse
+from typing import Any, NoReturn
+
 from jsonargparse import set_parsing_settings
 
 from opcd.errors import UserError
@@ -10,6 +13,17 @@ allowed: list[str] = []
 
 # An empty addition to jsonargparse's list of denied imports (os, subprocess, ...) has it enforced: else it only warns.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=[])
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose mistakes are told as everywhere else, and whose options are written out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it, in place of the usage and an exit."""
+        raise UserError(message)
 
 
 def allow_imports(args: list[str]) -> list[str]:

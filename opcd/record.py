@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
@@ -18,6 +17,8 @@ from opcd.models import architecture, load_tokenizer
 from opcd.modules import FrozenTeacher, RecordedTeacher, Student, TeacherRollout, Trajectories
 from opcd.modules.checks import check_data, check_teacher_parts
 from opcd.modules.record import Origin, RecordWriter, tokenizer_hash
+from opcd.parsing import Parser
+from opcd.precheck import checked
 
 ROWS_AT_A_TIME = 128
 """Positions whose logits are there at once."""
@@ -29,14 +30,14 @@ def main(args: list[str]) -> int:
     for name in ("k", "samples", "shard_rows"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    made = _instantiated(fit_parser(), rest)
+    made = _instantiated(fit_parser(), checked("fit", rest))
     _record(made.model, made.data, int(made.seed_everything or 0), options)
     return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's own options; those of `opcd fit` come after them."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="opcd record",
         description="Write the responses of model.teacher to data.train, and its likeliest tokens at each position, "
         "into a folder. All other options are those of `opcd fit`: give the config of the run that will read it.",
@@ -53,8 +54,6 @@ def _instantiated(parser: LightningArgumentParser, args: list[str]) -> Any:
         return parser.instantiate_classes(_without_trainer(parser.parse_args(args)))
     except ValueError as error:
         raise UserError(str(error)) from error
-    except SystemExit as end:
-        raise ArgumentError(None, "opcd record: see `opcd record --help`") from end
 
 
 def _without_trainer(config: Any) -> Any:

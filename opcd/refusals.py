@@ -7,10 +7,10 @@ Here that becomes one line: the key, what is wrong, and what there is instead.
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
+from collections.abc import Iterator
 from itertools import chain
 
+from opcd.did_you_mean import did_you_mean
 from opcd.extras import install_hint
 
 KEY = re.compile(r'^(?P<before>.*?)Parser key "(?P<key>[^"]+)":')
@@ -44,7 +44,7 @@ def in_plain_words(message: str) -> str:
         return f"{where}{found['path']}: no module {found['module']}; {_source(found['module'])}"
     if found := NO_ATTRIBUTE.search(message):
         known = vars(importlib.import_module(found["module"]))
-        return f"{where}{found['module']} has no {found['name']}{_meant(found['name'], known)}"
+        return f"{where}{found['module']} has no {found['name']}{did_you_mean(found['name'], known)}"
     if (found := GIVEN.search(message)) and (bases := [part["base"] for part in NO_SUBCLASS.finditer(message)]):
         return f"{where}{found['path']} is no {' or '.join(bases)}"
     if found := NO_CLASS.search(message):
@@ -63,7 +63,7 @@ def _source(module: str) -> str:
 def _options(path: str, wrong: str) -> str:
     module, name = path.rsplit(".", 1)
     taken = [p for p in inspect.signature(getattr(importlib.import_module(module), name)).parameters if p != "self"]
-    return f"{_meant(wrong, taken)}; it has {', '.join(taken)}" if taken else "; it has none"
+    return f"{did_you_mean(wrong, taken)}; it has {', '.join(taken)}" if taken else "; it has none"
 
 
 def _classes(wrong: str, message: str) -> str:
@@ -73,12 +73,7 @@ def _classes(wrong: str, message: str) -> str:
     names = sorted({cls.__name__ for cls in chain.from_iterable(map(concrete, bases))})
     known = names or list(chain.from_iterable(vars(importlib.import_module(library)) for library in LIBRARIES))
     choices = f"; there are {', '.join(names)}" if names else ""
-    return f"{_meant(wrong, known)}{choices}; one of your own is named with its module, such as my_file.{wrong}"
-
-
-def _meant(wrong: str, names: Iterable[str]) -> str:
-    near = get_close_matches(wrong, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"{did_you_mean(wrong, known)}{choices}; one of your own is named with its module, such as my_file.{wrong}"
 
 
 def _imported(path: str) -> type:

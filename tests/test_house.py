@@ -19,16 +19,16 @@ LAYERS = [
     {"chat", "experience", "report"},
     {"doctor", "record", "sweep"},
     {"planning"},
-    {"lightning_cli"},
+    {"lightning_cli", "precheck"},
     {"callbacks"},
     {"environment", "evaluation", "export"},
     {"checkpoints", "games", "init", "tasks"},
     {"modules"},
     {"data", "serving"},
     {"changes", "interruption", "losses", "models", "parsing", "run_folder"},
-    {"card", "commands", "gguf", "hub", "machine", "memory", "pages", "precision", "refusals"},
+    {"card", "commands", "gguf", "hub", "machine", "memory", "pages", "precision", "refusals", "signatures"},
     {"extras"},
-    {"errors", "versions"},
+    {"did_you_mean", "errors", "lazy", "recipes", "versions"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
 runs by its name (`COMMANDS` of opcd/commands.py) stands below it like everything else."""
@@ -145,7 +145,7 @@ def exported(package: str) -> list[str]:
 
 def docstring(package: str, name: str) -> str | None:
     """That of a public name, where it is defined; of a name for a type, the text below it."""
-    for node in parsed(ROOT / "opcd" / package / "__init__.py").body:
+    for node in ast.walk(parsed(ROOT / "opcd" / package / "__init__.py")):  # some are imported when they are asked for
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
             inside = ROOT / "/".join(node.module.split("."))
             if inside.is_dir():  # from opcd.losses import functional

@@ -29,28 +29,30 @@ LOSSES = ("ForwardKL", "JSD", "Mixture", "ReverseKL", "SampledReverseKL", "SkewK
         (["--model.teacher.init_args.model.nam", "x"], ["ModelConfig has no option nam; did you mean name?"]),
     ],
 )
-def test_one_line_says_what_is_wrong_and_what_there_is(opcd, words, told):
-    code, text = opcd("fit", *words)
+def test_one_line_says_what_is_wrong_and_what_there_is(opcd, rows, words, told):
+    code, text = opcd("fit", "--data.train", rows, *words)
     assert code == 2 and len(text.splitlines()) == 1
     assert all(part in text for part in told)
 
 
-def test_an_optimizer_whose_library_is_not_installed_names_the_extra(opcd, monkeypatch):
+def test_an_optimizer_whose_library_is_not_installed_names_the_extra(opcd, rows, monkeypatch):
     monkeypatch.setattr("opcd.refusals.EXTRAS", {"nobodys_library": "adapters"})
-    code, text = opcd("fit", "--model.optimizer", "nobodys_library.Adam")
+    code, text = opcd("fit", "--data.train", rows, "--model.optimizer", "nobodys_library.Adam")
     assert code == 2 and "nobodys_library.Adam: no module nobodys_library; " + install_hint("adapters") in text
 
 
-def test_a_value_that_does_not_fit_its_class_hides_behind_no_other_class(opcd):
-    code, text = opcd("fit", "--model.loss", "JSD", "--model.loss.beta", "x")
+def test_a_value_that_does_not_fit_its_class_hides_behind_no_other_class(opcd, rows):
+    code, text = opcd("fit", "--data.train", rows, "--model.loss", "JSD", "--model.loss.beta", "x")
     assert code == 2 and "Expected a <class 'float'>. Got value: x" in text and "SampledReverseKL" not in text
 
 
-def test_a_class_is_found_in_the_current_folder(opcd, tmp_path, monkeypatch):
+def test_a_class_is_found_in_the_current_folder(opcd, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "a_loss_beside_the_config.py").write_text(
         "from opcd.losses import ReverseKL\n\n\nclass Mine(ReverseKL):\n    pass\n"
     )
     monkeypatch.chdir(tmp_path)
-    code, text = opcd("fit", "--model.loss", "a_loss_beside_the_config.Mine", "--model.loss.factor", "2")
+    code, text = opcd(
+        "fit", "--data.train", rows, "--model.loss", "a_loss_beside_the_config.Mine", "--model.loss.factor", "2"
+    )
     assert code == 2 and "a_loss_beside_the_config.Mine has no option factor; it has none" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.arms import BASE, IN_CONTEXT, SAMPLES, TRAINED, Measure, Plan
-from opcd.callbacks.samples import right
+from opcd.callbacks.right import right
 from opcd.data.files import write_whole
 from opcd.errors import UserError
 from opcd.evaluation.intervals import wilson

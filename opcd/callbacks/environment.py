@@ -9,9 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opcd.callbacks.folder import run_folder
 from opcd.data.files import write_whole
-from opcd.environment import machine, versions
+from opcd.environment import FILE, machine, versions
 
-FILE = "environment.json"
 PACKAGES = ("opcd", "torch", "transformers", "lightning", "peft", "bitsandbytes", "lm-eval", "math-verify")
 
 

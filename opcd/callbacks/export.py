@@ -105,7 +105,23 @@ def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
         reduction=distiller.reduction,
         rollout=type(distiller.rollout).__name__,
         steps=trainer.global_step,
+        batch_size=data.batch_size * trainer.world_size if data else None,
+        precision=str(trainer.precision),
+        **_optimizer(trainer),
     )
+
+
+def _optimizer(trainer: Trainer) -> dict[str, Any]:
+    """The optimizer by its name, its rate as it was set, and the scheduler by its name."""
+    if not trainer.optimizers:
+        return {}
+    group = trainer.optimizers[0].param_groups[0]
+    schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    return {
+        "optimizer": type(trainer.optimizers[0]).__name__,
+        "learning_rate": float(group.get("initial_lr", group["lr"])),
+        "lr_scheduler": schedulers[0] if schedulers else None,
+    }
 
 
 def _label(name: str | None, teacher: Teacher) -> str:

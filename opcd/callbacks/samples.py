@@ -1,7 +1,6 @@
 """Answers to a few fixed queries: before training, every n steps, and at the end."""
 
 import json
-import re
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opcd.callbacks.folder import run_folder
+from opcd.callbacks.right import right
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.modules import Distiller
@@ -84,14 +84,6 @@ class AnswerSamples(Callback):
 def query_text(query: str | list[dict[str, str]]) -> str:
     """The query as one string: a chat's messages, a line each."""
     return query if isinstance(query, str) else "\n".join(message["content"] for message in query)
-
-
-def right(row: dict[str, Any]) -> bool:
-    """Whether the answer contains the reference as whole words, in any case: 5 is not in 50, 5:30 or 1,005."""
-    if row["reference"] is None:
-        return False
-    alone = rf"(?<!\w)(?<!\d[.,:]){re.escape(row['reference'])}(?!\w)(?![.,:]\d)"
-    return re.search(alone, row["answer"], re.IGNORECASE) is not None
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:

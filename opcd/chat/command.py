@@ -53,7 +53,7 @@ def main(args: list[str]) -> int:
 
 def make_parser() -> ArgumentParser:
     """The command's options."""
-    parser = ArgumentParser(prog="opcd chat", description=DESCRIPTION, exit_on_error=False)
+    parser = ArgumentParser(prog="opcd chat", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a run (its student), a model's or adapter's folder, a hub id")
     parser.add_argument(
         "--context",

@@ -1,14 +1,19 @@
 """From files to batches: examples, contexts, both views of each, and the LightningDataModule that joins them."""
 
-from opcd.data.batch import Batch
-from opcd.data.contexts import ContextSource, context_hash, read_contexts
-from opcd.data.data_sets import DataSet, DataSets
-from opcd.data.examples import Example, OnBadRow, parse_row, parse_rows
-from opcd.data.module import ContextQueryDataModule
-from opcd.data.sources import ExampleSource, read_examples, read_rows
-from opcd.data.teachers import TeacherModels, nearest, teacher_key
-from opcd.data.views import Placement, Views
-from opcd.data.vocabulary import check_same_vocabulary
+from typing import TYPE_CHECKING
+
+from opcd.lazy import lazily
+
+if TYPE_CHECKING:
+    from opcd.data.batch import Batch
+    from opcd.data.contexts import ContextSource, context_hash, read_contexts
+    from opcd.data.data_sets import DataSet, DataSets
+    from opcd.data.examples import Example, OnBadRow, parse_row, parse_rows
+    from opcd.data.module import ContextQueryDataModule
+    from opcd.data.sources import ExampleSource, read_examples, read_rows
+    from opcd.data.teachers import TeacherModels, nearest, teacher_key
+    from opcd.data.views import Placement, Views
+    from opcd.data.vocabulary import check_same_vocabulary
 
 __all__ = [
     "Batch",
@@ -32,3 +37,5 @@ __all__ = [
     "read_rows",
     "teacher_key",
 ]
+
+__getattr__ = lazily(__name__)

@@ -1,14 +1,12 @@
 """One example, and the row shapes that it is read from: the project's own, TRL's and DAPO-Math-17k's."""
 
-import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-
 from opcd.data.files import check_text
+from opcd.did_you_mean import did_you_mean
 from opcd.errors import UserError
 
 Message = dict[str, str]
@@ -76,6 +74,10 @@ def parse_rows(rows: Iterable[tuple[str, object]], key: str, on_bad_row: OnBadRo
             if on_bad_row == "raise":
                 raise
             bad.append(str(error))
+    if not bad and not copies:
+        return examples
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn  # seconds, that others need not wait
+
     if bad:
         rank_zero_warn(f"{key}: {len(bad)} bad rows left out (data.on_bad_row: skip), {len(examples)} kept: {bad[0]}")
     if copies:
@@ -128,9 +130,8 @@ def _is_dapo(row: object) -> TypeGuard[dict[str, Any]]:
 
 def _check_native_keys(row: dict[str, Any], source: str) -> None:
     for name in row.keys() - set(NATIVE_KEYS):
-        near = difflib.get_close_matches(str(name).lower(), NATIVE_KEYS, n=1, cutoff=0.8)
-        if near:
-            raise UserError(f"{source}: unknown key {name!r}; did you mean {near[0]!r}?")
+        if hint := did_you_mean(str(name), NATIVE_KEYS, cutoff=0.8):
+            raise UserError(f"{source}: unknown key {name!r}{hint}")
     if "query" not in row:
         raise UserError(f"{source}: no query: the row has the keys {sorted(map(str, row))}; {ACCEPTED}")
 

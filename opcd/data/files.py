@@ -1,12 +1,13 @@
 """Files of the user's, read with messages that say which file, which line and which config key; and files of ours."""
 
-import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from opcd.did_you_mean import beside
 from opcd.errors import UserError
+from opcd.recipes import elsewhere
 
 LONGEST = 5_000_000
 """Most characters of a text: about a million tokens."""
@@ -22,12 +23,14 @@ def require_file(source: str, key: str) -> Path:
     if path.is_dir():
         raise UserError(f"{key}: {path.resolve()} is a folder; name a file in it")
     if not path.exists():
-        folder = path.resolve().parent
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{key}: no file {path.resolve()}{hint}")
+        raise UserError(f"{key}: no file {path.resolve()}{elsewhere(source)}{beside(path)}")
     return path
+
+
+def refuse_existing(path: Path, key: str) -> None:
+    """UserError where an output that the user names is there: no command overwrites one."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{key}: {path.resolve()} is there already; choose another or remove it")
 
 
 def read_bytes(path: Path, key: str) -> bytes:

@@ -18,14 +18,12 @@ from opcd.data.examples import Example, OnBadRow
 from opcd.data.lengths import longest_prompts
 from opcd.data.sampler import ResumableSampler
 from opcd.data.sources import ExampleSource, read_examples
+from opcd.data.stages import STAGES, not_set
 from opcd.data.teachers import TeacherModels, teacher_key, with_teachers
 from opcd.data.views import STUDENT, Placement, Views, split_template
 from opcd.data.vocabulary import check_same_vocabulary
 from opcd.errors import UserError
 from opcd.models import ModelConfig, load_tokenizer
-
-# The splits that a stage of the Trainer reads: the first is required.
-STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
 
 class ContextQueryDataModule(LightningDataModule):
@@ -120,7 +118,7 @@ class ContextQueryDataModule(LightningDataModule):
         """
         splits = STAGES[stage]
         if self.sources[splits[0]] is None:
-            raise UserError(f"data.{splits[0]} is not set; `{stage}` needs it: name a file or a hub data set")
+            raise UserError(not_set(stage))
         rows = {
             split: self._read(split, source)
             for split in splits

@@ -63,14 +63,13 @@ def read_rows(source: str, key: str) -> Rows:
 
 def _rows(source: str, key: str) -> Rows:
     """The same; a line that is no JSON is the UserError that says so."""
-    readers = {".jsonl": jsonl_lines, ".json": _json_rows, ".parquet": _parquet_rows}
     path = Path(source).expanduser()
-    if path.suffix in readers or path.is_dir():
-        return readers.get(path.suffix, jsonl_lines)(require_file(source, key), key)
+    if is_file(source):
+        return READERS.get(path.suffix, jsonl_lines)(require_file(source, key), key)
     hub = HUB_ID.fullmatch(source)
     if hub is None or path.exists():
         raise UserError(
-            f"{key}: {source!r} is neither a {', '.join(readers)} file nor a hub data set (org/name:split, or "
+            f"{key}: {source!r} is neither a {', '.join(READERS)} file nor a hub data set (org/name:split, or "
             "org/name/config:split)"
         )
     return _hub_rows(hub["name"], hub["config"], hub["split"] or "train", key)
@@ -93,6 +92,16 @@ def _parquet_rows(path: Path, key: str) -> Rows:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{key}: cannot read {path} as Parquet: {error}") from error
     yield from _numbered(table.to_pylist(), str(path))
+
+
+READERS = {".jsonl": jsonl_lines, ".json": _json_rows, ".parquet": _parquet_rows}
+"""By the suffix of a file."""
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is read as a file, which may not be there, and not as a hub data set."""
+    path = Path(source).expanduser()
+    return path.suffix in READERS or path.is_dir()
 
 
 def _hub_rows(name: str, config: str | None, split: str, key: str) -> Rows:

@@ -1,10 +1,10 @@
 """Which teacher each row has, where there are several, and which models they are."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from opcd.data.examples import Example
+from opcd.did_you_mean import or_all
 from opcd.errors import UserError
 from opcd.models import ModelConfig
 
@@ -42,9 +42,7 @@ def teacher_key(name: str | None = None) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """The name that was probably meant, or all of them, in words for a message."""
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return or_all(name, names).removeprefix("; ")
 
 
 def with_teachers(examples: list[Example], teachers: TeacherModels | None) -> list[Example]:

@@ -3,8 +3,15 @@
 Nothing here imports lm-eval before an evaluation is set up: `opcd` works without it.
 """
 
-from opcd.evaluation.config import Evaluation
-from opcd.evaluation.results import Metric, Results, TaskResult, difference
-from opcd.evaluation.run import Evaluator
+from typing import TYPE_CHECKING
+
+from opcd.lazy import lazily
+
+if TYPE_CHECKING:
+    from opcd.evaluation.config import Evaluation
+    from opcd.evaluation.results import Metric, Results, TaskResult, difference
+    from opcd.evaluation.run import Evaluator
 
 __all__ = ["Evaluation", "Evaluator", "Metric", "Results", "TaskResult", "difference"]
+
+__getattr__ = lazily(__name__)

@@ -21,6 +21,7 @@ from opcd.evaluation.results import Metric, Results, Row, difference
 from opcd.evaluation.run import Evaluator
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.student import Student
+from opcd.recipes import ReadRecipe
 
 Made = TypeVar("Made", Evaluation, "Output")
 
@@ -78,8 +79,8 @@ def parse(args: list[str]) -> tuple[ModelConfig, Evaluation, Output]:
 
 def make_parser() -> ArgumentParser:
     """Options out of the three dataclasses; a YAML file with the same keys comes in by --config."""
-    parser = ArgumentParser(prog="opcd evaluate", description=DESCRIPTION, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with the keys below")
+    parser = ArgumentParser(prog="opcd evaluate", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ReadRecipe, help="YAML file with the keys below")
     parser.add_class_arguments(ModelConfig, "model")
     parser.add_class_arguments(Evaluation, None)
     parser.add_class_arguments(Output, None)

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from math import comb, sqrt
 from statistics import NormalDist
 
-import numpy as np
-
 Interval = tuple[float, float]
 Z = NormalDist().inv_cdf(0.975)
 RESAMPLES = 2000
@@ -29,6 +27,8 @@ def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> Interval | None
     """
     if len(sums) < 2:
         return None
+    import numpy as np  # half a second, that those who only read results need not wait
+
     tops, bottoms = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
     random = np.random.default_rng(0)  # its own generator: training's is not touched
     draws = (random.integers(len(tops), size=len(tops)) for _ in range(RESAMPLES))

@@ -1,11 +1,11 @@
 """The tasks of `opcd/tasks` with their rows, as lm-eval's task objects."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opcd.did_you_mean import did_you_mean
 from opcd.errors import UserError
 from opcd.evaluation.config import Evaluation
 from opcd.evaluation.games import GameRows
@@ -63,11 +63,9 @@ def _refuse_unknown(names: list[str], prefix: str) -> None:
     known = TaskManager(include_defaults=False, include_path=FOLDER).all_tasks
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(
-                f"{prefix}tasks: no task {name!r}; {hint}there are {', '.join(known)}, and games, whose "
-                f"{prefix}data.{name} is opcd.games.GameSeeds"
+                f"{prefix}tasks: no task {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}, "
+                f"and games, whose {prefix}data.{name} is opcd.games.GameSeeds"
             )
 
 

@@ -26,8 +26,10 @@ from opcd.experience.prompts import Prompt
 from opcd.experience.rounds import Rounds, check_rounds
 from opcd.experience.show import print_run
 from opcd.experience.writers import ModelWriters, Writers
+from opcd.lazy import all_of
 from opcd.lightning_cli import fit_parser
 from opcd.models import load_tokenizer
+from opcd.recipes import ReadRecipe
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.command import INTERRUPTED
 from opcd.sweep.engine import Engine, explain, locked
@@ -38,6 +40,7 @@ and select the list that helps most on validation problems. With rounds, distil 
 
 --model NAME and --student NAME are short for --model.name NAME and --student.name NAME."""
 
+all_of("opcd.experience")  # a config may name a class by its last name
 MakeWriters = Callable[[Experience, torch.device], Writers]
 
 
@@ -97,8 +100,8 @@ def main(
 
 def make_parser() -> ArgumentParser:
     """Options out of the dataclasses; a YAML file with the same keys comes in by --config."""
-    parser = ArgumentParser(prog="opcd experience", description=DESCRIPTION, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with the keys below")
+    parser = ArgumentParser(prog="opcd experience", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ReadRecipe, help="YAML file with the keys below")
     parser.add_class_arguments(Experience, None)
     parser.add_class_arguments(Output, None)
     return parser

@@ -4,10 +4,9 @@ A round: the student solves, lessons are extracted and selected, `opcd fit` dist
 round begins with that student. Each distillation is a process of its own, on the engine of `opcd sweep`.
 """
 
-import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +14,14 @@ from opcd.errors import UserError
 from opcd.experience.config import Experience
 from opcd.experience.folder import CONTEXT, CONTEXTS, write_records
 from opcd.experience.loop import Loop
+from opcd.experience.table import TABLE, Round
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.engine import Engine, Task
 from opcd.sweep.jobs import fit_job
 from opcd.sweep.results import figures
 
-TABLE = "rounds.jsonl"
 TEACHER = "model.teacher.init_args.model"
 OWN = {"model.student.name": "student.name", "data.context": "the selected lists"}
-
-
-@dataclass(frozen=True)
-class Round:
-    """A line of rounds.jsonl. Shares of validation items that went well.
-
-    Attributes:
-        round: its number, from 1.
-        student_before: of the student that the round begins with, without lessons.
-        without: of the model of `select`, without lessons.
-        selected: the same with the selected list in its prompt.
-        lessons: of the selected list.
-        tokens: of its text.
-        divergence: the last `train/divergence` of the distillation; None where no metrics are logged.
-        student_after: of the distilled student, without lessons.
-        items: validation items.
-    """
-
-    round: int
-    student_before: float
-    without: float
-    selected: float
-    lessons: int
-    tokens: int
-    divergence: float | None
-    student_after: float
-    items: int
 
 
 class Rounds:
@@ -175,11 +147,3 @@ def check_rounds(config: Experience, checker: ConfigChecker) -> None:
                 f"{key}: lists are selected with {getattr(config, key)!r}, but data.{key} of fit is {data[key]!r}; "
                 "make them agree"
             )
-
-
-def read_rounds(out: Path) -> list[Round]:
-    """The rounds that have finished."""
-    file = out / TABLE
-    if not file.exists():
-        return []
-    return [Round(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]

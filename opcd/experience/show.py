@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from opcd.data.files import read_json, write_whole
+from opcd.data.files import read_json, refuse_existing, write_whole
+from opcd.did_you_mean import beside
 from opcd.errors import UserError
-from opcd.experience.folder import ATTEMPTS, EXTRACTIONS, IDENTITY, LISTS, SCORES, SELECTION, VALIDATION
-from opcd.experience.rounds import Round, read_rounds
+from opcd.experience.folder import ATTEMPTS, CONTEXT, EXTRACTIONS, IDENTITY, LISTS, SCORES, SELECTION, VALIDATION
 from opcd.experience.selection import Score, best_of_each
+from opcd.experience.table import Round, read_rounds
 from opcd.pages import render
+from opcd.parsing import Parser
 from opcd.sweep.plots import curves, drawn
 from opcd.sweep.results import read_jsonl
 
@@ -39,20 +41,30 @@ def main(args: list[str]) -> int:
         UserError: the folder holds no run of `opcd experience`.
     """
     options = make_parser().parse_args(args)
+    if options.page is not None:
+        refuse_existing(options.page, "--page")
     page = options.page or options.run / PAGE
-    print_run(options.run)
-    write_whole(page, make_page(options.run))
+    try:
+        text = make_page(options.run)
+        print_run(options.run)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{options.run.resolve()} holds something else than `opcd experience` writes ({why}; --debug shows where)"
+        ) from error
+    try:
+        write_whole(page, text)
+    except OSError as error:
+        raise UserError(f"--page: cannot write {page.resolve()}: {error.strerror}") from error
     print(f"page: {page}")
     return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
-        prog="opcd show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="opcd show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="the --out of an `opcd experience`")
-    parser.add_argument("--page", type=Path, help=f"the page to write; default: RUN/{PAGE}")
+    parser.add_argument("--page", type=Path, help=f"a new file for the page; default: RUN/{PAGE}, which is renewed")
     return parser
 
 
@@ -67,6 +79,7 @@ class Part:
         lists: lines of lists.jsonl.
         examples: the first attempts, each with what was extracted from it.
         counts: lines of the files that grow.
+        context: the selected list as a prompt holds it; None where the pass has not come so far.
     """
 
     name: str
@@ -75,11 +88,12 @@ class Part:
     lists: list[dict[str, Any]]
     examples: list[dict[str, Any]]
     counts: dict[str, int]
+    context: str | None
 
     @classmethod
     def read(cls, folder: Path, name: str = "") -> "Part":
         """From the folder of a pass."""
-        selection = folder / SELECTION
+        selection, context = folder / SELECTION, folder / CONTEXT
         extractions = {(r["list"], r["step"]): r for r in _first_records(folder / EXTRACTIONS, EXAMPLES)}
         attempts = _first_records(folder / ATTEMPTS, EXAMPLES)
         return cls(
@@ -92,6 +106,7 @@ class Part:
                 for attempt in attempts
             ],
             counts={file: _lines(folder / file) for file in (ATTEMPTS, EXTRACTIONS, VALIDATION)},
+            context=context.read_text(encoding="utf-8") if context.exists() else None,
         )
 
     @property
@@ -100,14 +115,14 @@ class Part:
         if self.selection is None:
             return []
         place = (self.selection["number"], self.selection["step"])
-        chosen = next(one for one in self.lists if (one["number"], one["step"]) == place)
-        return list(zip(chosen["lessons"], chosen["seen"], strict=True))
+        chosen = next((one for one in self.lists if (one["number"], one["step"]) == place), None)
+        return [] if chosen is None else list(zip(chosen["lessons"], chosen["seen"], strict=True))
 
     @property
     def best_scores(self) -> list[dict[str, Any]]:
         """The score without a list, and the best of every list."""
-        without, *scores = (Score(**score) for score in self.scores)
-        return [asdict(score) for score in (without, *best_of_each(scores))]
+        scores = [Score(**score) for score in self.scores]
+        return [asdict(score) for score in (*(s for s in scores if s.number is None), *best_of_each(scores))]
 
     @property
     def title(self) -> str:
@@ -129,6 +144,8 @@ def read_run(run: Path) -> tuple[list[Round], list[Part]]:
     Raises:
         UserError: the folder holds no run.
     """
+    if not run.is_dir():
+        raise UserError(f"no folder {run.absolute()}{beside(run)}")
     if not (run / IDENTITY).exists():
         raise UserError(f"{run.resolve()} holds no run of `opcd experience`: it has no {IDENTITY}")
     folders = sorted((f for f in run.glob("round-*") if (f / ATTEMPTS).exists()), key=lambda f: int(f.name[6:]))
@@ -147,6 +164,8 @@ def print_run(run: Path, console: Console | None = None) -> None:
         console.print(escape(f"{part.name}: {part.title}" if part.name else part.title), highlight=False)
         for lesson, seen in part.lessons:
             console.print(escape(f"  - {lesson}" + (f" (written {seen} times)" if seen > 1 else "")), highlight=False)
+        if part.context and not part.lessons:  # the lists were not kept
+            console.print(escape(part.context), highlight=False)
         if part.scores:
             console.print(_table(SCORE_HEADER, [score_cells(score) for score in part.best_scores]))
     if parts[-1].examples:
@@ -200,14 +219,16 @@ def _plot(part: Part, seed: str) -> Markup | None:
     """Success over the steps of each list, or None where nothing is scored yet, or matplotlib is missing."""
     if not part.scores:
         return None
-    baseline, *scores = part.scores
+    scores = [score for score in part.scores if score["number"] is not None]
     by_list = itertools.groupby(scores, key=lambda score: score["number"])
     groups = {f"list {number}": [[(s["step"], s["success"]) for s in group]] for number, group in by_list}
+    without = [score["success"] for score in part.scores if score["number"] is None]
 
     def draw(axes: "Axes") -> None:
         """The curves over the baseline."""
         curves(axes, groups)
-        axes.axhline(baseline["success"], color="black", linestyle="--", linewidth=1, label="without lessons")
+        for success in without[:1]:
+            axes.axhline(success, color="black", linestyle="--", linewidth=1, label="without lessons")
 
     try:
         return Markup(drawn(draw, "Success with the list as it grew", "training items learnt from", "share", seed))

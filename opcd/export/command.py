@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from opcd.card import Facts, model_card
-from opcd.data.files import fsync_folder
+from opcd.data.files import fsync_folder, refuse_existing
 from opcd.errors import UserError
 from opcd.export.check import Behaviour, behaviour, check_same, round_weights
 from opcd.export.gguf_file import ROUNDED, check_architecture, read_gguf, splitting_rule, write_gguf
@@ -25,6 +25,7 @@ from opcd.export.source import KEY, Source, find_source, load_folder
 from opcd.models import load_tokenizer
 from opcd.modules.adapters import has_adapter, merged
 from opcd.modules.student import Student
+from opcd.parsing import Parser
 
 TARGETS = {
     "hf": "a folder for transformers: the weights, or the adapter where one was trained",
@@ -61,9 +62,7 @@ def main(args: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
-        prog="opcd export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="opcd export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar=KEY, help="a run's folder, or a student's")
     parser.add_argument("--to", required=True, choices=TARGETS, help="; ".join(f"{k}: {v}" for k, v in TARGETS.items()))
     parser.add_argument("--out", type=Path, help="the folder or .gguf file to write; must not be there yet")
@@ -93,8 +92,9 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--to {to} wants --out: the {'file' if to == 'gguf' else 'folder'} to write")
     if to == "gguf" and options.out.suffix != ".gguf":
         raise UserError(f"--out: {options.out} must end in .gguf")
-    if options.out.exists() and (to == "gguf" or not options.out.is_dir() or any(options.out.iterdir())):
-        raise UserError(f"--out: {options.out.resolve()} is there already; choose another or remove it")
+    if to == "gguf" and options.out.is_dir():
+        raise UserError(f"--out: {options.out.resolve()} is a folder; name a new file")
+    refuse_existing(options.out, "--out")
 
 
 def _check_source(source: Source, options: argparse.Namespace) -> None:

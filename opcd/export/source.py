@@ -1,6 +1,5 @@
 """The student that is exported: out of a run, a model's folder or an adapter's, known before its weights are loaded."""
 
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from opcd.card import Facts
 from opcd.checkpoints import newest_of_run, read_checkpoint
 from opcd.checkpoints.last import saved_config
 from opcd.data.files import read_text
+from opcd.did_you_mean import beside
 from opcd.errors import UserError
 from opcd.models import ADAPTER, PACKAGED, ModelConfig, architecture, base_of, load_model, load_tokenizer, resolve
 from opcd.modules.adapters import Lora, keep_differentiable
@@ -89,10 +89,7 @@ def find_source(run: Path) -> Source:
     if str(run) == PACKAGED:
         return Source(ModelConfig(PACKAGED))
     if not run.is_dir():
-        parent = run.resolve().parent
-        near = difflib.get_close_matches(run.name, [e.name for e in parent.glob("*")] if parent.is_dir() else [], n=1)
-        hint = f"; did you mean {parent / near[0]}?" if near else ""
-        raise UserError(f"{KEY}: no folder {run.resolve()}{hint}")
+        raise UserError(f"{KEY}: no folder {run.resolve()}{beside(run)}")
     if _is_student(run):
         return Source(ModelConfig(str(run)))
     if not (run / "config.yaml").is_file():

@@ -1,11 +1,11 @@
 """Games of the package `textarena`, without the rules that it would tell."""
 
-import difflib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from opcd.did_you_mean import did_you_mean
 from opcd.errors import UserError
 from opcd.extras import require
 from opcd.games.environment import Environment, Step
@@ -33,9 +33,7 @@ class Arena:
         from textarena.envs.registration import ENV_REGISTRY
 
         if game not in ENV_REGISTRY:
-            near = difflib.get_close_matches(game, ENV_REGISTRY, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise UserError(f"game: textarena has no game {game!r}{hint}")
+            raise UserError(f"game: textarena has no game {game!r}{did_you_mean(game, ENV_REGISTRY)}")
         self.game, self.options = game, options
         self._env: Any = None
         self._draws: Any = None

@@ -5,7 +5,6 @@ and twin share the memory of the frozen weights.
 """
 
 import copy
-import difflib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from opcd.did_you_mean import did_you_mean
 from opcd.errors import UserError
 
 ALL_LINEAR = "all-linear"
@@ -178,8 +178,6 @@ def _targets(model: PreTrainedModel, lora: Lora, key: str) -> list[str]:
     wanted = there if isinstance(lora.targets, str) else lora.targets
     for name in wanted:
         if name not in there:
-            near = difflib.get_close_matches(name, there, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            head_hint = "; the head has head: true" if name == head_name else hint
+            head_hint = "; the head has head: true" if name == head_name else did_you_mean(name, there)
             raise UserError(f"{key}.targets: no linear layer {name!r}; there are {', '.join(there)}{head_hint}")
     return [*wanted, *([head_name] if lora.head else [])]

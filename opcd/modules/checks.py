@@ -3,7 +3,7 @@
 import torch
 
 from opcd.data import ContextQueryDataModule, TeacherModels
-from opcd.data.module import STAGES
+from opcd.data.stages import STAGES
 from opcd.errors import UserError
 from opcd.extras import require
 from opcd.losses import Divergence, SampledReverseKL

@@ -72,7 +72,7 @@ class Distiller(OnRanks):
         loss: divergence between student and teacher at every token of the response, in nats.
         rollout: who writes the responses; StudentRollout (the student, without the context) if null.
         adapter: train this in place of the student's own weights, which stay as they are; null trains all of them.
-        optimizer: any torch optimizer, over the student's trainable weights.
+        optimizer: any torch optimizer, over the student's trainable weights. Default: the AdamW of the paper's code.
         lr_scheduler: any torch scheduler, stepped after every optimizer step; null keeps the rate constant.
         temperature: divides the logits of both models inside the loss; the rollout's sampling has its own.
         reduction: sequence averages every response over its own tokens first, then over responses (the paper);

@@ -16,12 +16,14 @@ from jsonargparse import ArgumentError
 
 from opcd.errors import UserError
 from opcd.lightning_cli import fit_parser
+from opcd.parsing import Parser
 from opcd.planning.lengths import read_lengths
 from opcd.planning.levers import until_it_fits
 from opcd.planning.parts import FREE, Part, free, parts, peak
 from opcd.planning.reading import read_setting
 from opcd.planning.setting import Setting
 from opcd.planning.sizes import PHASES
+from opcd.precheck import checked
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 STATUS = Path("/proc/self/status")
@@ -60,7 +62,7 @@ def read(words: list[str], query: int | None = None, context: int | None = None)
     """The setting of a config, given as the words after `opcd fit`; lengths that are None are read from its rows."""
     parser = fit_parser()
     try:
-        config = parser.parse_args(words)
+        config = parser.parse_args(checked("fit", words, data=False))
         trainer = config.trainer.clone()
         # Its devices may be on another machine.
         for name, value in {"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1}.items():
@@ -84,7 +86,7 @@ def table(found: list[Part]) -> list[str]:
 
 
 def _options(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="opcd doctor --plan",
         description="The memory of a run on paper, for one rank. All other options are those of `opcd fit`. A model "
         "may be a folder with nothing but a config.json.",

@@ -11,9 +11,10 @@ from pathlib import Path
 import yaml
 from markupsafe import Markup
 
-from opcd.data.files import write_whole
+from opcd.data.files import refuse_existing, write_whole
 from opcd.errors import UserError
 from opcd.pages import render
+from opcd.parsing import Parser
 from opcd.report import runs as told
 from opcd.report.curves import plots
 from opcd.report.runs import Run, read_runs
@@ -26,6 +27,7 @@ def main(args: list[str]) -> int:
         UserError: a folder holds no run of `opcd fit`.
     """
     options = make_parser().parse_args(args)
+    refuse_existing(options.out, "--out")
     text = page(read_runs(options.runs))
     try:
         write_whole(options.out, text)
@@ -37,11 +39,9 @@ def main(args: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
-        prog="opcd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="opcd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, such as runs/version_0")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="a new file; default: %(default)s")
     return parser
 
 

@@ -1,6 +1,5 @@
 """Every config of a sweep is parsed and built before the first process starts."""
 
-import difflib
 import json
 import logging
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from opcd.changes import plain_config
 from opcd.data import ContextQueryDataModule
 from opcd.data.files import require_file
+from opcd.did_you_mean import nearest_key
 from opcd.errors import UserError
 from opcd.sweep.plan import Base, overrides
 
@@ -106,10 +106,8 @@ class ConfigChecker:
         return bool(above) and not any(name.startswith(f"{max(above, key=len)}.") for name in keys)
 
     def _near(self, key: str) -> str:
-        found = difflib.get_close_matches(key, self._known, n=1, cutoff=0.5)
-        if not found:  # a short key, such as lr, is far from the whole dotted one
-            found = [name for name in self._known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-        return f"; did you mean {found[0]}?" if found else "; `opcd fit --print_config` shows all"
+        found = nearest_key(key, self._known)
+        return f"; did you mean {found}?" if found else "; `opcd fit --print_config` shows all"
 
 
 def _leaves(config: Any) -> Iterable[str]:

@@ -14,8 +14,10 @@ from pathlib import Path
 import yaml
 
 from opcd.data.files import write_whole
+from opcd.did_you_mean import did_you_mean
 from opcd.errors import UserError
 from opcd.lightning_cli import fit_parser
+from opcd.parsing import Parser
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.engine import Engine, explain, locked
 from opcd.sweep.jobs import Job, fit_job
@@ -74,16 +76,16 @@ def with_dotted(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argpa
     dotted: dict[str, object] = {}
     for key, value in zip(rest[::2], [*rest[1::2], None][: len(rest[::2])], strict=True):
         if not key.startswith("--") or "." not in key or value is None:
-            parser.error(f"{key}: neither an option nor a dotted config key with a value (--data.train FILE)")
+            own = [option[2:] for action in parser._actions for option in action.option_strings]
+            meant = did_you_mean(key.removeprefix("--"), own)
+            parser.error(f"{key}: neither an option nor a dotted config key with a value (--data.train FILE){meant}")
         dotted[key[2:]] = yaml.safe_load(value)
     return options, dotted
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's own options; those with a dot in their name are config keys."""
-    parser = argparse.ArgumentParser(
-        prog="opcd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="opcd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, axes, arms, search (docs/sweep.md)")
     add_engine_options(parser)
     parser.add_argument("--dry_run", action="store_true", help="check every arm, print their names, run nothing")

@@ -1,6 +1,5 @@
 """A sweep's file, and the arms that it stands for."""
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -14,7 +13,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from opcd.data.files import read_text, require_file
+from opcd.did_you_mean import or_all
 from opcd.errors import UserError
+from opcd.recipes import paths_taken
 
 LONGEST_NAME = 120
 
@@ -97,14 +98,13 @@ def parse_yaml(path: Path, schema: type[Any], what: str) -> Any:
         value = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
+    value = paths_taken(value, path.absolute().parent, Path.cwd())
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a mapping, not {type(value).__name__}")
     known = [own.name for own in fields(schema)]
     for key in value:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise UserError(f"{path}: no such key {key!r}; {hint}")
+            raise UserError(f"{path}: no such key {key!r}{or_all(str(key), known)}")
     free = list(_mappings(schema, value, path))
     for holder, key, _ in free:
         holder.pop(key)

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from opcd.callbacks.samples import right
+from opcd.callbacks.right import right
+from opcd.did_you_mean import beside
 from opcd.errors import UserError
 
 Series = dict[str, list[tuple[int, float]]]
@@ -22,6 +23,8 @@ def read_config(run: Path) -> dict[str, Any]:
         UserError: the folder holds no run.
     """
     file = run / "config.yaml"
+    if not run.is_dir():
+        raise UserError(f"no folder {run.absolute()}{beside(run)}")
     if not file.is_file():
         raise UserError(f"{run.resolve()} holds no run of `opcd fit`: it has no config.yaml")
     config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -1,6 +1,5 @@
 """A sweep that chooses its arms: Optuna asks, the engine answers."""
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 from opcd.changes import changed_keys
 from opcd.data.files import write_whole
+from opcd.did_you_mean import or_all
 from opcd.errors import UserError
 from opcd.extras import require
 from opcd.sweep.plan import Arm, Search, SweepFile, label
@@ -69,8 +69,7 @@ class ArmSearch:
         if result.task.status != "finished":
             return None
         if self.search.metric not in result.numbers:
-            near = difflib.get_close_matches(self.search.metric, result.numbers, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(result.numbers) or 'none'}"
+            hint = or_all(self.search.metric, result.numbers)
             raise UserError(f"search.metric: {result.arm.name} has no {self.search.metric!r}{hint}")
         return result.numbers[self.search.metric]
 

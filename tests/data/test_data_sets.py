@@ -72,7 +72,7 @@ def test_rows_to_predict_need_no_teacher(sets):
         ({"teacher": "x"}, TeacherModels({"maths": None}), r"rows\.jsonl:2: no teacher 'x' .*there are maths$"),
         ({}, TeacherModels({"maths": None}), r"rows\.jsonl:2: no teacher: name one of maths .*init_args\.default"),
         ({"teacher": 3}, TeacherModels({"maths": None}), r"rows\.jsonl:2: teacher must be text"),
-        ({"teachers": "maths"}, TeacherModels({"maths": None}), r"unknown key 'teachers'; did you mean 'teacher'\?"),
+        ({"teachers": "maths"}, TeacherModels({"maths": None}), r"unknown key 'teachers'; did you mean teacher\?"),
     ],
 )
 def test_rows_with_a_wrong_teacher(write_rows, row, teacher, message):

@@ -66,7 +66,8 @@ def test_a_missing_file(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
     assert refusal("trian.jsonl", "data.val") == f"data.val: no file {tmp_path}/trian.jsonl; did you mean train.jsonl?"
-    assert refusal("no/folder.jsonl") == f"data.train: no file {tmp_path}/no/folder.jsonl"
+    there = f"{tmp_path}/no/folder.jsonl; there is no folder {tmp_path}/no"
+    assert refusal("no/folder.jsonl") == f"data.train: no file {there}"
 
 
 def test_what_is_no_source(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -125,3 +127,43 @@ def test_the_config_is_what_the_folder_keeps(scripted):
     identity = json.loads((scripted("--seed=3") / "run.json").read_text())
     assert identity["seed"] == 3 and identity["problems"]["class_path"] == "opcd.experience.MathProblems"
     assert "LESSON" not in identity["text of extract.prompt"] and "{{ marker }}" in identity["text of extract.prompt"]
+
+
+SHIPPED = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "experience"
+
+
+@pytest.mark.case("C18")
+@pytest.mark.parametrize("gone", [(), ("scores.jsonl",), ("context.txt",), ("selection.json",)], ids=str)
+def test_show_shows_what_is_there(opcd, tmp_path, gone):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in {"run.json", "context.txt", "scores.jsonl", "selection.json"} - set(gone):
+        shutil.copy(SHIPPED / name, run)
+    code, text = opcd("show", run)
+    assert code == 0, text
+    page = (run / "report.html").read_text()
+    assert ("Understand the problem thoroughly" in text) == ("context.txt" not in gone)
+    assert ("Understand the problem thoroughly" in page) == ("context.txt" not in gone)
+    assert "21 of 64" in text  # in the line of the selection, or in the table
+    assert ("not finished" in text) == ("selection.json" in gone)
+
+
+@pytest.mark.case("C18")
+@pytest.mark.parametrize("name", ["selection.json", "scores.jsonl", "lists.jsonl", "run.json"])
+def test_show_names_a_folder_that_holds_something_else(opcd, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(SHIPPED, run)
+    (run / name).write_text('{"number": ["a"]}\n' if name != "run.json" else "{")
+    code, text = opcd("show", run)
+    assert code == 2 and "Traceback" not in text and str(run) in text, text
+
+
+@pytest.mark.case("C19")
+def test_show_renews_its_own_page_and_overwrites_no_other(opcd, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(SHIPPED, run)
+    assert opcd("show", run)[0] == 0 and opcd("show", run)[0] == 0
+    mine = tmp_path / "mine.html"
+    mine.write_text("mine")
+    code, text = opcd("show", run, "--page", mine)
+    assert code == 2 and "--page" in text and "is there already" in text and mine.read_text() == "mine"

@@ -189,6 +189,16 @@ def test_a_run_that_wrote_nothing_yet_has_a_page(opcd, runs, tmp_path):
     ]
 
 
+@pytest.mark.case("C19")
+def test_no_page_is_overwritten(opcd, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert opcd("report", runs[0])[0] == 0
+    before = Path("report.html").read_text()
+    code, text = opcd("report", runs[1])
+    assert code == 2 and f"--out: {tmp_path}/report.html is there already" in text
+    assert Path("report.html").read_text() == before
+
+
 def test_user_mistakes(opcd, runs, tmp_path):
     code, text = opcd("report", tmp_path)
     assert code == 2 and f"{tmp_path} holds no run of `opcd fit`" in text
