@@ -25,7 +25,7 @@ def has_bfloat16(device: torch.device | str = "cpu") -> bool:
     if device.type == "mps":
         return _mps_multiplies()
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     return bool(supported and supported())
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from opcd.evaluation import Evaluation, Evaluator
 from opcd.extras import install_hint
 from opcd.models import ModelConfig
+from opcd.precision import fast_dtype
 from opcd.tasks.punkt import provide_punkt
 from tests.conftest import CONTEXT, write_rows
 from tests.evaluation.conftest import math_rows, results
@@ -44,7 +45,7 @@ def test_what_an_evaluation_writes(opcd, tiny, math_file, ifeval_file, tmp_path)
     ]
     summary = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (summary["model"], summary["context"], summary["seed"]) == (tiny, None, 3)
-    assert summary["versions"]["lm-eval"] and summary["settings"]["dtype"] == "bfloat16"
+    assert summary["versions"]["lm-eval"] and summary["settings"]["dtype"] == str(fast_dtype())[6:]
     drawn = summary["settings"]["tasks"]["ifeval"]
     assert (drawn["temperature"], drawn["top_p"], drawn["top_k"], drawn["max_new_tokens"]) == (0.7, 0.8, 20, 8)
     metrics, rows = results(tmp_path / "out", "dapo_math")
