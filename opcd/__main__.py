@@ -7,7 +7,9 @@ def main() -> int:
     """Run the command with the arguments of this process; returns its exit code, 130 after Ctrl-C."""
     try:
         from opcd.cli import main as command
+        from opcd.output import install
 
+        install()  # for as long as the process lives: a traceback is cleaned too
         return command()
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -4,7 +4,9 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+from opcd.output import markdown, markdown_code
 from opcd.versions import VERSION
 
 FACTS = "distillation.json"
@@ -79,8 +81,20 @@ class Facts:
 
     @classmethod
     def of(cls, values: dict[str, object]) -> "Facts":
-        """Out of plain values. TypeError where they are others."""
-        return cls(**values)  # type: ignore[arg-type]
+        """Out of plain values. TypeError where they are others, or of other types."""
+        facts = cls(**values)  # type: ignore[arg-type]
+        teacher = {} if facts.teacher is None else facts.teacher
+        if not isinstance(teacher, dict) or not all(isinstance(text, str | None) for text in teacher.values()):
+            raise TypeError("teacher")
+        for name, kind in get_type_hints(cls).items():
+            value = getattr(facts, name)
+            if (
+                name != "teacher"
+                and not isinstance(value, kind)
+                and not (float in get_args(kind) and type(value) is int)
+            ):
+                raise TypeError(name)
+        return facts
 
     def published(self) -> "Facts":
         """The same with hub ids and names of files only: where they lie on this machine is nobody's business."""
@@ -98,14 +112,15 @@ class Facts:
 def model_card(facts: Facts, adapter: bool = False, command: str | None = None) -> str:
     """The README.md of a student's folder; facts that are not known have no row."""
     known = {field.name: getattr(facts, field.name) for field in fields(facts)}
-    known["command"] = command and f"`{command}`"
+    known = {name: None if value is None else markdown(value) for name, value in known.items()}
+    known["command"] = command and markdown_code(command)
     if facts.teacher is not None:
         taught = [f"{label} of {model}" if model else label for label, model in facts.teacher.items()]
-        known["teacher"] = "; ".join(taught)
+        known["teacher"] = markdown("; ".join(taught))
     rows = [f"| {TITLES.get(name, name)} | {value} |" for name, value in known.items() if value is not None]
     base = f"base_model: {facts.base}\n" if is_hub_id(facts.base) else ""  # the hub refuses anything else there
     library = "peft" if adapter else "transformers"
-    return CARD.format(library=library, base=base, name=_name(facts.base), rows="\n".join(rows))
+    return CARD.format(library=library, base=base, name=markdown(_name(facts.base)), rows="\n".join(rows))
 
 
 def is_hub_id(name: str) -> bool:

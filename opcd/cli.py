@@ -19,17 +19,29 @@ from opcd.commands import COMMANDS, TRAINER, WITHOUT_TORCH
 from opcd.did_you_mean import near, or_all
 from opcd.errors import UserError
 from opcd.interruption import Interrupted, reset
+from opcd.output import clean_output, finish_output
 from opcd.parsing import allow_imports
 from opcd.precheck import RECIPES, UNKNOWN, checked, unknown_words
 from opcd.refusals import in_plain_words
 from opcd.signatures import inner_keys, options
 from opcd.versions import VERSION
 
+PRINTED = ("--help", "-h", "--version", "chat", "completion", "doctor")
+"""First words of commands that leave nothing but what they print."""
+
 
 def main(args: list[str] | None = None) -> int:
     """Entry point. Returns 0, 2 for the user's mistakes, with one message and no traceback (`--debug` shows it),
-    or 143 or 130 where a signal ended a run that saved a checkpoint."""
+    143 or 130 where a signal ended a run that saved a checkpoint, or 1 where a command is there for what it prints,
+    and that could not be written."""
     args = list(sys.argv[1:] if args is None else args)
+    with clean_output():
+        code = _run(args)
+        lost = not finish_output() and (not args or args[0] in PRINTED)
+    return code or int(lost)
+
+
+def _run(args: list[str]) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     sys.path.append(str(Path.cwd()))  # for files that a class_path names; last, so that they hide no package
@@ -140,7 +152,7 @@ def _plain_ctrl_c() -> Iterator[None]:
 
 def _refused(message: str, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
+        print(traceback.format_exc(), end="", file=sys.stderr)  # without colours
     print(f"opcd: error: {in_plain_words(message)}", file=sys.stderr)
     return 2
 

@@ -8,10 +8,12 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from opcd.errors import UserError
 from opcd.extras import install_hint
+from opcd.output import shown
 from opcd.parsing import Parser
 from opcd.versions import installed_version
 
@@ -26,15 +28,20 @@ OPTIONAL = {
 
 
 def main(args: list[str]) -> int:
-    """Print one screen. Returns 0, or 1 where something that a run needs is missing, or memory for it."""
+    """Print one screen. Returns 0, or 1 where something that a run needs is missing, or memory for it.
+
+    Raises:
+        UserError: a proxy of the environment is none; what comes before the hub is printed.
+    """
     if (words := make_parser().parse_args(args).plan) is not None:
         from opcd.planning.command import main as plan  # it imports all that a run imports
 
         return plan(words)
-    lines = [*_python(), *_packages(), *_devices(), *_models(), *_hub()]
-    for ok, text in lines:
-        print(("  ok   " if ok else "MISSING " if ok is False else "  --   ") + text)
-    return 1 if any(ok is False for ok, _ in lines) else 0
+    whole = True
+    for ok, text in chain(_python(), _packages(), _devices(), _models(), _hub()):
+        whole = whole and ok is not False
+        print(("  ok   " if ok else "MISSING " if ok is False else "  --   ") + shown(text, lines=False))
+    return 0 if whole else 1
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ LAYERS = [
     {"changes", "interruption", "losses", "models", "parsing", "run_folder"},
     {"card", "commands", "gguf", "hub", "machine", "memory", "pages", "precision", "refusals", "signatures"},
     {"extras"},
-    {"did_you_mean", "errors", "lazy", "recipes", "versions"},
+    {"did_you_mean", "errors", "lazy", "output", "recipes", "versions"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
 runs by its name (`COMMANDS` of opcd/commands.py) stands below it like everything else."""

@@ -14,6 +14,7 @@ from opcd.data.files import write_whole
 from opcd.errors import UserError
 from opcd.evaluation.intervals import wilson
 from opcd.evaluation.results import Metric, difference, summarise
+from opcd.output import csv_cell
 from opcd.sweep.engine import Engine
 from opcd.sweep.jobs import JobFolder
 from opcd.sweep.results import Series, figures, read_jsonl, read_metrics, right_over_steps
@@ -216,7 +217,7 @@ def write_tables(out: Path, outcome: Outcome) -> str:
     titles, rows = header(outcome), cells(outcome)
     markdown = markdown_table(titles, rows) + "\n" + "\n".join(f"- {line}" for line in notes(outcome)) + "\n"
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([titles, *rows])
+    csv.writer(text, lineterminator="\n").writerows([map(csv_cell, row) for row in (titles, *rows)])
     full = {
         arm.name: {
             "scores": {name: asdict(score) for name, score in arm.scores.items()},

@@ -26,6 +26,7 @@ from benchmarks.drills.numbers import numbers
 from benchmarks.drills.saves import damage, disk, saves
 from benchmarks.drills.signals import requeue, signals
 from benchmarks.drills.smuggling import smuggling
+from benchmarks.drills.terminal import terminal
 
 DRILLS = {
     "killed": (killed, 20, "kill -9 within a step, twice in one epoch, resume: bit-equal"),
@@ -39,6 +40,11 @@ DRILLS = {
     "beside": (beside, 3, "validation, samples, loggers, progress bar on or off: bit-equal training"),
     "secrets": (secrets, 2, "tokens planted in the environment: in nothing that a run writes or prints"),
     "smuggling": (smuggling, 200, "control tokens spelled in rows and contexts, five tokenizers: plain text"),
+    "terminal": (
+        terminal,
+        2,
+        "escape sequences in answers, names, files, a server's words: shown escaped by each command",
+    ),
     "inputs": (inputs, 1, "malformed files of rows: file, line and field, or skipped and counted"),
     "fuzz": (fuzz, 10_000, "files made or changed at random: read or refused, no row lost in silence"),
 }

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from opcd.callbacks.folder import run_folder
 from opcd.data.files import write_whole
 from opcd.environment import FILE, machine, versions
+from opcd.output import masked
 
 PACKAGES = ("opcd", "torch", "transformers", "lightning", "peft", "bitsandbytes", "lm-eval", "math-verify")
 
@@ -22,7 +23,7 @@ class WriteEnvironment(Callback):
         folder = run_folder(trainer)
         if trainer.is_global_zero:
             known = {
-                "command": shlex.join(["opcd", *sys.argv[1:]]),
+                "command": masked(shlex.join(["opcd", *sys.argv[1:]])),
                 "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
                 "machine": machine(),
                 "versions": versions(*PACKAGES),

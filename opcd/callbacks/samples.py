@@ -8,12 +8,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from opcd.callbacks.folder import run_folder
 from opcd.callbacks.right import right
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.modules import Distiller
+from opcd.output import Screen, plain
 
 
 class AnswerSamples(Callback):
@@ -61,11 +63,14 @@ class AnswerSamples(Callback):
             self._ask(trainer, pl_module, context=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask without the context once more, and print the table."""
+        """Ask without the context once more."""
         if self.rows[-1]["step"] != trainer.global_step:
             self._ask(trainer, pl_module, context=False)
-        if trainer.is_global_zero:
-            print_table(self.rows, Console(width=None if Console().is_terminal else 140))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table, when the student is on the disk."""
+        if self.rows and trainer.is_global_zero:
+            print_table(self.rows, Screen(width=None if Screen().is_terminal else 140))
 
     def _ask(self, trainer: Trainer, pl_module: LightningModule, context: bool) -> None:
         assert isinstance(pl_module, Distiller) and self._batch is not None
@@ -104,12 +109,10 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def _marked(row: dict[str, Any]) -> str:
+def _marked(row: dict[str, Any]) -> Text:
     mark = "" if row["reference"] is None else "✓ " if right(row) else "✗ "
-    return mark + _short(row["answer"])
+    return _short(row["answer"], mark)
 
 
-def _short(text: str, limit: int = 240) -> str:
-    from rich.markup import escape
-
-    return escape(text if len(text) <= limit else f"{text[:limit]} … (whole in samples.jsonl)")
+def _short(text: str, mark: str = "", limit: int = 240) -> Text:
+    return plain(mark + (text if len(text) <= limit else f"{text[:limit]} … (whole in samples.jsonl)"))

@@ -11,7 +11,6 @@ from dataclasses import fields
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from opcd.chat.display import show_answers
 from opcd.chat.speakers import Origin, Source, Speaker
@@ -21,6 +20,7 @@ from opcd.data.files import check_text
 from opcd.errors import UserError
 from opcd.evaluation.command import torch_device
 from opcd.modules.generation import Sampling
+from opcd.output import Screen
 
 DESCRIPTION = """Ask a model, beside the one that it was made from (or --beside): that one as it is and, with --context
 in its prompt, as the teacher sees it. Every question stands alone: a model does not see those before. /quit or Ctrl-D
@@ -37,7 +37,7 @@ def main(args: list[str]) -> int:
         speaker.source.load(device)
     torch.manual_seed(options.seed)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    console = Console(force_terminal=interactive)
+    console = Screen(force_terminal=interactive)
     for question in _questions(interactive):
         if not interactive:
             print(f"> {question}")

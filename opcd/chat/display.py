@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from opcd.chat.speakers import Speaker
 from opcd.modules.generation import Sampling
+from opcd.output import plain, shown
 
 NARROW = 80
 """Columns of a terminal that is too narrow for answers side by side."""
@@ -36,8 +36,8 @@ def _beside(console: Console, speakers: Sequence[Speaker], question: str, sampli
 def _table(answers: Mapping[Speaker, str]) -> Table:
     table = Table(expand=True)
     for speaker in answers:
-        table.add_column(escape(speaker.title), ratio=1, overflow="fold")
-    table.add_row(*map(escape, answers.values()))
+        table.add_column(plain(speaker.title), ratio=1, overflow="fold")
+    table.add_row(*map(plain, answers.values()))
     return table
 
 
@@ -50,7 +50,9 @@ def _below(console: Console, speakers: Sequence[Speaker], question: str, samplin
             """Add what is new; a tokenizer may take back a space, which then waits for the next word."""
             nonlocal said
             if text.startswith(said):
-                console.file.write(text[len(said) :])  # as it is: rich would cut it into lines and widen its tabs
+                console.file.write(
+                    shown(text[len(said) :])
+                )  # without rich, which would cut it into lines and widen its tabs
                 console.file.flush()
                 said = text
 

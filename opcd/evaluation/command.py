@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
 from opcd.data.files import read_jsonl, require_file
@@ -21,6 +21,7 @@ from opcd.evaluation.results import Metric, Results, Row, difference
 from opcd.evaluation.run import Evaluator
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.student import Student
+from opcd.output import Screen
 from opcd.recipes import ReadRecipe
 
 Made = TypeVar("Made", Evaluation, "Output")
@@ -62,7 +63,7 @@ def main(args: list[str]) -> int:
         if output.against is not None:
             about["against"] = output.against
         write_results(Path(output.out), results, differences, about)
-    print_results(results, differences, Console(width=None if Console().is_terminal else 140))
+    print_results(results, differences, Screen(width=None if Screen().is_terminal else 140))
     return 0
 
 
@@ -112,10 +113,10 @@ def torch_device(name: str | None) -> torch.device:
 
 def _evaluate(evaluator: Evaluator, student: Student) -> Results:
     """With a bar a task, on a terminal."""
-    console = Console()
+    console = Screen()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bars = {task: progress.add_task(task, total=total) for task, total in evaluator.answers.items()}
+        bars = {task: progress.add_task(escape(task), total=total) for task, total in evaluator.answers.items()}
         return evaluator(student, lambda task, done: progress.advance(bars[task], done))
 
 

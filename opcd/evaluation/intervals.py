@@ -18,15 +18,26 @@ def wilson(successes: float, trials: int) -> Interval:
     return max(0.0, low), min(1.0, high)
 
 
-def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> Interval | None:
+def bootstrap(
+    sums: Sequence[float], counts: Sequence[float], span: tuple[float, float] | None = None
+) -> Interval | None:
     """Percentile interval of sum(sums) / sum(counts) when questions are drawn anew; None for one question.
+
+    Where all questions have one mean m, every draw has it too, which says nothing of questions that were not asked.
+    With a span, the interval is then that of the share of such other questions, Wilson's for 0 of n, however far they
+    lie: from m + h (least - m) to m + h (greatest - m). For rates of 0 and 1 that is Wilson's interval itself.
 
     Args:
         sums: a question's sum of values. For a paired difference, the difference of the two.
         counts: how many values that is.
+        span: the least and the greatest value that there can be: (0, 1) for a rate, (-1, 1) for a difference of two.
     """
     if len(sums) < 2:
         return None
+    means = [top / bottom for top, bottom in zip(sums, counts, strict=True) if bottom]
+    if span is not None and means and max(means) - min(means) < 1e-9:
+        mean, share = means[0], wilson(0, len(means))[1]
+        return mean + share * (span[0] - mean), mean + share * (span[1] - mean)
     import numpy as np  # half a second, that those who only read results need not wait
 
     tops, bottoms = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)

@@ -12,6 +12,7 @@ from rich.table import Table
 from opcd.data.files import write_whole
 from opcd.errors import UserError
 from opcd.evaluation.results import Metric, Results, Row
+from opcd.output import plain
 from opcd.versions import installed_version
 
 PACKAGES = ("opcd", "lm-eval", "math-verify", "torch", "transformers")
@@ -70,7 +71,7 @@ def print_results(results: Results, differences: dict[str, dict[str, Metric]], c
             first = (name, str(result.n)) if number == 0 else ("", "")
             gap = differences.get(name, {}).get(metric)
             last = [f"{gap.value:+.3f} {_interval(gap)}" if gap else ""] if differences else []
-            table.add_row(*first, metric, f"{value.value:.3f}", _interval(value), *last)
+            table.add_row(*map(plain, first), plain(metric), f"{value.value:.3f}", _interval(value), *last)
     console.print(table)
 
 

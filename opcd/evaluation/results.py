@@ -49,7 +49,7 @@ def summarise(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Metric]:
         metrics[f"avg@{samples}"] = metrics[names[0]]
         for k in _ks(samples):
             passed = [pass_at_k(sum(map(bool, scores)), samples, k) for scores in main]
-            metrics[f"pass@{k}"] = Metric(sum(passed) / len(passed), *_bounds(passed, [1.0] * len(passed)))
+            metrics[f"pass@{k}"] = Metric(sum(passed) / len(passed), *_bounds(passed, [1.0] * len(passed), (0.0, 1.0)))
     return metrics
 
 
@@ -62,13 +62,13 @@ def difference(rows: Sequence[Row], others: Sequence[Row], name: str) -> Metric:
     one, other = ({row["index"]: row["query"] for row in part} for part in (rows, others))
     if one != other:
         raise UserError("a difference wants answers to the same questions on both sides (same rows, same limit)")
-    pairs = [
-        (_values(a), _values(b)) for a, b in zip(_by_question(rows, name), _by_question(others, name), strict=True)
-    ]
+    mine, theirs = _by_question(rows, name), _by_question(others, name)
+    pairs = [(_values(a), _values(b)) for a, b in zip(mine, theirs, strict=True)]
     gaps = [sum(a) / len(a) - sum(b) / len(b) for a, b in pairs]
     weights = [len(a) for a, _ in pairs]  # a prompt with more instructions counts more, as in the metric itself
     sums = [gap * weight for gap, weight in zip(gaps, weights, strict=True)]
-    return Metric(sum(sums) / sum(weights), *_bounds(sums, weights))
+    span = (-1.0, 1.0) if _are_rates([*mine, *theirs]) else None
+    return Metric(sum(sums) / sum(weights), *_bounds(sums, weights, span))
 
 
 def _by_question(rows: Sequence[Row], name: str) -> list[list[Any]]:
@@ -83,6 +83,14 @@ def _values(scores: list[Any]) -> list[float]:
     return [float(value) for score in scores for value in (score if isinstance(score, list) else [score])]
 
 
+def _are_rates(questions: list[list[Any]]) -> bool:
+    """Whether all scores are right or wrong, or fractions from 0 to 1; a whole number counts something."""
+    flat = [
+        value for scores in questions for score in scores for value in (score if isinstance(score, list) else [score])
+    ]
+    return all(isinstance(value, bool) or (isinstance(value, float) and 0 <= value <= 1) for value in flat)
+
+
 def _metric(questions: list[list[Any]]) -> Metric:
     """From the scores of each question's answers."""
     values = [_values(scores) for scores in questions]
@@ -90,11 +98,13 @@ def _metric(questions: list[list[Any]]) -> Metric:
     value = sum(sums) / sum(counts)
     if all(len(scores) == 1 and isinstance(scores[0], bool) for scores in questions):
         return Metric(value, *wilson(round(sum(sums)), len(sums)))
-    return Metric(value, *_bounds(sums, counts))
+    return Metric(value, *_bounds(sums, counts, (0.0, 1.0) if _are_rates(questions) else None))
 
 
-def _bounds(sums: Sequence[float], counts: Sequence[float]) -> tuple[float | None, float | None]:
-    return bootstrap(sums, counts) or (None, None)
+def _bounds(
+    sums: Sequence[float], counts: Sequence[float], span: tuple[float, float] | None
+) -> tuple[float | None, float | None]:
+    return bootstrap(sums, counts, span) or (None, None)
 
 
 def _ks(samples: int) -> list[int]:

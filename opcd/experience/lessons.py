@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -16,8 +17,9 @@ def read_lessons(text: str, marker: str) -> list[str]:
     A bullet or number before the marker, Markdown's emphasis and the marker's case make no difference.
     """
     spoken = text.rpartition("</think>")[2]
-    line = re.compile(rf"^[\s>*_\-•#\d.)]*{re.escape(marker.strip())}[*_]*[ \t]*(.*)$", re.MULTILINE | re.IGNORECASE)
-    found = (" ".join(lesson.split()).strip("*_ ") for lesson in line.findall(spoken))
+    # Matched at the beginning of each line alone: linear time, whatever a model writes.
+    line = re.compile(rf"[\s>*_\-•#\d.)]*{re.escape(marker.strip())}[*_]*[ \t]*(.*)", re.IGNORECASE)
+    found = (" ".join(one[1].split()).strip("*_ ") for one in map(line.match, spoken.split("\n")) if one)
     return [lesson for lesson in found if WORDS.search(lesson)]
 
 
@@ -78,21 +80,20 @@ class Growth:
     def __call__(self, before: LessonList, found: Sequence[str]) -> LessonList:
         """The list after one more step, which found these lessons."""
         seen = dict(zip(before.lessons, before.seen, strict=True))
+        words = {lesson: _words(lesson) for lesson in seen}
         added, joined, too_long = [], [], []
         for lesson in found:
             if self._tokens([lesson]) > self.max_tokens:
                 too_long.append(lesson)
-            elif (earlier := self._same(lesson, list(seen))) is not None:
+            elif (earlier := self._same(_words(lesson), words)) is not None:
                 joined.append((lesson, earlier))
                 seen[earlier] += 1
             else:
                 added.append(lesson)
-                seen[lesson] = 1
-        dropped = []
-        while seen and self._tokens(list(seen)) > self.max_tokens:
-            oldest = next(iter(seen))
-            dropped.append(oldest)
-            del seen[oldest]
+                seen[lesson], words[lesson] = 1, _words(lesson)
+        dropped = self._oldest(list(seen))
+        for lesson in dropped:
+            del seen[lesson]
         text = self.render(list(seen)) if seen else ""
         return LessonList(
             number=before.number,
@@ -110,11 +111,16 @@ class Growth:
     def _tokens(self, lessons: Sequence[str]) -> int:
         return self.count(self.render(lessons))
 
-    def _same(self, lesson: str, earlier: Sequence[str]) -> str | None:
-        """The first earlier lesson that says the same, or nearly."""
-        words = _words(lesson)
-        for other in earlier:
-            others = _words(other)
+    def _oldest(self, lessons: list[str]) -> list[str]:
+        """The oldest lessons, as few as leave a list that fits."""
+        fits = bisect_left(
+            range(len(lessons)), True, key=lambda start: self._tokens(lessons[start:]) <= self.max_tokens
+        )
+        return lessons[:fits]
+
+    def _same(self, words: list[str], earlier: Mapping[str, list[str]]) -> str | None:
+        """The first earlier lesson that says the same, or nearly; of the earlier ones the words are given."""
+        for other, others in earlier.items():
             if words == others or (self.near is not None and _alike(words, others, self.near)):
                 return other
         return None
@@ -126,6 +132,8 @@ def _words(text: str) -> list[str]:
 
 def _alike(one: list[str], other: list[str], least: float) -> bool:
     """Whether difflib's ratio over words (twice the words in common over all words) is at least `least`."""
+    if 2 * min(len(one), len(other)) < least * (len(one) + len(other)):
+        return False  # no more words can be in common
     first, second = sorted((one, other))  # the ratio is not symmetric
     matcher = SequenceMatcher(None, first, second, autojunk=False)
     return all(ratio() >= least for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))

@@ -2,9 +2,10 @@
 
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import MofNCompleteColumn
 from rich.progress import Progress as Bars
+
+from opcd.output import Screen
 
 
 class Progress:
@@ -17,7 +18,7 @@ class Progress:
     """
 
     def __init__(self, stage: str, total: int, done: int = 0) -> None:
-        console = Console()
+        console = Screen()
         self.stage, self.total = stage, total
         self._plain = not console.is_terminal
         columns = (*Bars.get_default_columns(), MofNCompleteColumn())

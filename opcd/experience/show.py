@@ -6,31 +6,43 @@ opcd show runs/experience
 import argparse
 import itertools
 import json
-from collections.abc import Iterator
+import re
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from markupsafe import Markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from opcd.data.files import read_json, refuse_existing, write_whole
+from opcd.data.files import refuse_existing, write_whole
 from opcd.did_you_mean import beside
 from opcd.errors import UserError
 from opcd.experience.folder import ATTEMPTS, CONTEXT, EXTRACTIONS, IDENTITY, LISTS, SCORES, SELECTION, VALIDATION
 from opcd.experience.selection import Score, best_of_each
 from opcd.experience.table import Round, read_rounds
+from opcd.output import Screen, plain
 from opcd.pages import render
 from opcd.parsing import Parser
 from opcd.sweep.plots import curves, drawn
-from opcd.sweep.results import read_jsonl
+from opcd.sweep.results import Shape, misfits, read_object, read_shaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 EXAMPLES = 4
+LISTED = 20
+"""Problems that are named."""
+ROUND = re.compile(r"round-([0-9]{1,9})")
+SCORE = get_type_hints(Score)
+LIST: Shape = {"number": int, "step": int, "lessons": list, "seen": list}
+ATTEMPT: Shape = {"list": int, "step": int, "transcript": str, "success": bool | None}
+EXTRACTION: Shape = {"list": int, "step": int, "text": str | None}
+CHOSEN: Shape = {
+    **dict.fromkeys(("number", "step", "lessons", "tokens", "right", "items", "right_without"), int),
+    **dict.fromkeys(("success", "low", "high", "success_without", "low_without", "high_without"), float),
+}
 PAGE = "report.html"
 
 
@@ -80,6 +92,7 @@ class Part:
         examples: the first attempts, each with what was extracted from it.
         counts: lines of the files that grow.
         context: the selected list as a prompt holds it; None where the pass has not come so far.
+        problems: what could not be read.
     """
 
     name: str
@@ -89,24 +102,32 @@ class Part:
     examples: list[dict[str, Any]]
     counts: dict[str, int]
     context: str | None
+    problems: list[str]
 
     @classmethod
     def read(cls, folder: Path, name: str = "") -> "Part":
         """From the folder of a pass."""
-        selection, context = folder / SELECTION, folder / CONTEXT
-        extractions = {(r["list"], r["step"]): r for r in _first_records(folder / EXTRACTIONS, EXAMPLES)}
-        attempts = _first_records(folder / ATTEMPTS, EXAMPLES)
+        problems: list[str] = []
+        extracted = _first_records(folder / EXTRACTIONS, EXTRACTION, problems)
+        extractions = {(r["list"], r["step"]): r for r in extracted}
+        attempts = _first_records(folder / ATTEMPTS, ATTEMPT, problems)
+        selection: dict[str, Any] | None = read_object(folder / SELECTION, problems) or None
+        if selection and (wrong := misfits(selection, CHOSEN)):
+            problems.append(f"{SELECTION}: left out: {', '.join(wrong)} missing, or of another type")
+            selection = None
+        context = folder / CONTEXT
         return cls(
             name=name,
-            selection=json.loads(selection.read_text(encoding="utf-8")) if selection.exists() else None,
-            scores=read_jsonl(folder / SCORES),
-            lists=read_jsonl(folder / LISTS),
+            selection=selection,
+            scores=_scores(folder, problems),
+            lists=_lists(folder, problems),
+            problems=problems,
             examples=[
                 attempt | {"extracted": extractions.get((attempt["list"], attempt["step"]), {}).get("text")}
                 for attempt in attempts
             ],
             counts={file: _lines(folder / file) for file in (ATTEMPTS, EXTRACTIONS, VALIDATION)},
-            context=context.read_text(encoding="utf-8") if context.exists() else None,
+            context=context.read_text(encoding="utf-8", errors="replace") if context.exists() else None,
         )
 
     @property
@@ -116,13 +137,13 @@ class Part:
             return []
         place = (self.selection["number"], self.selection["step"])
         chosen = next((one for one in self.lists if (one["number"], one["step"]) == place), None)
-        return [] if chosen is None else list(zip(chosen["lessons"], chosen["seen"], strict=True))
+        return list(zip(chosen["lessons"], chosen["seen"], strict=True)) if chosen else []
 
     @property
     def best_scores(self) -> list[dict[str, Any]]:
         """The score without a list, and the best of every list."""
-        scores = [Score(**score) for score in self.scores]
-        return [asdict(score) for score in (*(s for s in scores if s.number is None), *best_of_each(scores))]
+        scores = [Score(**{name: score[name] for name in SCORE}) for score in self.scores]
+        return [asdict(score) for score in (*[s for s in scores if s.id is None][:1], *best_of_each(scores))]
 
     @property
     def title(self) -> str:
@@ -148,30 +169,37 @@ def read_run(run: Path) -> tuple[list[Round], list[Part]]:
         raise UserError(f"no folder {run.absolute()}{beside(run)}")
     if not (run / IDENTITY).exists():
         raise UserError(f"{run.resolve()} holds no run of `opcd experience`: it has no {IDENTITY}")
-    folders = sorted((f for f in run.glob("round-*") if (f / ATTEMPTS).exists()), key=lambda f: int(f.name[6:]))
+    numbered = [(int(found[1]), f) for f in run.glob("round-*") if (found := ROUND.fullmatch(f.name))]
+    folders = [folder for _, folder in sorted(numbered) if (folder / ATTEMPTS).exists()]
     if not folders:
-        return [], [Part.read(run)]
-    return read_rounds(run), [Part.read(folder, folder.name.replace("-", " ")) for folder in folders]
+        alone = Part.read(run)
+        read_object(run / IDENTITY, alone.problems)
+        return [], [alone]
+    parts = [Part.read(folder, folder.name.replace("-", " ")) for folder in folders]
+    read_object(run / IDENTITY, parts[0].problems)
+    return read_rounds(run, parts[0].problems), parts
 
 
 def print_run(run: Path, console: Console | None = None) -> None:
     """Print rounds, lessons, scores and attempts."""
-    console = console or Console(width=None if Console().is_terminal else 140)
+    console = console or Screen(width=None if Screen().is_terminal else 140)
     rounds, parts = read_run(run)
     if rounds:
         console.print(_table(ROUND_HEADER, [round_cells(one) for one in rounds]))
     for part in parts:
-        console.print(escape(f"{part.name}: {part.title}" if part.name else part.title), highlight=False)
+        console.print(plain(f"{part.name}: {part.title}" if part.name else part.title), highlight=False)
         for lesson, seen in part.lessons:
-            console.print(escape(f"  - {lesson}" + (f" (written {seen} times)" if seen > 1 else "")), highlight=False)
+            console.print(plain(f"  - {lesson}" + (f" (written {seen} times)" if seen > 1 else "")), highlight=False)
         if part.context and not part.lessons:  # the lists were not kept
-            console.print(escape(part.context), highlight=False)
+            console.print(plain(part.context), highlight=False)
         if part.scores:
             console.print(_table(SCORE_HEADER, [score_cells(score) for score in part.best_scores]))
+        for problem in part.problems[:LISTED]:
+            console.print(plain(f"  {problem}"), highlight=False)
     if parts[-1].examples:
         first = parts[-1].examples[0]
-        console.print(f"an attempt:\n{escape(first['transcript'])}", highlight=False)
-        console.print(f"what was extracted from it:\n{escape(first['extracted'] or 'nothing yet')}", highlight=False)
+        console.print(plain(f"an attempt:\n{first['transcript']}"), highlight=False)
+        console.print(plain(f"what was extracted from it:\n{first['extracted'] or 'nothing yet'}"), highlight=False)
 
 
 def make_page(run: Path) -> str:
@@ -187,7 +215,7 @@ def make_page(run: Path) -> str:
             for number, part in enumerate(parts)
         ],
         score_header=SCORE_HEADER,
-        run=json.dumps(read_json(run / IDENTITY, "run"), indent=1, ensure_ascii=False),
+        run=json.dumps(read_object(run / IDENTITY, []), indent=1, ensure_ascii=False),
     )
 
 
@@ -220,7 +248,7 @@ def _plot(part: Part, seed: str) -> Markup | None:
     if not part.scores:
         return None
     scores = [score for score in part.scores if score["number"] is not None]
-    by_list = itertools.groupby(scores, key=lambda score: score["number"])
+    by_list = itertools.groupby(sorted(scores, key=itemgetter("number")), key=itemgetter("number"))
     groups = {f"list {number}": [[(s["step"], s["success"]) for s in group]] for number, group in by_list}
     without = [score["success"] for score in part.scores if score["number"] is None]
 
@@ -239,15 +267,52 @@ def _plot(part: Part, seed: str) -> Markup | None:
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
     table = Table(*header)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     return table
 
 
-def _first_records(file: Path, count: int) -> Iterator[dict[str, Any]]:
+def _first_records(file: Path, shape: Shape, problems: list[str]) -> list[dict[str, Any]]:
     """The first whole lines of a file that may be growing."""
-    if file.exists():
-        with file.open(encoding="utf-8") as stream:
-            yield from (json.loads(line) for line in itertools.islice(stream, count) if line.endswith("\n"))
+    if not file.is_file():
+        return []
+    rows = []
+    with file.open("rb") as stream:
+        for number, line in enumerate(itertools.islice(stream, EXAMPLES), start=1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and not misfits(row, shape):
+                rows.append(row)
+            elif line.endswith(b"\n"):
+                problems.append(f"{file.name}:{number}: left out: no JSON object, or of another shape")
+    return rows
+
+
+def _scores(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Scores of lists, each of at least one item; that without a list has neither number, step nor id."""
+    rows = read_shaped(folder / SCORES, SCORE, problems)
+    whole = [
+        row for row in rows if row["items"] > 0 and len({row[name] is None for name in ("number", "step", "id")}) == 1
+    ]
+    if len(whole) < len(rows):
+        problems.append(f"{SCORES}: {len(rows) - len(whole)} scores left out: of another shape")
+    return whole
+
+
+def _lists(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Lists of lessons, each with how often it was written."""
+    rows = read_shaped(folder / LISTS, LIST, problems)
+    whole = [
+        row
+        for row in rows
+        if len(row["lessons"]) == len(row["seen"])
+        and all(isinstance(lesson, str) for lesson in row["lessons"])
+        and all(isinstance(seen, int) for seen in row["seen"])
+    ]
+    if len(whole) < len(rows):
+        problems.append(f"{LISTS}: {len(rows) - len(whole)} lists left out: lessons or seen of another shape")
+    return whole
 
 
 def _lines(file: Path) -> int:

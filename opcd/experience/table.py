@@ -1,8 +1,10 @@
 """The rounds of a run that have finished, a line each."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
+
+from opcd.sweep.results import read_shaped
 
 TABLE = "rounds.jsonl"
 
@@ -34,9 +36,7 @@ class Round:
     items: int
 
 
-def read_rounds(out: Path) -> list[Round]:
-    """The rounds that have finished."""
-    file = out / TABLE
-    if not file.exists():
-        return []
-    return [Round(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+def read_rounds(out: Path, problems: list[str]) -> list[Round]:
+    """The rounds that have finished; what cannot be read is left out, and named among the problems."""
+    shape = get_type_hints(Round)
+    return [Round(**{name: row[name] for name in shape}) for row in read_shaped(out / TABLE, shape, problems)]

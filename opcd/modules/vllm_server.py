@@ -12,6 +12,7 @@ from opcd.errors import StepAbandoned, UserError
 from opcd.modules.engine import Completion, Engine, named_weights
 from opcd.modules.student import Student
 from opcd.serving import START, Card, Server, ServerError, find
+from opcd.serving.shapes import Shape, completion
 
 COMPLETIONS, RPC, PREFIXES = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
 
@@ -46,6 +47,7 @@ class VLLMServer(Engine):
         self._server = Server(base_url, api_key_env, concurrency, timeout, patience)
         self.name, self.weights = name, Path(weights).expanduser().absolute()
         self._card: Card | None = None
+        self._vocabulary: int | None = None
 
     @property
     def window(self) -> int | None:
@@ -68,6 +70,7 @@ class VLLMServer(Engine):
         Raises:
             StepAbandoned: the server does not take them.
         """
+        self._vocabulary = int(student.model.config.get_text_config().vocab_size)
         if student.is_sharded:
             student = student.plain(dtype, torch.device("meta" if getattr(rank_zero_only, "rank", 0) else "cpu"))
         try:
@@ -97,7 +100,8 @@ class VLLMServer(Engine):
 
     def _forget(self, patience: float | None = None) -> None:
         """Have the server drop the keys and values that it has kept."""
-        if not self._develop(PREFIXES, {}, patience).get("success"):
+        answer = self._develop(PREFIXES, {}, patience)
+        if not isinstance(answer, dict) or not answer.get("success"):
             raise ServerError(f"{self._server.base_url} keeps what it has computed with the former weights")
 
     def complete(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
@@ -106,21 +110,21 @@ class VLLMServer(Engine):
         Raises:
             StepAbandoned: it does not answer in time, or not in vLLM's form.
         """
+        shape = completion(settings.get("max_tokens"), self._vocabulary)
         common = {"model": self.name, "return_token_ids": True} | settings
         bodies = [common | {"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
         try:
-            return self._server.post(COMPLETIONS, bodies, self._read)
+            return self._server.post(COMPLETIONS, bodies, lambda answer, _: self._read(shape, answer))
         except ServerError as error:
             raise _abandoned(str(error)) from error
 
-    def _read(self, answer: Any, number: int) -> Completion:
+    def _read(self, shape: Shape, answer: Any) -> Completion:
         try:
-            (choice,) = answer["choices"]
-            tokens = [int(token) for token in choice["token_ids"]]
-            log_probs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
-        except (KeyError, TypeError, ValueError) as error:
-            where = self._server.base_url + COMPLETIONS
-            raise ServerError(f"{where}: an answer that is not of vLLM's form: {error!r}") from error
+            shape(answer, "answer")
+        except ServerError as error:
+            raise ServerError(f"{self._server.base_url}{COMPLETIONS}: {error}") from error
+        (choice,) = answer["choices"]
+        tokens, log_probs = choice["token_ids"], [float(value) for value in choice["logprobs"]["token_logprobs"]]
         if len(tokens) != len(log_probs) or not tokens:
             raise ServerError(f"{self._server.base_url}: {len(log_probs)} log-probabilities of {len(tokens)} tokens")
         return Completion(tokens, log_probs)

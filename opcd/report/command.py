@@ -19,6 +19,9 @@ from opcd.report import runs as told
 from opcd.report.curves import plots
 from opcd.report.runs import Run, read_runs
 
+LISTED = 50
+"""Problems of a run that are named."""
+
 
 def main(args: list[str]) -> int:
     """Write the page. Returns 0.
@@ -52,17 +55,22 @@ def page(runs: list[Run]) -> str:
     except UserError as error:
         drawn = {}
         print(f"opcd: the page has no curves: {error}", file=sys.stderr)
+    evaluations = told.evaluations(runs)
+    for run in runs:
+        for problem in run.problems[:LISTED]:
+            print(f"opcd: {run.name}: {problem}", file=sys.stderr)
     return render(
         Path(__file__).parent / "report.html.j2",
         title=", ".join(run.name for run in runs),
         overview=told.overview(runs),
         plots=drawn,
         questions=told.questions(runs),
-        evaluations=told.evaluations(runs),
+        evaluations=evaluations,
         numbers=told.all_numbers(runs),
         several=len(runs) > 1,
         differences=told.differences(runs),
         environments=told.environments(runs),
+        problems={run.name: run.problems[:LISTED] for run in runs if run.problems},
         commands={run.name: run.environment.get("command", told.NONE) for run in runs},
         configs={run.name: yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) for run in runs},
     )

@@ -5,7 +5,7 @@ from functools import partial
 
 from opcd.report.runs import Run
 from opcd.sweep.plots import curves, drawn
-from opcd.sweep.results import right_over_steps
+from opcd.sweep.results import is_finite, right_over_steps
 
 RIGHT = "samples/right"
 FIRST = {
@@ -40,4 +40,4 @@ def plots(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _changes(curve: Sequence[tuple[int, float]]) -> bool:
-    return len({value for _, value in curve}) > 1
+    return len({value for _, value in curve if is_finite(value)}) > 1

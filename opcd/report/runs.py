@@ -13,7 +13,17 @@ from opcd.environment import FILE
 from opcd.errors import UserError
 from opcd.evaluation.report import SUMMARY
 from opcd.evaluation.results import Metric, Row, summarise
-from opcd.sweep.results import Series, figures, read_config, read_jsonl, read_metrics, share_right
+from opcd.sweep.results import (
+    Series,
+    figures,
+    is_finite,
+    read_config,
+    read_jsonl,
+    read_metrics,
+    read_object,
+    read_samples,
+    share_right,
+)
 from opcd.sweep.table import clock
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -22,6 +32,7 @@ NOT_SCORES = ("index", "sample", "seed", "tokens", "turns")
 """What an answer's line has beside its scores that is a number as well."""
 ANSWERS = re.compile(r"step=(?P<step>\d+)-(?P<task>.+)\.jsonl")
 NONE = "-"
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Run:
         numbers: one number a metric.
         samples: samples.jsonl.
         environment: environment.json; empty for a run that was not made by the command.
+        problems: what of the folder could not be read, or is not finite.
     """
 
     name: str
@@ -44,21 +56,21 @@ class Run:
     numbers: dict[str, float]
     samples: list[Row]
     environment: dict[str, Any]
+    problems: list[str]
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """From its folder. UserError where that holds no run."""
-        config = read_config(folder)
-        config.get("trainer", {}).pop("default_root_dir", None)
-        file = folder / FILE
+        """From its folder, with what is whole of it. UserError where that holds no run."""
+        problems: list[str] = []
         return cls(
             name=str(folder),
             folder=folder,
-            config=config,
-            series=read_metrics(folder),
+            config=_config(folder, problems),
+            series=read_metrics(folder, problems),
             numbers=figures(folder),
-            samples=read_jsonl(folder / "samples.jsonl"),
-            environment=json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {},
+            samples=read_samples(folder, problems),
+            environment=_environment(folder, problems),
+            problems=problems,
         )
 
     @property
@@ -94,7 +106,7 @@ def overview(runs: Sequence[Run]) -> Table:
         (
             *(run.name, str(run.steps), run.right(False, False), run.right(False, True), run.right(True, True)),
             _number(run.numbers.get("train/divergence")),
-            clock(sum(seconds for _, seconds in run.series.get("seconds/step", []))),
+            clock(sum(seconds for _, seconds in run.series.get("seconds/step", []) if is_finite(seconds))),
             _number(run.numbers.get("seconds/step")),
             _number(run.numbers["memory/peak_mib"] / 1024 if "memory/peak_mib" in run.numbers else None),
         )
@@ -140,36 +152,95 @@ def questions(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def evaluations(runs: Sequence[Run]) -> Table:
-    """Every metric with its interval: of the last answers that `LMEval` wrote, and of every results.json."""
+    """Every metric with its interval: of the last answers that `LMEval` wrote, and of every results.json.
+
+    What cannot be read is added to each run's problems.
+    """
     rows = []
     for run in runs:
-        for where, task, n, metrics in (*_inside_training(run.folder), *_results(run.folder)):
+        found = (*_inside_training(run.folder, run.problems), *_results(run.folder, run.problems))
+        for where, task, n, metrics in found:
             rows += [(run.name, where, task, str(n), name, *_interval(metric)) for name, metric in metrics.items()]
     return ("run", "where", "task", "questions", "metric", "value", "95 % interval"), rows
 
 
-def _inside_training(folder: Path) -> Iterable[tuple[str, str, int, dict[str, Metric]]]:
+def _config(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """The config but for the folder that runs go to; empty where it cannot be read, which is a problem."""
+    try:
+        config = read_config(folder)
+    except UserError as error:
+        if not (folder / CONFIG).exists():
+            raise
+        problems.append(f"{CONFIG}: left out: {error}")
+        return {}
+    if isinstance(trainer := config.get("trainer"), dict):
+        trainer.pop("default_root_dir", None)
+    return config
+
+
+def _environment(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """environment.json, of which parts of another shape are left out."""
+    found = read_object(folder / FILE, problems)
+    kinds = {"command": str, "began": str, "machine": dict, "versions": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(found.get(name, kind()), kind)]:
+        problems.append(f"{FILE}: left out: {', '.join(wrong)} of another type")
+    return {name: value for name, value in found.items() if name not in wrong}
+
+
+def _inside_training(folder: Path, problems: list[str]) -> Iterable[tuple[str, str, int, dict[str, Metric]]]:
     last: dict[tuple[Path, str], int] = {}
     for file in sorted(folder.glob("*/step=*.jsonl")):
         if name := ANSWERS.fullmatch(file.name):
             key = (file.parent, name["task"])
             last[key] = max(int(name["step"]), last.get(key, 0))
     for (parent, task), step in last.items():
-        rows = read_jsonl(parent / f"step={step}-{task}.jsonl")
-        scores = [name for name, value in rows[0].items() if name not in NOT_SCORES and _is_score(value)]
-        yield f"{parent.name}, step {step}", task, len({row["index"] for row in rows}), summarise(rows, scores)
+        file = parent / f"step={step}-{task}.jsonl"
+        rows = read_jsonl(file, problems)
+        first = rows[0] if rows else {}
+        scores = [name for name, value in first.items() if name not in NOT_SCORES and _is_score(value)]
+        whole = [row for row in rows if _is_answer(row, scores)]
+        if len(whole) < len(rows) or not scores:
+            problems.append(f"{parent.name}/{file.name}: {len(whole)} of {len(rows)} answers have their scores")
+        if not whole or not scores:
+            continue
+        try:
+            metrics = summarise(whole, scores)
+        except ValueError as error:  # some questions were answered more often than others
+            problems.append(f"{parent.name}/{file.name}: left out: {error}")
+            continue
+        yield f"{parent.name}, step {step}", task, len({row["index"] for row in whole}), metrics
 
 
-def _results(folder: Path) -> Iterable[tuple[str, str, int, dict[str, Metric]]]:
+def _results(folder: Path, problems: list[str]) -> Iterable[tuple[str, str, int, dict[str, Metric]]]:
     for file in sorted(folder.rglob(SUMMARY)):
-        for task, result in json.loads(file.read_text(encoding="utf-8"))["tasks"].items():
-            metrics = {name: Metric(**value) for name, value in result["metrics"].items()}
-            yield str(file.parent.relative_to(folder)), task, result["n"], metrics
+        where = str(file.parent.relative_to(folder))
+        found: list[str] = []
+        tasks = read_object(file, found).get("tasks")
+        problems += [f"{where}/{problem}" for problem in found]
+        if not isinstance(tasks, dict) and not found:
+            problems.append(f"{where}/{SUMMARY}: left out: it has no tasks")
+        for task, result in tasks.items() if isinstance(tasks, dict) else ():
+            try:
+                metrics = {str(name): _metric(value) for name, value in result["metrics"].items()}
+                yield where, str(task), int(result["n"]), metrics
+            except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+                problems.append(f"{where}/{SUMMARY}: left out: {task} is of another shape: {error!r}")
+
+
+def _metric(value: dict[str, Any]) -> Metric:
+    """A metric of results.json. KeyError, TypeError or ValueError where it is none."""
+    bounds = [None if value.get(end) is None else float(value[end]) for end in ("low", "high")]
+    return Metric(float(value["value"]), *bounds)
+
+
+def _is_answer(row: Row, scores: Sequence[str]) -> bool:
+    """Whether a line of answers has its question's number and all scores."""
+    return isinstance(row.get("index"), int) and all(name in row and _is_score(row[name]) for name in scores)
 
 
 def _is_score(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(one, bool | int | float) for one in values)
+    return bool(values) and all(isinstance(one, bool | int | float) and is_finite(one) for one in values)
 
 
 def _interval(metric: Metric) -> tuple[str, str]:
@@ -178,7 +249,8 @@ def _interval(metric: Metric) -> tuple[str, str]:
 
 
 def _parts(environment: dict[str, Any]) -> dict[str, str]:
-    return {**environment.get("machine", {}), **environment.get("versions", {})}
+    found = {**environment.get("machine", {}), **environment.get("versions", {})}
+    return {str(name): str(value) for name, value in found.items()}
 
 
 def _at(config: Any, key: str) -> str:
@@ -187,7 +259,7 @@ def _at(config: Any, key: str) -> str:
         if not isinstance(config, dict) or part not in config:
             return NONE
         config = config[part]
-    return json.dumps(config, ensure_ascii=False)
+    return json.dumps(config, ensure_ascii=False, default=str)
 
 
 def _number(value: float | None) -> str:

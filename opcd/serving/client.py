@@ -8,19 +8,24 @@ time, 429, 5xx, JSON that is cut), another one follows after a pause that double
 
 import asyncio
 import itertools
+import json
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import httpx2
 from lightning.pytorch.utilities import rank_zero_info
 
+from opcd.errors import UserError
+from opcd.hub import check_proxies
 from opcd.interruption import check
+from opcd.output import hide, masked, shown
 from opcd.serving.pauses import pause
 
 Result = TypeVar("Result")
@@ -31,6 +36,8 @@ POLL = 0.1
 """Seconds between two looks for a signal that ends the run."""
 CONNECT = 10.0
 """Seconds until a machine that does not answer counts as away."""
+LARGEST = 2**28
+"""Bytes of the largest answer: a table of 20 tokens at 8,000 positions takes 16 MiB."""
 SHOWN = 300
 """Characters of what a server says in an error."""
 
@@ -44,7 +51,7 @@ class ServerError(Exception):
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(shown(message))  # a server's words may hold anything, the key too
         self.status = status
 
 
@@ -52,7 +59,7 @@ class _Again(Exception):
     """An attempt that failed and may succeed the next time: why, and the server's Retry-After."""
 
     def __init__(self, problem: str, retry_after: str | None = None) -> None:
-        super().__init__(problem)
+        super().__init__(shown(problem))
         self.retry_after = retry_after
 
 
@@ -146,6 +153,10 @@ class Server:
     ) -> list[Result]:
         room, told = asyncio.Semaphore(self.concurrency), asyncio.Event()
         timeout, limits = httpx2.Timeout(None, connect=CONNECT), httpx2.Limits(max_connections=self.concurrency)
+        try:
+            check_proxies()
+        except UserError as error:
+            raise ServerError(str(error)) from error
         async with httpx2.AsyncClient(headers=self._headers(), timeout=timeout, limits=limits) as client:
 
             async def one(number: int) -> Result:
@@ -193,21 +204,35 @@ class Server:
     async def _attempt(self, client: httpx2.AsyncClient, method: str, path: str, body: Any) -> Any:
         try:
             async with asyncio.timeout(self.timeout):
-                response = await client.request(method, self.base_url + path, json=body)
+                response, content = await self._received(client, method, path, body)
         except TimeoutError:
             raise _Again(f"no answer within {self.timeout:g} s") from None
         except httpx2.RequestError as error:
             raise _Again(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         if response.status_code in AGAIN:
-            raise _Again(self._said(response), response.headers.get("Retry-After"))
+            raise _Again(_said(response, content), response.headers.get("Retry-After"))
         if response.status_code != 200:
             key = f"; the key comes from the environment variable {self.key_env}"
             hint = key if response.status_code in (401, 403) else ""
-            raise ServerError(f"{self.base_url}{path}: {self._said(response)}{hint}", response.status_code)
+            raise ServerError(f"{self.base_url}{path}: {_said(response, content)}{hint}", response.status_code)
         try:
-            return response.json()
+            return json.loads(content)
+        except RecursionError as error:
+            raise ServerError(f"{self.base_url}{path}: its answer is nested too deep") from error
         except ValueError as error:
             raise _Again("its answer is no whole JSON") from error
+
+    async def _received(
+        self, client: httpx2.AsyncClient, method: str, path: str, body: Any
+    ) -> tuple[httpx2.Response, bytes]:
+        """A response and its content, which is not read without end."""
+        content = bytearray()
+        async with client.stream(method, self.base_url + path, json=body) as response:
+            async for piece in response.aiter_bytes():
+                content += piece
+                if len(content) > LARGEST:
+                    raise ServerError(f"{self.base_url}{path}: its answer is larger than {LARGEST >> 20} MiB")
+        return response, bytes(content)
 
     async def _taken(self, client: httpx2.AsyncClient, shortcut: Shortcut[Result], number: int) -> Result | None:
         """What a shortcut gives in place of a body; None where it fails."""
@@ -228,16 +253,16 @@ class Server:
         key = self._key()
         if not re.fullmatch(r"[!-~]*", key):  # it would be shown by whoever refuses it later
             raise ServerError(f"the environment variable {self.key_env} holds no key: blanks or other than ASCII")
+        hide(key)
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def _said(self, response: httpx2.Response) -> str:
-        """The status and the beginning of a server's own words, without the key."""
-        try:
-            words = str(response.json()["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            words = response.text
-        words = words.replace(self._key(), "***") if self._key() else words
-        return f"HTTP {response.status_code} {' '.join(words.split())[:SHOWN]}".strip()
+
+def _said(response: httpx2.Response, content: bytes) -> str:
+    """The status and the beginning of a server's own words."""
+    words = content[: 4 * SHOWN].decode("utf-8", "replace")
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        words = str(json.loads(content)["error"]["message"])
+    return f"HTTP {response.status_code} {' '.join(masked(words).split())[:SHOWN]}".strip()
 
 
 def _check_url(base_url: str) -> None:
@@ -245,9 +270,11 @@ def _check_url(base_url: str) -> None:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL:
         url = httpx2.URL("")
-    if url.userinfo or url.query or url.fragment:  # not shown: it may be a key
+    if url.userinfo or url.query or url.fragment or "@" in base_url:  # not shown: it may be a key
         raise ValueError(
             "base_url must be http(s)://host:port alone: a name, a key or a query has no place in a config"
         )
     if url.scheme not in ("http", "https") or not url.host or url.path.rstrip("/").endswith("/v1"):
         raise ValueError(f"base_url must be http(s)://host:port, without the /v1 that follows, got {base_url!r}")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise ValueError(f"base_url: a port lies between 1 and 65535, got {url.port}")

@@ -13,7 +13,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from opcd.serving.client import Server, ServerError, Shortcut
+from opcd.serving import shapes
+from opcd.serving.client import SHOWN, Server, ServerError, Shortcut
 from opcd.serving.positions import Values, cached_tokens, read_rest, read_whole
 
 MODELS, TOKENIZE, COMPLETIONS, GENERATE = "/v1/models", "/tokenize", "/v1/completions", "/inference/v1/generate"
@@ -38,15 +39,17 @@ class Card:
 
 def find(server: Server, name: str, patience: float | None = None) -> Card:
     """What a server says of a model; ServerError where it has none of that name, or is not there."""
+    answer = server.get(MODELS, patience)
     try:
-        cards = {card["id"]: card for card in server.get(MODELS, patience)["data"]}
-        if name not in cards:
-            raise ServerError(f"{server.base_url} serves no model {name}, but {', '.join(cards)}")
-        card = cards[name]
-        base = cards.get(card.get("parent"), {})  # an adapter's window is its base's
-        return Card(card.get("root"), card.get("max_model_len") or base.get("max_model_len"))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ServerError(f"{server.base_url}{MODELS} lists no models: {error!r}") from error
+        shapes.MODELS(answer, "answer")
+    except ServerError as error:
+        raise ServerError(f"{server.base_url}{MODELS} lists no models: {error}") from error
+    cards = {card["id"]: card for card in answer["data"]}
+    if name not in cards:
+        raise ServerError(f"{server.base_url} serves no model {name}, but {', '.join(cards)[:SHOWN] or 'none'}")
+    card = cards[name]
+    base = cards.get(card.get("parent"), {})  # an adapter's window is its base's
+    return Card(card.get("root"), card.get("max_model_len") or base.get("max_model_len"))
 
 
 class ServedModel:
@@ -109,11 +112,16 @@ class ServedModel:
         """Compare the probe's ids with the server's; False where it does not tell them."""
         body = {"model": self.name, "prompt": PROBE, "add_special_tokens": False}
         try:
-            (served,) = self.server.post(TOKENIZE, [body], lambda answer, _: answer["tokens"])
-        except (ServerError, KeyError, TypeError) as error:
-            if isinstance(error, ServerError) and error.status not in (404, 405, 501):
+            (served,) = self.server.post(TOKENIZE, [body], lambda answer, _: answer)
+        except ServerError as error:
+            if error.status not in (404, 405, 501):
                 raise
             return False
+        try:
+            shapes.TOKENS(served, "answer")
+        except ServerError:
+            return False
+        served = served["tokens"]
         if served != ids:
             raise ServerError(
                 f"{self.name} has another tokenizer than model.student: it cuts a probe into {_short(served)}, the "
@@ -124,7 +132,7 @@ class ServedModel:
     def _asks_for_the_rest(self, ids: list[int], k: int) -> bool:
         try:
             self.server.post(GENERATE, [self._rest(ids, k)], lambda answer, _: cached_tokens(answer), patience=0)
-        except (ServerError, KeyError, TypeError, ValueError):
+        except ServerError:
             return False
         return True
 
@@ -161,8 +169,6 @@ class ServedModel:
             try:
                 values = values_of(answer, *rows[number], k)
                 called = answer.get("model")
-            except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-                raise ServerError(f"{where}: an answer that is not of vLLM's form: {error!r}") from error
             except ServerError as error:
                 raise ServerError(f"{where}: {error}") from error
             if self._called is not None and called != self._called:
@@ -175,7 +181,7 @@ class ServedModel:
 def _check_decoded(answer: Any, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
     """Compare the texts that a server gives for the probe's tokens with the tokenizer's; those of plain ASCII."""
     for token, table in list(zip(ids, answer["choices"][0]["prompt_logprobs"], strict=True))[1:]:
-        ours, theirs = str(tokenizer.decode([token])), str(table[str(token)].get("decoded_token"))
+        ours, theirs = str(tokenizer.decode([token])), str((table or {}).get(str(token), {}).get("decoded_token"))
         if ours.isascii() and ours.strip() != theirs.strip():
             raise ServerError(
                 f"another tokenizer than model.student's: token {token} is {theirs!r} there, {ours!r} here"

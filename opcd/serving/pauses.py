@@ -26,5 +26,5 @@ def _asked(retry_after: str | None) -> float:
         pass
     try:
         return parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except ValueError:
+    except (ValueError, TypeError, IndexError, OverflowError):
         return 0.0

@@ -1,16 +1,18 @@
 """What vLLM's tables of log-probabilities say of a response's tokens."""
 
 import heapq
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opcd.serving.client import ServerError
+from opcd.serving.shapes import CACHED, ROUNDING, anything, fields, list_of, optional, table
 
-ROUNDING = 1e-3
-"""Nats by which a log-probability may lie above 0."""
+SCORED = fields({"choices": list_of(fields({"prompt_logprobs": optional(list_of(anything))}), length=1)})
+REST = fields({"prompt_logprobs": list_of(anything)})
+TABLES = list_of(table)
+"""Of the response's tokens alone: those of what was cached may hold anything."""
 
 Values = tuple[Tensor, Tensor]
 """Token ids and their log-probabilities, [R, k] each or, k = 0, [R]."""
@@ -22,7 +24,8 @@ def read_whole(answer: Any, prompt: list[int], response: list[int], k: int) -> V
     Raises:
         ServerError: it has not, or not with k tokens, or what they say are no log-probabilities.
     """
-    tables = answer["choices"][0].get("prompt_logprobs")
+    SCORED(answer, "answer")
+    tables = answer["choices"][0]["prompt_logprobs"]
     if tables is None:
         raise ServerError("it gives no prompt_logprobs; vLLM does")
     if len(tables) != len(prompt) + len(response):
@@ -38,7 +41,9 @@ def read_rest(answer: Any, prompt: list[int], response: list[int], k: int) -> Va
     Raises:
         ServerError: as `read_whole`; or tokens of the response were cached too.
     """
-    cached, tables = cached_tokens(answer), answer["prompt_logprobs"]
+    cached = cached_tokens(answer)
+    REST(answer, "answer")
+    tables = answer["prompt_logprobs"]
     # A token's table comes out of the token before it, so that the prompt's last one must have been computed.
     if cached >= len(prompt) or len(tables) <= len(response):
         raise ServerError(f"{cached} of {len(prompt)} + {len(response)} tokens came from its cache, without values")
@@ -46,11 +51,13 @@ def read_rest(answer: Any, prompt: list[int], response: list[int], k: int) -> Va
 
 
 def cached_tokens(answer: Any) -> int:
-    """How many tokens of a prompt a server has taken from its cache; TypeError or KeyError where it does not tell."""
+    """How many tokens of a prompt a server has taken from its cache; ServerError where it does not tell."""
+    CACHED(answer, "answer")
     return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
 def _values(tables: list[Any], response: list[int], k: int) -> Values:
+    TABLES(tables, "prompt_logprobs")
     pairs = [_at(*one, k) for one in zip(tables, response, strict=True)]
     tokens, log_probs = (torch.tensor([[pair[n] for pair in row] for row in pairs]) for n in (0, 1))
     if k and float(log_probs.logsumexp(-1).max()) > ROUNDING:
@@ -58,12 +65,9 @@ def _values(tables: list[Any], response: list[int], k: int) -> Values:
     return (tokens, log_probs) if k else (tokens[:, 0], log_probs[:, 0])
 
 
-def _at(table: dict[str, Any], token: int, k: int) -> list[tuple[int, float]]:
+def _at(tokens: dict[str, Any], token: int, k: int) -> list[tuple[int, float]]:
     """The k likeliest tokens of a position, or with k = 0 the one that is there."""
-    said = {int(key): float(entry["logprob"]) for key, entry in table.items()}
-    bad = next((value for value in said.values() if not math.isfinite(value) or value > ROUNDING), None)
-    if bad is not None:
-        raise ServerError(f"{bad} for a log-probability, which is finite and at most 0")
+    said = {int(key): float(entry["logprob"]) for key, entry in tokens.items()}
     if token not in said:
         raise ServerError(f"a position without the token that was sent there ({token})")
     if len(said) < k:

@@ -56,18 +56,25 @@ class JobFolder:
         """How long the finished job took, or None where it has not finished.
 
         Raises:
-            UserError: it finished with another config.
+            UserError: it finished with another config, or its files cannot be read.
         """
         if not self._finished.exists():
             return None
-        then = json.loads((self.path / "job.json").read_text(encoding="utf-8"))["config"]
+        try:
+            then = json.loads((self.path / "job.json").read_text(encoding="utf-8"))["config"]
+            seconds = float(json.loads(self._finished.read_text(encoding="utf-8"))["seconds"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{self.job.name}: job.json or finished.json in {self.path} cannot be read ({error!r}); delete the "
+                "folder to run it anew"
+            ) from error
         if changed := changed_keys(then, json.loads(json.dumps(self.job.config))):
             shown = ", ".join(changed[:3]) + ", ..." * (len(changed) > 3)
             raise UserError(
                 f"{self.job.name} finished with another config ({shown}); "
                 f"choose another --out, or delete {self.path} to run it anew"
             )
-        return float(json.loads(self._finished.read_text(encoding="utf-8"))["seconds"])
+        return seconds
 
     def begin(self) -> None:
         """An empty folder, less job.json: nothing of a former attempt stays."""

@@ -1,9 +1,15 @@
-"""What a run's folder says: its metrics over the steps, and its sample answers."""
+"""What a run's folder says: its metrics over the steps, and its sample answers.
+
+A run that was killed leaves a last line that is cut, and a file may have been changed since. What is whole is read. The
+rest is left out, and named in the list of problems that a caller passes.
+"""
 
 import csv
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -14,40 +20,142 @@ from opcd.errors import UserError
 
 Series = dict[str, list[tuple[int, float]]]
 """Name -> (step, value), in the order in which they were logged."""
+Shape = Mapping[str, Any]
+"""Field -> its type; other fields may be there too."""
+SAMPLE: Shape = {"step": int, "query": str, "reference": str | None, "context": bool, "answer": str}
+"""A line of samples.jsonl."""
+GREATEST = 1e300
+"""A number beyond it is as good as infinite: sums and plots overflow."""
+
+LAST = 10**12
+"""A step beyond it is none."""
+NODES, DEPTH = 100_000, 40
+"""Values of a config, with all that its aliases repeat, and how deep they may lie."""
 
 
 def read_config(run: Path) -> dict[str, Any]:
     """The whole config of a run.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, or its config cannot be read.
     """
     file = run / "config.yaml"
     if not run.is_dir():
         raise UserError(f"no folder {run.absolute()}{beside(run)}")
     if not file.is_file():
         raise UserError(f"{run.resolve()} holds no run of `opcd fit`: it has no config.yaml")
-    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{file}{line}: not valid YAML: {error.problem}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: no config of a run, but {type(config).__name__}")
+    if not _is_bounded(config):
+        raise UserError(f"{file}: no config of a run: more than {NODES} values, or more than {DEPTH} deep")
     return config
 
 
-def read_metrics(run: Path) -> Series:
-    """The columns of metrics.csv; none where there is no such file (trainer.logger false)."""
+def read_metrics(run: Path, problems: list[str] | None = None) -> Series:
+    """The columns of metrics.csv; none where there is no such file (trainer.logger false).
+
+    Args:
+        problems: is given what was left out, and which metrics are not finite.
+    """
+    problems = [] if problems is None else problems
     series: Series = {}
-    file = run / "metrics.csv"
-    if not file.exists():
-        return series
-    with file.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    series.setdefault(name, []).append((int(row["step"]), float(value)))
+    for line, row in _csv_rows(run / "metrics.csv", problems):
+        step = _number(row.pop("step", ""))
+        if step is None or not step.is_integer() or abs(step) > LAST:
+            problems.append(f"metrics.csv:{line}: left out: it has no step")
+            continue
+        row.pop("epoch", None)
+        for name, text in row.items():
+            value = _number(text)
+            if value is not None:
+                series.setdefault(name, []).append((int(step), value))
+            elif text:
+                problems.append(f"metrics.csv:{line}: left out: {name} is no number, but {text[:40]!r}")
+    for name, points in series.items():
+        if odd := [(step, value) for step, value in points if not is_finite(value)]:
+            more = f" and at {len(odd) - 1} more steps" if len(odd) > 1 else ""
+            problems.append(f"metrics.csv: {name} is {odd[0][1]:g} at step {odd[0][0]}{more}")
     return series
 
 
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file; none where there is no such file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+def read_jsonl(file: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a file that are objects; none where there is no such file.
+
+    Args:
+        problems: is given what was left out.
+    """
+    problems = [] if problems is None else problems
+    rows = []
+    for number, line in enumerate(_bytes(file, problems).split(b"\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                problems.append(f"{file.name}:{number}: left out: no JSON object; it may have been cut")
+    return rows
+
+
+def read_object(file: Path, problems: list[str]) -> dict[str, Any]:
+    """The object of a JSON file; empty where there is no such file, or where it is none, which is a problem."""
+    if not (text := _bytes(file, problems)):
+        if file.is_file():
+            problems.append(f"{file.name}: left out: it is empty, or cannot be read")
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{file.name}: left out: not valid JSON: {error}")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{file.name}: left out: no JSON object")
+        return {}
+    return value
+
+
+def read_samples(run: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """The sample answers of a run; lines of another shape are left out."""
+    return read_shaped(run / "samples.jsonl", SAMPLE, problems)
+
+
+def read_shaped(file: Path, shape: Shape, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a file that have these fields; others are left out."""
+    problems = [] if problems is None else problems
+    rows = []
+    for row in read_jsonl(file, problems):
+        if wrong := misfits(row, shape):
+            problems.append(f"{file.name}: a line left out: {', '.join(wrong)} missing, or of another type")
+        else:
+            rows.append(row)
+    return rows
+
+
+def misfits(row: Mapping[str, Any], shape: Shape) -> list[str]:
+    """The fields that a row lacks, or that are of another type or not finite."""
+    return [name for name, kind in shape.items() if name not in row or not _fits(row[name], kind)]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return isinstance(True, kind) and kind is not int
+    if isinstance(value, int | float) and isinstance(0, kind) | isinstance(0.0, kind):
+        return is_finite(value) and (isinstance(value, kind) or isinstance(0.0, kind)) and abs(value) <= LAST
+    return isinstance(value, kind)
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number can be added up and drawn."""
+    return abs(value) < GREATEST  # which nan is not
 
 
 def share_right(rows: list[dict[str, Any]], rule: Callable[[dict[str, Any]], bool] = right) -> float | None:
@@ -56,20 +164,77 @@ def share_right(rows: list[dict[str, Any]], rule: Callable[[dict[str, Any]], boo
     return sum(known) / len(known) if known else None
 
 
-def right_over_steps(run: Path) -> list[tuple[int, float]]:
+def right_over_steps(run: Path, problems: list[str] | None = None) -> list[tuple[int, float]]:
     """(step, share of right answers without the context) of the sample answers."""
-    rows = [row for row in read_jsonl(run / "samples.jsonl") if not row["context"]]
+    rows = [row for row in read_samples(run, problems) if not row["context"]]
     steps = sorted({row["step"] for row in rows})
     shares = [(step, share_right([row for row in rows if row["step"] == step])) for step in steps]
     return [(step, share) for step, share in shares if share is not None]
 
 
-def figures(run: Path) -> dict[str, float]:
-    """One number a metric: the mean of seconds, the last value of everything else; and the samples' right share."""
+def figures(run: Path, problems: list[str] | None = None) -> dict[str, float]:
+    """One number a metric: the mean of seconds, the last value of everything else; and the samples' right share.
+
+    Args:
+        problems: is given what could not be read.
+    """
     numbers = {}
-    for name, points in read_metrics(run).items():
+    for name, points in read_metrics(run, problems).items():
         values = [value for _, value in points]
-        numbers[name] = sum(values) / len(values) if name.startswith("seconds/") else values[-1]
-    if curve := right_over_steps(run):
+        finite = [value for value in values if is_finite(value)]
+        numbers[name] = fmean(finite) if name.startswith("seconds/") and finite else values[-1]
+    if curve := right_over_steps(run, problems):
         numbers |= {"samples/right_before": curve[0][1], "samples/right": curve[-1][1]}
     return numbers
+
+
+def _is_bounded(config: object) -> bool:
+    """Whether a YAML value stays small where its aliases, which may hold themselves, are written out."""
+    left, count = [(config, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if count > NODES or depth > DEPTH:
+            return False
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left += [(one, depth + 1) for one in inside]
+    return True
+
+
+def _bytes(file: Path, problems: list[str]) -> bytes:
+    """What a file holds; nothing where there is none, or where it cannot be read, which is a problem."""
+    try:
+        return file.read_bytes() if file.is_file() else b""
+    except OSError as error:
+        problems.append(f"{file.name}: cannot be read: {error.strerror}")
+        return b""
+
+
+def _csv_rows(file: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, cells by column) of each row that has all of its cells."""
+    data = _bytes(file, problems)
+    text = data.decode("utf-8", "replace")
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header: list[str] | None = None
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problems.append(f"{file.name}:{reader.line_num}: left out: {error}")
+            continue
+        last = not data.endswith(b"\n") and reader.line_num == text.count("\n") + 1
+        if last or (header is not None and row and len(row) != len(header)):
+            problems.append(f"{file.name}:{reader.line_num}: left out: it was cut, or is no row of this table")
+        elif header is None:
+            header = row
+        elif row:
+            yield reader.line_num, dict(zip(header, row, strict=True))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

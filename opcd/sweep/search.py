@@ -12,6 +12,7 @@ from opcd.did_you_mean import or_all
 from opcd.errors import UserError
 from opcd.extras import require
 from opcd.sweep.plan import Arm, Search, SweepFile, label
+from opcd.sweep.results import is_finite
 from opcd.sweep.summary import ArmResult
 
 RANGE = {"low", "high", "log", "step"}
@@ -78,8 +79,14 @@ class ArmSearch:
         of = {"axes": sweep.axes, **{key: value for key, value in vars(sweep.search).items() if key != "trials"}}
         if not file.exists():
             return {"search": of, "asked": []}
-        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if changed := changed_keys(known["search"], json.loads(json.dumps(of))):
+        try:
+            known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            asked = known["asked"]
+            if not isinstance(asked, list) or not all(isinstance(params, dict) for params in asked):
+                raise TypeError("asked is no list of settings")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{file} cannot be read ({error!r}); delete it, or choose another --out") from error
+        if changed := changed_keys(known.get("search"), json.loads(json.dumps(of))):
             raise UserError(f"{file} is of another search ({', '.join(changed[:3])} changed); choose another --out")
         return known
 
@@ -123,9 +130,9 @@ class ArmSearch:
 
 def best(results: Sequence[ArmResult], search: Search) -> str:
     """The best arm in words, or that there is none."""
-    known = [result for result in results if search.metric in result.numbers]
+    known = [result for result in results if is_finite(result.numbers.get(search.metric, math.nan))]
     if not known:
-        return "no trial has finished"
+        return f"no trial has finished with a finite {search.metric}"
     choose = min if search.direction == "minimize" else max
     first = choose(known, key=lambda result: result.numbers[search.metric])
     settings = ", ".join(f"{key} = {label(value)}" for key, value in first.arm.settings.items())

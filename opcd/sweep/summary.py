@@ -5,14 +5,15 @@ import io
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opcd.data.files import write_whole
+from opcd.output import csv_cell, markdown
 from opcd.sweep.engine import Task
 from opcd.sweep.plan import Arm
-from opcd.sweep.results import figures
+from opcd.sweep.results import figures, is_finite
 from opcd.sweep.table import clock
 
 SEEDS = ("seed_everything", "data.seed")
@@ -24,6 +25,8 @@ SHOWN = (
     "seconds/step",
     "memory/peak_mib",
 )
+LISTED = 20
+"""Problems that a summary lists."""
 
 
 @dataclass
@@ -34,11 +37,15 @@ class ArmResult:
     task: Task
     numbers: dict[str, float]
     """Metric -> value; empty where the arm has not finished."""
+    problems: list[str] = field(default_factory=list)
+    """What of its folder could not be read."""
 
     @classmethod
     def of(cls, arm: Arm, task: Task) -> "ArmResult":
         """Read the numbers of a finished arm."""
-        return cls(arm, task, figures(task.folder.run) if task.status == "finished" else {})
+        problems: list[str] = []
+        numbers = figures(task.folder.run, problems) if task.status == "finished" else {}
+        return cls(arm, task, numbers, problems)
 
 
 def write_summary(folder: Path, results: Sequence[ArmResult]) -> None:
@@ -57,7 +64,7 @@ def as_csv(results: Sequence[ArmResult]) -> str:
         numbers = [str(result.numbers.get(name, "")) for name in metrics]
         rows.append([result.arm.name, result.task.status, f"{result.task.seconds:.1f}", *values, *numbers])
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([map(csv_cell, row) for row in rows])
     return text.getvalue()
 
 
@@ -83,6 +90,9 @@ def as_markdown(results: Sequence[ArmResult]) -> str:
         ]
         text += "\nOver seeds (mean ± sample standard deviation of the finished arms):\n\n"
         text += markdown_table(["settings", "arms", *shown], rows)
+    if left_out := [f"- {markdown(f'{r.arm.name}: {problem}')}\n" for r in results for problem in r.problems]:
+        text += f"\nLeft out, or not finite:\n\n{''.join(left_out[:LISTED])}"
+        text += f"- and {len(left_out) - LISTED} more\n" if len(left_out) > LISTED else ""
     return text
 
 
@@ -99,13 +109,19 @@ def mean_and_spread(values: Sequence[float]) -> str:
     """Mean ± sample standard deviation; the value alone where there is one, a dash where there is none."""
     if not values:
         return "-"
+    if not all(map(is_finite, values)):
+        return ", ".join(map(_number, values))
     mean = _number(statistics.fmean(values))
     return mean if len(values) == 1 else f"{mean} ± {_number(statistics.stdev(values))}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; bars in cells are escaped."""
-    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    """A table; whatever is markup in a cell is escaped."""
+    lines = [
+        [markdown(cell) for cell in header],
+        ["---"] * len(header),
+        *([markdown(cell) for cell in row] for row in rows),
+    ]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+
+from opcd.output import Screen, plain
 
 if TYPE_CHECKING:
     from opcd.sweep.engine import Task
@@ -25,7 +27,7 @@ class LiveTable:
     """
 
     def __init__(self, tasks: dict[str, Task], console: Console | None = None) -> None:
-        self.tasks, self.console = tasks, console or Console()
+        self.tasks, self.console = tasks, console or Screen()
         self._live: Live | None = None
         self._shown: dict[str, str] = {}
 
@@ -64,11 +66,13 @@ class LiveTable:
         for name, task in rows:
             last = task.folder.last_lines(1) if task.status in ("running", "failed") else []
             status = f"[{COLOURS[task.status]}]{task.status}{' before' if task.before else ''}[/]"
-            table.add_row(escape(name), status, clock(task.seconds), escape(last[0][:120]) if last else "")
+            table.add_row(plain(name), status, clock(task.seconds), plain(last[0][:120]) if last else "")
         return table
 
 
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
+    if not math.isfinite(seconds):
+        return "-"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -17,8 +17,8 @@ from opcd.data import Example, parse_row, read_rows
 from opcd.errors import UserError
 from opcd.tasks.docs import question_docs
 
-TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-LETTER = re.compile(r"\(([A-Da-d])\)|(?<![A-Za-z])([A-D])(?![A-Za-z'])|^\s*([a-d])\s*[.):]?\s*$")
+OPENING, CLOSING = re.compile("<answer>", re.IGNORECASE), re.compile("</answer>", re.IGNORECASE)
+LETTER = re.compile(r"\(([A-Da-d])\)|(?<![A-Za-z])([A-D])(?![A-Za-z'])|^\s*([a-d])\s*(?:[.):]\s*)?$")
 
 
 def medmcqa(source: str, key: str = "source", **_: Any) -> dict[str, Any]:
@@ -58,8 +58,11 @@ def _results(doc: dict[str, Any], results: list[str], read: Callable[[str], str 
 
 
 def _tagged(response: str) -> str:
-    found: list[str] = TAGS.findall(response)
-    return found[-1] if found else ""
+    """What stands in the last tags; of several that open, the first one counts. Each tag is looked for once."""
+    inside, place = "", 0
+    while (opening := OPENING.search(response, place)) and (closing := CLOSING.search(response, opening.end())):
+        inside, place = response[opening.end() : closing.start()], closing.end()
+    return inside
 
 
 def _as_letter(reference: str) -> str | None:

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from benchmarks.drills import terminal
 from benchmarks.drills.inputs import fuzz, inputs
 from benchmarks.drills.smuggling import smuggling
+from opcd import output
 from opcd.data import examples, files
 from opcd.data.literal import TextEncoder
 
@@ -39,6 +41,20 @@ def test_rows_changed_at_random(tmp_path):
 def test_control_tokens_in_rows_and_contexts(tmp_path):
     outcome = smuggling(10, tmp_path)
     assert outcome.problems == [] and outcome.tried >= 1000
+
+
+@pytest.mark.case("A7")
+def test_a_terminal_stays_clean(tmp_path):
+    outcome = terminal.terminal(1, tmp_path)
+    assert outcome.problems == [] and outcome.tried >= 30
+
+
+@pytest.mark.case("A7")
+def test_the_drill_of_a_terminal_sees_what_is_not_cleaned(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "shown", lambda text, lines=True: str(text))
+    monkeypatch.setattr(terminal, "_cases", lambda where, text, address: [terminal.Case("a command", [text], 2)])
+    outcome = terminal.terminal(1, tmp_path)
+    assert outcome.survived == 0 and outcome.tried == 2
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,24 @@ def test_a_share_has_wilsons_interval():
     assert (metric.value, metric.low, metric.high) == (0.75, *wilson(3, 4))
 
 
+@pytest.mark.case("C23")
+@pytest.mark.parametrize(("right", "bounds"), [(False, (0, wilson(0, 3)[1])), (True, (wilson(3, 3)[0], 1))])
+@pytest.mark.parametrize("answers", [2, 3])
+def test_no_rate_is_certain_because_all_answers_are_alike(right, bounds, answers):
+    for name, metric in summarise(rows(*[[right] * answers] * 3), ["right"]).items():
+        assert (metric.value, metric.low, metric.high) == pytest.approx((float(right), *bounds)), name
+    metric = summarise(rows(*[[[right] * answers]] * 3), ["right"])["right"]  # instructions of one prompt
+    assert (metric.low, metric.high) == pytest.approx(bounds)
+
+
+@pytest.mark.case("C23")
+def test_a_rate_that_is_the_same_for_every_question_has_a_width():
+    metric = summarise(rows(*[[True, False]] * 8), ["right"])["right"]
+    assert 0 < metric.low < metric.value == 0.5 < metric.high < 1
+    gap = difference(rows(*[[True]] * 8), rows(*[[False]] * 8), "right")
+    assert gap.value == gap.high == 1 and 0 < gap.low < 1
+
+
 def test_instructions_count_one_by_one():
     metric = summarise(rows([[True, False, True]], [[False]]), ["right"])["right"]
     assert metric.value == 0.5
@@ -44,6 +62,7 @@ def test_a_difference_is_paired():
     gap = difference(one, other, "right")
     assert gap.value == 0.5
     same = difference(one, one, "right")
-    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)  # unpaired shares would leave a width
+    share = wilson(0, 4)[1]  # of questions with another answer, none of which was seen; unpaired shares are far wider
+    assert (same.value, same.low, same.high) == (0.0, -share, share)
     with pytest.raises(UserError, match="same questions"):
         difference(one, other[:3], "right")

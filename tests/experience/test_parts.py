@@ -11,6 +11,25 @@ from opcd.experience.prompts import Prompt
 from opcd.experience.selection import Score, best, best_of_each, to_score
 
 
+@pytest.mark.case("B8")
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("text", ["\n" * 300_000, "\n*" * 200_000, " " * 300_000, "- LESSON" * 50_000, "*\t" * 200_000])
+def test_lessons_are_read_in_linear_time(text):
+    assert read_lessons(text, "LESSON:") == []
+    assert read_lessons(f"{text}\n- LESSON: Check units.", "LESSON:") == ["Check units."]
+
+
+@pytest.mark.case("B8")
+@pytest.mark.timeout(60)
+def test_a_list_that_is_flooded_is_cut_without_counting_every_list():
+    counted = []
+    growth = Growth(" ".join, lambda text: counted.append(text) or len(text.split()), max_tokens=50, near=None)
+    grown = growth(LessonList(0), [f"lesson{number}" for number in range(2000)])
+    assert grown.lessons == tuple(f"lesson{number}" for number in range(1950, 2000))
+    assert grown.dropped == tuple(f"lesson{number}" for number in range(1950))
+    assert len(counted) < 2000 + 20
+
+
 @pytest.mark.parametrize(
     ("text", "lessons"),
     [

@@ -1,5 +1,6 @@
 """A teacher behind a server: the numbers of the model at hand, and an end to whatever the server does wrong."""
 
+import importlib.util
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 from benchmarks.tiny import make_tiny
 from opcd import interruption
 from opcd.errors import StepAbandoned, UserError
+from opcd.hub import hub_reachable
 from opcd.interruption import Interrupted
 from opcd.losses import JSD, ForwardKL, ReverseKL, SampledReverseKL, TopK
 from opcd.losses.log_probs import NEVER
@@ -33,6 +35,7 @@ from opcd.modules import (
 )
 from opcd.modules.checks import check_served
 from opcd.modules.objective import Objective
+from opcd.serving import client
 from opcd.serving.model import COMPLETIONS, GENERATE, MODELS, TOKENIZE
 from opcd.serving.pauses import LONGEST, pause
 from tests.serving.server import Served, serving
@@ -266,6 +269,11 @@ def drip(handler, answer):
         handler.wfile.flush()
 
 
+def flood(handler):
+    handler.close_connection = True
+    handler.send(200, b" " * 2**21)
+
+
 def die(handler, answer):
     handler.server.shutdown()
     handler.server.server_close()
@@ -316,6 +324,49 @@ DRILLS = {
         None,
         r"serves another teacher now: Card\(root='/other'",
     ),
+    "a negative id": (changed(lambda a, tables, e: tables[-1].update({"-5": dict(e)})), None, "'-5', not a token's id"),
+    "a huge id": (changed(lambda a, tables, e: tables[-1].update({str(2**40): dict(e)})), None, "not a token's id"),
+    "an id that is no number": (
+        changed(lambda a, tables, e: tables[-1].update(x=dict(e))),
+        None,
+        "'x', not a token's id",
+    ),
+    "a table that is a list": (changed(lambda a, tables, e: tables.__setitem__(-1, [1])), None, "list, not a table"),
+    "a table that is null": (changed(lambda a, tables, e: tables.__setitem__(-1, None)), None, "None, not a table"),
+    "an entry that is a number": (changed(lambda a, tables, e: tables[-1].update({"3": -1.0})), None, "not an object"),
+    "a text for a number": (changed(lambda a, tables, e: e.update(logprob="-1")), None, "'-1', not a number"),
+    "a bool for a number": (changed(lambda a, tables, e: e.update(logprob=False)), None, "False, not a number"),
+    "tables that are an object": (
+        changed(lambda a, tables, e: a["choices"][0].update(prompt_logprobs={})),
+        None,
+        "dict, not a list",
+    ),
+    "no choices": (changed(lambda a, tables, e: a.update(choices=[])), None, "0 values where 1 are due"),
+    "two choices": (changed(lambda a, tables, e: a["choices"].append(1)), None, "2 values where 1 are due"),
+    "choices that are a text": (changed(lambda a, tables, e: a.update(choices="x")), None, "'x', not a list"),
+    "null": (completions(lambda handler, answer: handler.say(200, None)), None, "None, not an object"),
+    "nested": (
+        completions(lambda handler, answer: handler.send(200, b'{"choices":' + b"[" * 200_000)),
+        None,
+        "nested too deep",
+    ),
+    "an error that is nested": (
+        completions(lambda handler, answer: handler.send(400, b'{"error":' + b"[" * 200_000)),
+        None,
+        "HTTP 400",
+    ),
+    "an answer without end": (
+        completions(lambda handler, answer: flood(handler)),
+        None,
+        "its answer is larger than 1 MiB",
+    ),
+    "a Retry-After that is none": (status(429, Retry_After="nan"), 2, None),
+    "a Retry-After of a far year": (status(429, Retry_After="Fri, 31 Dec 99999999 23:59:59 GMT"), 2, None),
+    "an escape sequence": (
+        completions(lambda handler, answer: handler.say(400, {"error": {"message": "\x1b]52;c;x\x07 \u202e"}})),
+        None,
+        r"HTTP 400 \\x1b\]52;c;x\\x07 \\u202e",
+    ),
     "no model": (
         lambda handler, path, answer: {"data": [{"id": "other"}]} if path == MODELS else answer,
         None,
@@ -324,11 +375,13 @@ DRILLS = {
 }
 
 
+@pytest.mark.case("B9")
 @pytest.mark.parametrize("name", DRILLS)
-def test_whatever_a_server_does_has_an_end(name, connected, server, trajectories):
+def test_whatever_a_server_does_has_an_end(name, connected, server, trajectories, monkeypatch):
     fault, until, says = DRILLS[name]
     teacher = connected(**HASTY if name in ("stalls", "drips") else BRIEF if until is None else {})
     server.fault, server.until = fault, until
+    monkeypatch.setattr(client, "LARGEST", 2**20)
     begun = time.monotonic()
     if says is None:
         teacher.ask(trajectories)
@@ -338,6 +391,79 @@ def test_whatever_a_server_does_has_an_end(name, connected, server, trajectories
             teacher.ask(trajectories)
         assert "--ckpt_path last" in str(raised.value) and server.url in str(raised.value)
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.case("B9")
+@pytest.mark.parametrize("key", ["sk-planted-7c1e", 'q"u\\o%te'])
+@pytest.mark.parametrize(
+    "echo",
+    [
+        lambda handler, key: handler.say(400, {"error": {"message": f"Bearer {key} is wrong"}}),
+        lambda handler, key: handler.send(400, f"no JSON: {key}".encode()),
+        lambda handler, key: handler.send(400, b"x" * 290 + key.encode()),
+        lambda handler, key: handler.say(200, {"choices": key}),
+        lambda handler, key: handler.say(200, {"choices": [{"prompt_logprobs": [{key: {}}] * 99}]}),
+        lambda handler, key: handler.say(503, {"error": {"message": key}}),
+    ],
+)
+def test_a_key_that_a_server_echoes_is_masked(echo, key, connected, server, trajectories, monkeypatch):
+    monkeypatch.setenv("OPCD_TEACHER_KEY", key)
+    teacher = connected(**BRIEF)
+    server.fault = completions(lambda handler, answer: echo(handler, key))
+    with pytest.raises(StepAbandoned) as raised:
+        teacher.ask(trajectories)
+    assert key not in str(raised.value) and key[:6] not in str(raised.value)
+
+
+@pytest.mark.case("B9")
+@pytest.mark.parametrize(
+    ("path", "answer", "says"),
+    [
+        (MODELS, [], "lists no models: .* list, not an object"),
+        (MODELS, {"data": [{"id": 3}]}, "id is 3, not a text"),
+        (MODELS, {"data": [{"id": ["teacher"]}]}, "id is list, not a text"),
+        (MODELS, {"data": [{"id": "teacher", "max_model_len": "512"}]}, "max_model_len is '512'"),
+        (MODELS, {"data": [{"id": "teacher", "max_model_len": -1}]}, "max_model_len is -1"),
+        (MODELS, {"data": [{"id": "teacher", "root": {}}]}, "root is dict"),
+        (MODELS, {"data": []}, "serves no model teacher, but none"),
+        ("/tokenize", {"tokens": {"a": 1}}, None),
+        ("/tokenize", {"tokens": [-1]}, None),
+        ("/tokenize", [1], None),
+    ],
+)
+def test_what_a_server_says_first_is_checked(path, answer, says, connected, server):
+    server.fault = lambda handler, asked, due: handler.say(200, answer) if asked == path else due
+    if says is None:
+        connected()
+        return
+    with pytest.raises(UserError, match=says):
+        connected()
+
+
+@pytest.mark.case("E9", "E8")
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("http_proxy", "gopher://proxy:1", "no scheme of a proxy"),
+        ("http_proxy", "http://proxy:99999", "http_proxy: no address"),
+        ("https_proxy", "http://proxy:abc", "https_proxy: no address"),
+        ("all_proxy", "socks5://proxy:1080", "needs the package socksio"),
+        ("ALL_PROXY", "socks4://proxy", "no scheme of a proxy"),
+        ("http_proxy", "http://[::1", "no address"),
+        ("http_proxy", "://", "no address"),
+        ("http_proxy", "gopher://me:planted@proxy", r"got gopher://\*\*\*@proxy"),
+    ],
+)
+def test_a_proxy_that_is_none_is_one_message(name, value, says, connected, server, monkeypatch):
+    monkeypatch.setenv(name, value)
+    if "socks5" in value and importlib.util.find_spec("socksio"):
+        pytest.skip("socksio is installed")
+    with pytest.raises(UserError, match=says) as raised:
+        connected()
+    assert "planted" not in str(raised.value)
+    monkeypatch.setattr("opcd.hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=says):
+        hub_reachable()
 
 
 def test_a_signal_is_noticed_while_a_server_is_waited_for(connected, server, trajectories):
@@ -375,6 +501,8 @@ def test_pauses_double_and_a_server_may_ask_for_longer_ones():
     for attempt, longest in ((1, 0.25), (2, 0.5), (5, 4.0), (1000, LONGEST)):
         pauses = [pause(attempt, None) for _ in range(50)]
         assert longest / 2 <= min(pauses) < max(pauses) <= longest
+    for odd in ("nan", "", "-5", "Fri, 31 Dec 99999999 23:59:59 GMT", "\x1b", "1 2 3 4 5 6 7"):
+        assert 0 < pause(1, odd) < 1
     assert pause(1, "7") == 7 and pause(1, "0") > 0.1 and pause(1, "soon") > 0.1
     assert 50 < pause(1, formatdate(time.time() + 60, usegmt=True)) <= 60
     assert random.getstate() == state  # training draws from it
@@ -453,6 +581,8 @@ def test_an_adapter_has_the_window_of_its_base(server, connected):
         ({"api_key_env": KEY}, "must be the name of an environment variable"),
         ({"concurrency": 0}, "concurrency >= 1"),
         ({"timeout": 0.0}, "timeout > 0"),
+        ({"base_url": "http://localhost:99999"}, "a port lies between"),
+        ({"base_url": "http://localhost:-1"}, "a port lies between"),
     ],
 )
 def test_arguments_that_make_no_sense(options, says):

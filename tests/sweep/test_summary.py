@@ -14,7 +14,7 @@ from opcd.sweep.jobs import Job, JobFolder
 from opcd.sweep.plan import make_arm
 from opcd.sweep.plots import bars, curves, drawn
 from opcd.sweep.results import figures, right_over_steps
-from opcd.sweep.summary import ArmResult, mean_and_spread, write_summary
+from opcd.sweep.summary import ArmResult, markdown_table, mean_and_spread, write_summary
 from opcd.sweep.table import LiveTable, clock
 
 
@@ -47,6 +47,41 @@ def test_figures_of_a_run(task):
     }
     assert right_over_steps(run) == [(0, 0.0), (1, 1.0)]
     assert figures(Path("nowhere")) == {}
+
+
+@pytest.mark.case("A8")
+def test_cells_that_a_spreadsheet_would_run(task, tmp_path):
+    runs = [
+        "=1+1",
+        "+1-1",
+        "-2+3",
+        "@SUM(A1)",
+        "\t=1",
+        " =1",
+        "\uff1d1",
+        "=cmd|' /C calc'!A0",
+        "\r=1",
+        "-1e-5",
+        "+5",
+        "-inf",
+        "-",
+    ]
+    arms = [make_arm({"=key": value, "seed_everything": seed}, name=f"a{seed}") for seed, value in enumerate(runs)]
+    write_summary(tmp_path, [ArmResult(arm, task(arm.name, "finished", [1.0]), {"@loss": -0.5}) for arm in arms])
+    header, *cells = csv.reader(io.StringIO((tmp_path / "summary.csv").read_text(), newline=""))
+    assert header == ["arm", "status", "seconds", "'=key", "seed_everything", "'@loss"]
+    assert [row[3] for row in cells] == [f"'{value}" for value in runs[:8]] + [r"\r=1", *runs[9:]]
+    assert {row[5] for row in cells} == {"-0.5"}
+
+
+@pytest.mark.case("A8")
+def test_markup_in_a_summary_is_text():
+    text = markdown_table(["<b>", "a|b"], [["x\ny", "`c` [l](u) <img src=x> *d* \x1b[2J a_b _c_"]])
+    assert text.splitlines() == [
+        r"| &lt;b&gt; | a\|b |",
+        "| --- | --- |",
+        r"| x y | \`c\` \[l\](u) &lt;img src=x&gt; \*d\* \\x1b\[2J a_b \_c\_ |",
+    ]
 
 
 def test_the_summary(task, tmp_path):

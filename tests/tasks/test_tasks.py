@@ -50,6 +50,37 @@ def test_a_letter_in_tags(inside, letter):
     assert answer_tags.tagged_letter(f"<answer>A</answer> no, <Answer>\n{inside}\n</Answer> because D") == letter
 
 
+@pytest.mark.case("B8")
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<answer>" * 200_000,
+        "</answer><answer>" * 100_000,
+        "<answer>a" + " " * 300_000 + "x</answer>",
+        "Answer:" * 99_999,
+    ],
+)
+def test_answers_are_read_in_linear_time(text):
+    for read in (answer_tags.tagged_letter, answer_tags.tagged_yes_no, dapo_math.final_answer):
+        read(text)
+    assert answer_tags.tagged_letter(f"{text}</answer> <answer>(C)</answer>") == "C"
+
+
+@pytest.mark.case("B8")
+@pytest.mark.timeout(30)
+def test_an_answer_that_is_flooded_is_wrong_at_once():
+    for flood in ("(" * 100_000, "\\frac{" * 20_000, "1+" * 50_000 + "1", "$" + "a " * 50_000 + "$"):
+        scores = dapo_math.process_results({"reference": "5"}, [f"Answer: {flood}"] * 1)
+        assert scores == {"accuracy": False, "answered": True}
+
+
+@pytest.mark.case("B8")
+def test_of_tags_that_open_twice_the_first_one_counts():
+    assert answer_tags.tagged_yes_no("<answer>yes</answer> <answer>no <answer>yes</answer>") is None
+    assert answer_tags.tagged_yes_no("<answer>no</answer> <answer>yes") == "no"
+
+
 def test_yes_and_no_in_tags():
     doc = {"reference": "yes"}
     assert answer_tags.yes_no_results(doc, ["<answer> YES </answer>"]) == {"accuracy": True, "answered": True}
