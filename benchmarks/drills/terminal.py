@@ -138,7 +138,7 @@ def _shown(case: Case, text: str, is_terminal: bool, where: Path) -> tuple[str, 
         except SystemExit as left:
             code = int(left.code or 0)
         except Exception as error:  # a traceback in the command itself
-            return f"{out.getvalue()}{type(error).__name__}: {ascii(error)}", 70
+            return f"{out.getvalue()}{type(error).__name__}: {error!a}", 70
     return out.getvalue(), code
 
 
