@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     config = ModelConfig(name=options.student)
-    student = Student.load(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = Student.load(config).to(device)
     data = ContextQueryDataModule(student=config, train=options.train, context=options.context, shuffle=False)
     data.setup("fit")
     examples = data.examples("train")
@@ -49,7 +50,7 @@ def main() -> None:
     }
     print("| responses | tokens each | rollout | take over, s | write, s | tokens/s | gap, nats |\n|" + "---|" * 7)
     for count in options.rows:
-        batch = data.encode([examples[n % len(examples)] for n in range(count)])
+        batch = data.encode([examples[n % len(examples)] for n in range(count)]).to(device)
         for name, rollout in rollouts.items():
             print(f"| {count} | {options.tokens} | {name} | {measured(rollout, student, batch, options)} |", flush=True)
 

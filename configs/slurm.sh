@@ -1,9 +1,9 @@
 #!/bin/bash
-# Several machines under SLURM, back in the queue before the time limit, going on from the newest whole checkpoint:
+# Under SLURM, back in the queue before the time limit, going on from the newest whole checkpoint:
 #     sbatch configs/slurm.sh --config configs/cross_size.yaml --config configs/node_8gpu.yaml
 # Not run on a cluster by us yet; the signal, the save and the requeue are tested with SLURM's variables.
 #SBATCH --job-name=opcd
-#SBATCH --nodes=2
+#SBATCH --nodes=1                 # of several, divide data.batch_size: a step has nodes x devices x batch_size queries
 #SBATCH --ntasks-per-node=8       # one process a GPU: trainer.devices
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
@@ -13,6 +13,6 @@
 #SBATCH --open-mode=append        # one log for all starts
 #SBATCH --output=opcd-%j.log
 
-# trainer.default_root_dir (runs) must lie on a file system that all nodes see; batch_size is a device's share of a step.
+# trainer.default_root_dir (runs) must lie on a file system that all nodes see.
 export HF_HUB_OFFLINE=1           # models and data are in the cache already: nodes often reach no network
 srun opcd fit "$@" --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --ckpt_path last

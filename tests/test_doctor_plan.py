@@ -186,9 +186,12 @@ def test_packed_layers_take_the_memory_of_a_copy():
     assert sizes(own)["packed or cast weights"]["rollout"] == 2 * (shape.head + shape.linear_weights)
 
 
+@pytest.mark.case("W3")
 def test_a_mask_of_all_pairs():
     with_mask, without = (sizes(replace(RUN, masks=masks))["keys and values"]["teacher"] for masks in (True, False))
     assert with_mask - without == 20 * 30 * 3
+    two_kinds = replace(RUN.scorer, shape=replace(RUN.scorer.shape, masks=2))
+    assert sizes(replace(RUN, masks=True, scorer=two_kinds))["keys and values"]["teacher"] - without == 20 * 30 * 4
 
 
 def test_what_glibc_keeps_by_hand():

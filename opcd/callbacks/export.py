@@ -3,16 +3,18 @@
 import shlex
 import shutil
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from opcd.callbacks.folder import run_folder
 from opcd.card import Facts, model_card
 from opcd.data import ContextQueryDataModule
 from opcd.errors import UserError
+from opcd.export.merge import write_merged
 from opcd.models import architecture
 from opcd.modules import Distiller, FrozenTeacher, Student, Teacher
 
@@ -22,7 +24,8 @@ class ExportStudent(Callback):
 
     Args:
         dtype: type of the written weights; auto takes that of the model it was made from.
-        merge: a student with an adapter is written as one model that holds it; off, as the adapter, for peft.
+        merge: a student with an adapter is written as one model that holds it, and compared with the student; where it
+            is not the same, the adapter is written and the run ends with an error. Off: as the adapter, for peft.
         every_n_steps: write `student-step=N/` too, every so many optimizer steps; null writes at the end only.
     """
 
@@ -48,32 +51,56 @@ class ExportStudent(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write a folder of this step where one is due."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._write(trainer, pl_module, f"student-step={trainer.global_step}")
+            why = self._write(trainer, pl_module, f"student-step={trainer.global_step}")
+            if why is not None:
+                rank_zero_warn(why)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the trained student, also where a run that went on had no step left: it was killed before this."""
-        self._write(trainer, pl_module, "student")
+        why = self._write(trainer, pl_module, "student")
+        if why is not None:
+            raise UserError(why)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        """Write beside the target first, then rename: the folder is whole or not there. Ranks wait for the writer."""
+    def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> str | None:
+        """Write beside the target first, then rename: the folder is whole or not there. Ranks wait for the writer.
+
+        Returns what went wrong with `merge`, on the rank that writes.
+        """
         assert isinstance(pl_module, Distiller)
-        student = self._whole(trainer, pl_module)
+        student, why = self._whole(trainer, pl_module), None
         if trainer.is_global_zero:
-            self._write_folder(trainer, pl_module, student, name)
+            why = self._write_folder(trainer, pl_module, student, name)
         trainer.strategy.barrier()  # a rank that ends early may have its launcher end the others
+        return why
 
-    def _write_folder(self, trainer: Trainer, pl_module: Distiller, student: Student, name: str) -> None:
+    def _write_folder(self, trainer: Trainer, pl_module: Distiller, student: Student, name: str) -> str | None:
         target = self._folder / name
         scratch = target.with_name(f".{name}-being-written")
         shutil.rmtree(scratch, ignore_errors=True)
-        student.save(scratch, self._dtype(pl_module), self.merge)
-        facts, adapter = facts_of(trainer, pl_module), pl_module.adapter is not None and not self.merge
+        why = self._write_weights(pl_module, student, scratch)
+        adapter = pl_module.adapter is not None and (not self.merge or why is not None)
+        facts = facts_of(trainer, pl_module)
         facts.write(scratch)
         card = model_card(facts, adapter, shlex.join(["opcd", *sys.argv[1:]]))
         (scratch / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
         rank_zero_info(f"student written to {target}")
+        return why and f"ExportStudent.merge: {why}; {target} holds the adapter instead, which peft and opcd read"
+
+    def _write_weights(self, distiller: Distiller, student: Student, folder: Path) -> str | None:
+        """Weights and tokenizer; where merging goes wrong, the adapter. Returns what went wrong."""
+        dtype = self._dtype(distiller)
+        if not self.merge:
+            student.save(folder, dtype)
+            return None
+        try:
+            write_merged(student, folder, dtype or student.model.dtype, distiller.student_config)
+        except UserError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            student.save(folder)
+            return str(error)
+        return None
 
     def _whole(self, trainer: Trainer, distiller: Distiller) -> Student:
         """The student; where it is sharded, a copy on the CPU of the rank that writes, which all ranks make."""

@@ -7,8 +7,8 @@ from opcd.data.stages import STAGES
 from opcd.errors import UserError
 from opcd.extras import require
 from opcd.losses import Divergence, SampledReverseKL
-from opcd.models import ModelConfig, context_window, load_tokenizer
-from opcd.modules.adapters import Lora
+from opcd.models import ModelConfig, base_of, context_window, load_tokenizer, resolve
+from opcd.modules.adapters import Lora, second_adapter
 from opcd.modules.engine import Engine
 from opcd.modules.generation import Sampling
 from opcd.modules.objective import Objective
@@ -84,9 +84,12 @@ def _check_window(key: str, name: str, window: int | None, split: str, prompt: i
 
 
 def check_adapter(student: ModelConfig, adapter: Lora | None, teacher: Teacher) -> None:
-    """Refuse what needs an adapter without one, and an adapter without its library (UserError)."""
+    """Refuse what needs an adapter without one, and an adapter over another or without its library (UserError)."""
     if adapter is not None:
         require("adapters", "peft", "model.adapter")
+        name = resolve(student)
+        if base_of(name) != name:
+            raise UserError(second_adapter("model.adapter", student.name))
     elif student.quantization != "none":
         raise UserError("model.student.quantization: quantized weights cannot be trained; set model.adapter as well")
     elif any(isinstance(part, BaseTeacher) for part in teacher.parts.values()):

@@ -174,7 +174,7 @@ class Distiller(OnRanks):
         if self.trainer.state.fn == "fit" and not trainable(self.student):
             raise UserError(
                 f"model.student.name: {self.student_config.name} is an adapter, whose weights are trained no further; "
-                "train a merged model (ExportStudent's merge: true)"
+                f"merge it first: opcd export {self.student_config.name} --to merged --out FOLDER, and train FOLDER"
             )
         if self.trainer.state.fn != "predict":
             self.teacher.prepare(self.student, self.student_config, self.trainer.strategy.root_device)

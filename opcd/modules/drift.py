@@ -38,7 +38,9 @@ class Drift:
         )
         pairs = list(zip(trajectories.log_probs, trajectories.responses, strict=True))
         known = torch.cat([torch.full(y.shape, given is not None) for given, y in pairs]).to(device)
-        theirs = torch.cat([torch.zeros(len(y)) if given is None else given for given, y in pairs]).to(own)
+        theirs = torch.cat([torch.zeros(len(y), device=y.device) if given is None else given for given, y in pairs]).to(
+            own
+        )
         return cls(torch.where(known, own - theirs, 0), known)
 
     @property

@@ -42,9 +42,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 def attends_by_rows(model: PreTrainedModel) -> bool:
-    """Whether it stands in for the model's own attention: on a CPU, for SDPA."""
+    """Whether it stands in for the model's own attention: on a CPU, for SDPA, where the cache holds keys and values.
+
+    DeepSeek-V3's holds what they are expanded from.
+    """
     name = model.config.get_text_config()._attn_implementation
-    return model.device.type == "cpu" and name in ("sdpa", cpu_attention.NAME)
+    sdpa = model.device.type == "cpu" and name in ("sdpa", cpu_attention.NAME)
+    return sdpa and not any(hasattr(module, "expand_kv") for module in model.modules())
 
 
 @contextmanager
@@ -81,7 +85,7 @@ def _attention(
         ValueError: for what few families ask of their attention; every row is then passed through whole.
     """
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]:
-        raise ValueError(f"attention with {', '.join(unknown)} cannot be had row by row")
+        raise ValueError(f"its attention has {', '.join(unknown)}, which is not known here; attention: eager has it")
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

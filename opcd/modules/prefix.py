@@ -9,9 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from opcd.errors import UserError
 from opcd.modules.decoding import CACHE
 from opcd.modules.generation import EncodedPrefix
-from opcd.modules.packing import pack_groups, packed_rows, sliding_window
+from opcd.modules.packing import cannot_pack, pack_groups, packed_rows, sliding_window
 from opcd.modules.scoring import last_hidden
 
 Mode = Literal["auto", "always", "never"]
@@ -80,6 +81,8 @@ class SharedPrefix:
         for ids, numbers in shared.items():
             if self._alone(ids, numbers):
                 continue
+            if not self._usable(model):
+                return {}
             suffixes = [(rows[n][0][len(ids) :], rows[n][1]) for n in numbers]
             for group in pack_groups([len(q) + len(r) - 1 for q, r in suffixes], max_tokens):
                 part = [numbers[i] for i in group]
@@ -106,11 +109,34 @@ class SharedPrefix:
         if sliding_window(model) is not None and len(shapes) > 1:
             return None  # padding would count as distance
         shared = len(set(ids)) < len(ids) or any(prefix in self._entries for prefix in ids)
-        if not shared or min(map(len, ids)) < SHORTEST:
+        if not shared or min(map(len, ids)) < SHORTEST or not self._usable(model):
             return None
         if self._agrees is None:  # compare first: two rows that end one token early
             self.score(model, [prefixes[0]] * 2, [(prompts[0][:-1], prompts[0][-1:])] * 2, len(prompts[0]))
         return [self._entry(model, prefix) for prefix in ids] if self._agrees else None
+
+    def _usable(self, model: PreTrainedModel) -> bool:
+        """Whether rows may share a prefix: not where the model's config says that they cannot.
+
+        Raises:
+            UserError: it cannot, and the mode is always.
+        """
+        if self._agrees is False or (why := cannot_pack(model)) is None:
+            return self._agrees is not False
+        if self.mode == "always":
+            raise UserError(
+                f"model.shared_prefix: always does not work for {type(model).__name__} ({why}); set it to auto or never"
+            )
+        self._fall_back(model, why)
+        return False
+
+    def _fall_back(self, model: PreTrainedModel, why: str) -> None:
+        self._agrees = False
+        self.clear()
+        rank_zero_warn(
+            f"the shared prefix does not work for {type(model).__name__} ({why}); every row is "
+            "passed through the teacher with its whole context from here on (model.shared_prefix: never is silent)"
+        )
 
     def _compute_missing(self, model: PreTrainedModel) -> None:
         missing, self._missing = self._missing, []
@@ -144,12 +170,8 @@ class SharedPrefix:
 
         why = disagreement(first_and_last, full)
         self._agrees = why is None
-        if not self._agrees:
-            self.clear()
-            rank_zero_warn(
-                f"the shared prefix does not work for {type(model).__name__} ({why}); every row is "
-                "passed through the teacher with its whole context from here on (model.shared_prefix: never is silent)"
-            )
+        if why is not None:
+            self._fall_back(model, why)
         return fast if self._agrees else None
 
     def _packed(

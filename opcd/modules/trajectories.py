@@ -53,6 +53,8 @@ class Trajectories:
     ) -> Trajectories:
         """Join a batch with a response an example; what follows a response's first end-of-sequence token is cut.
 
+        Responses and log-probabilities come to the prompts' device: an engine or a file gives them on the CPU.
+
         Raises:
             UserError: a response has no token at all, so that there is nothing to compare.
         """
@@ -65,7 +67,10 @@ class Trajectories:
         kept = [each if each is None else each[: len(y)] for each, y in zip(given, cut, strict=True)]
         teachers = [example.teacher for example in batch.examples]
         prompts = (batch.student_prompts, batch.teacher_prompts, batch.teacher_prefixes)
-        return cls(*prompts, cut, ended, kept, teachers)
+        devices = [prompt.device for prompt in batch.student_prompts]
+        there = [response.to(device) for response, device in zip(cut, devices, strict=True)]
+        scores = [each if each is None else each.to(device) for each, device in zip(kept, devices, strict=True)]
+        return cls(*prompts, there, ended, scores, teachers)
 
     @classmethod
     def joined(cls, parts: list[Trajectories]) -> Trajectories:

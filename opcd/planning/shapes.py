@@ -36,6 +36,8 @@ class Shape:
     """Whether queries and keys are normed head by head."""
     dtype: torch.dtype
     """Of the weights in their file."""
+    masks: int = 1
+    """Kinds of attention, each with a mask of its own: 2 where some layers have a sliding window."""
 
     @property
     def linear_weights(self) -> int:
@@ -117,6 +119,7 @@ def _measured(text: PreTrainedConfig, model: nn.Module) -> Shape:
         norms=sum(name.endswith("weight") and tuple(w.shape) == (text.hidden_size,) for name, w in first),
         head_norms=any(name.endswith("q_norm.weight") for name, _ in first),
         dtype=text.dtype if isinstance(text.dtype, torch.dtype) else torch.float32,
+        masks=max(1, len(set(getattr(text, "layer_types", None) or []))),
     )
 
 

@@ -14,6 +14,9 @@ PHASES = ("samples", "rollout", "teacher", "student", "backward", "optimizer")
 DRAWN = 18
 """Bytes of a token's probability while one is drawn: logits, their float32 copy, a softmax, a float64 sum."""
 
+MASK = 3
+"""Bytes of a pair of tokens while the mask of packed rows is made: three comparisons (`modules/packing.py`)."""
+
 
 def teacher(s: Setting) -> dict[str, int]:
     """Weights; mapped ones leave when they have scored, and their head when the loss has read it."""
@@ -148,7 +151,8 @@ def keys_and_values(s: Setting) -> dict[str, int]:
     found["rollout"] = max(rows, default=0)
     if s.scorer is not None and s.shared_prefix:
         pairs = s.tokens * (s.context + s.tokens) if s.masks else 0
-        mask = pairs * (1 + s.scorer.computing(s.autocast))  # torch makes numbers of it
+        # Comparisons while it is made; then a byte, of which torch makes numbers. One mask more waits meanwhile.
+        mask = pairs * (max(MASK, 1 + s.scorer.computing(s.autocast)) + s.scorer.shape.masks - 1)
         found["teacher"] = (s.context + s.tokens) * s.scorer.token(s.autocast) + mask
     return found
 

@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM
 from benchmarks.tiny import make_tiny
 from opcd.data import ContextQueryDataModule
 from opcd.errors import UserError
-from opcd.models import ModelConfig, load_model
+from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules import BaseTeacher, Distiller, FrozenTeacher, Lora, MovingAverageTeacher, Sampling, StudentRollout
 from opcd.modules.adapters import add_lora, merged, trainable, twin, without_adapter
 from opcd.modules.cpu_attention import use_cpu_attention
 from opcd.modules.student import Student
+from tests.families import MIXTURES, attention_of, make
 from tests.modules.test_distiller import trainer
 
 IDS = torch.tensor([[5, 17, 33, 8, 90]])
@@ -220,3 +221,130 @@ def test_what_cannot_be_is_refused(words, says, opcd, tiny, rows, context, tmp_p
         *("--trainer.max_steps", 1, "--trainer.default_root_dir", tmp_path, *words),
     )
     assert code == 2 and says in output, output
+
+
+@pytest.mark.case("D2")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_an_adapter_over_an_adapter_is_refused(targets, tiny, rows, context, tmp_path, opcd):
+    """Only the second one would be written, over a base without the first."""
+    folder = tmp_path / "first"
+    Student.load(ModelConfig(tiny), adapter=Lora(rank=4, targets=["q_proj", "v_proj"])).save(folder)
+    adapter = Lora(rank=4, targets=targets)
+    code, output = opcd(
+        *("fit", "--model.student.name", folder, "--data.train", rows, "--data.context", context),
+        *("--model.adapter.rank", 4, "--model.adapter.targets", str(targets)),
+        *("--trainer.max_steps", 1, "--trainer.default_root_dir", tmp_path),
+    )
+    assert code == 2 and f"opcd export {folder} --to merged --out FOLDER" in output, output
+    with pytest.raises(UserError, match="is an adapter itself"):
+        Student.load(ModelConfig(str(folder)), adapter=adapter)
+
+
+@pytest.mark.case("D3", "D4")
+@pytest.mark.parametrize("family", [*MIXTURES, "Jamba", "Bamba"])
+def test_an_adapter_on_experts(family, tmp_path):
+    """Merged, without it, and both written and read again: what computes is what is written."""
+    torch.manual_seed(0)
+    made = make(family)
+    made.save_pretrained(tmp_path / "base")
+    config = ModelConfig(str(tmp_path / "base"), dtype="float32", attention=attention_of(made))
+    base = logits(load_model(config))
+    model = load_model(config)
+    add_lora(model, Lora(rank=4))
+    stirred(model)
+    live = logits(model)
+    model(input_ids=IDS).logits.sum().backward()
+    assert [name for name, weight in trainable(model).items() if weight.grad is None] == []
+    assert (live - base).abs().max() > 0.1
+    assert_close(logits(without_adapter(model)), base, rtol=0, atol=1e-5)
+    assert_close(logits(merged(model, torch.float32)), live, rtol=1e-4, atol=1e-4)
+    assert_close(logits(model), live, rtol=0, atol=0)  # and is as it was
+    student = Student(model, load_tokenizer(ModelConfig()))
+    for name, merge in (("adapter", False), ("merged", True)):
+        student.save(tmp_path / name, merge=merge)
+        again = load_model(ModelConfig(str(tmp_path / name), dtype="float32", attention=config.attention))
+        assert_close(logits(again), live, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> str:
+    """A folder with fused experts and the packaged tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("experts")
+    make("Qwen3Next", vocab_size=49152, max_position_embeddings=512).save_pretrained(folder)
+    load_tokenizer(ModelConfig()).save_pretrained(folder)
+    return str(folder)
+
+
+MERGE = "{class_path: opcd.callbacks.ExportStudent, init_args: {merge: true}}"
+
+
+@pytest.fixture
+def lora_run(experts, rows, context, tmp_path, opcd):
+    """Run configs/lora.yaml on it, merged at the end."""
+
+    def run():
+        return opcd(
+            *("fit", "--config", "configs/lora.yaml", "--model.student.name", experts, "--data.train", rows),
+            *("--data.context", context, "--data.batch_size", 2, "--model.answer.max_new_tokens", 4),
+            *("--model.rollout", "{class_path: StudentRollout, init_args: {sampling: {max_new_tokens: 4}}}"),
+            *("--trainer.max_steps", 1, "--trainer.precision", "32-true", "--model.student.dtype", "float32"),
+            *("--trainer.default_root_dir", tmp_path, "--trainer.callbacks+", MERGE),
+        )
+
+    return run
+
+
+@pytest.mark.case("D3", "D4")
+def test_experts_under_lora_yaml_are_merged(lora_run, experts, tmp_path):
+    code, output = lora_run()
+    assert code == 0, output
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "version_0/student", dtype=torch.float32).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(experts).state_dict()
+    assert trained.keys() == base.keys()
+    moved = {name for name in base if not torch.equal(base[name], trained[name])}
+    assert all(float((trained[name] - base[name]).norm() / base[name].norm()) < 0.5 for name in moved)
+    assert {"gate_up_proj", "down_proj", "q_proj"} <= {part for name in moved for part in name.split(".")}
+
+
+@pytest.mark.case("D3")
+@pytest.mark.parametrize("what", ["logits", "names"])
+def test_a_merge_that_goes_wrong_leaves_the_adapter(what, lora_run, tmp_path, monkeypatch):
+    def wrong(model, dtype):
+        found = merged(model, dtype)
+        if what == "logits":
+            found.model.layers[0].mlp.experts.gate_up_proj.data.zero_()
+        else:
+            found.model.layers[0].register_parameter("odd", torch.nn.Parameter(torch.zeros(3)))
+        return found
+
+    monkeypatch.setattr("opcd.export.merge.merged", wrong)
+    code, output = lora_run()
+    says = {"logits": "has other logits than the student", "names": "has weights of other names"}
+    assert code == 2 and says[what] in output and "holds the adapter instead" in output, output
+    assert (tmp_path / "version_0/student/adapter_model.safetensors").is_file()
+    assert not (tmp_path / "version_0/student/model.safetensors").exists()
+
+
+@pytest.mark.case("D3")
+@pytest.mark.parametrize(
+    ("family", "lora", "says"),
+    [
+        ("Jamba", Lora(targets=["dt_proj"]), "does not call that one"),
+        ("GPT2", Lora(), "no linear layers to adapt"),
+        ("Mamba", Lora(), "peft cannot adapt MambaForCausalLM like this: .*out_proj"),
+        ("Qwen3Next", Lora(targets=["gate_proj"]), "peft cannot adapt Qwen3NextForCausalLM like this"),
+        ("Qwen3Next", Lora(dropout=0.1), "peft cannot adapt Qwen3NextForCausalLM like this: .*dropout"),
+    ],
+)
+def test_what_peft_cannot_adapt(family, lora, says):
+    with pytest.raises(UserError, match=says):
+        add_lora(make(family), lora)
+
+
+def test_merging_into_weights_of_another_quantization_is_refused(tiny):
+    model = load_model(ModelConfig(tiny, dtype="float32"))
+    add_lora(model, Lora(rank=4))
+    model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(UserError, match="that fp8 has quantized"):
+        merged(model, torch.float32)

@@ -1,8 +1,11 @@
 """The shared prefix against the full pass, on a small random model of each family; families that cannot fall back."""
 
+import weakref
+
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     FalconH1Config,
     FalconH1ForCausalLM,
@@ -20,12 +23,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from opcd.errors import UserError
 from opcd.models import ModelConfig
 from opcd.modules import FrozenTeacher, MovingAverageTeacher, SelfTeacher, packed_attention, packing
 from opcd.modules.generation import Sampling, generate
 from opcd.modules.prefix import SharedPrefix
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories
+from opcd.planning.sizes import MASK
+from tests.families import make
 
 SMALL = {
     "vocab_size": 97,
@@ -106,6 +112,94 @@ def test_sdpa_with_a_mask(family, mixed, monkeypatch) -> None:
     assert_close(fast.hidden, full.hidden, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.case("D13", "W1")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eager_attention_with_a_mask_that_is_added(family, mixed) -> None:
+    """A bool mask would be added to the scores as 0 and 1."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    full = Teaches(model, "never").score(mixed, 4096)
+    model.set_attn_implementation("eager")
+    for mode in ("always", "auto"):
+        teacher = Teaches(model, mode)
+        assert_close(teacher.score(mixed, 4096).hidden, full.hidden, rtol=1e-5, atol=1e-5)
+        assert teacher.prefix._agrees is True
+
+
+@pytest.mark.case("D13", "W1")
+def test_eager_attention_in_low_precision(mixed) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES["llama"]().bfloat16()
+    model.set_attn_implementation("eager")
+    full, fast = (Teaches(model, mode).score(mixed, 4096).hidden.float() for mode in ("never", "always"))
+    assert (fast - full).norm() < 0.02 * full.norm()
+
+
+@pytest.mark.case("B11")
+@pytest.mark.parametrize("family", ["Gemma2", "GptOss", "DeepseekV2", "DeepseekV3"])
+def test_families_of_another_attention_share(family, mixed) -> None:
+    """Scores that are capped, a sink, keys and values that are kept compressed."""
+    torch.manual_seed(0)
+    model = make(family)
+    if not model._supports_sdpa:
+        model.set_attn_implementation("eager")
+    teacher = Teaches(model)
+    assert_close(
+        teacher.score(mixed, 4096).hidden, Teaches(model, "never").score(mixed, 4096).hidden, rtol=1e-4, atol=1e-4
+    )
+    assert teacher.prefix._agrees is True
+
+
+@pytest.mark.case("GPU-B5")
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn"])
+def test_attention_without_such_masks_falls_back_before_any_pass(name, mixed, monkeypatch) -> None:
+    """FlashAttention would take the mask for padding, and read beyond its keys."""
+    model = FAMILIES["llama"]()
+    rows = list(zip(mixed.teacher_prompts, mixed.responses, strict=True))
+    monkeypatch.setattr(model.config, "_attn_implementation", name)
+    monkeypatch.setattr(model.model, "forward", None)
+    with pytest.warns(UserWarning, match=f"attention {name} takes no mask of packed rows; set attention to sdpa"):
+        assert SharedPrefix("auto").score(model, mixed.teacher_prefixes, rows, 4096) == {}
+    with pytest.raises(UserError, match=r"model\.shared_prefix: always does not work for LlamaForCausalLM"):
+        SharedPrefix("always").score(model, mixed.teacher_prefixes, rows, 4096)
+    with pytest.raises(ValueError, match="takes no mask of packed rows"):
+        packing.packed_masks(model, 4, [3, 2])
+
+
+class Bytes(TorchDispatchMode):
+    """Counts what tensors hold while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.living, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        storage = result.untyped_storage()
+        if storage.data_ptr() not in self.living:
+            self.living.add(storage.data_ptr())
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(result, self.gone, storage.data_ptr(), storage.nbytes())
+        return result
+
+    def gone(self, place, size) -> None:
+        self.living.discard(place)
+        self.now -= size
+
+
+@pytest.mark.case("W3")
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("llama", 1), ("mistral, sliding window", 1), ("gemma3, both kinds of layer", 2)]
+)
+def test_what_it_takes_to_make_a_mask(family, kinds) -> None:
+    """As the plan counts it: a comparison of all pairs is a byte each."""
+    with Bytes() as counted:
+        masks = packing.packed_masks(FAMILIES[family](), 300, [100] * 4)
+    assert len(masks) == kinds
+    assert counted.most < (MASK + kinds - 1 + 0.5) * 400 * 700
+
+
 @pytest.mark.parametrize("name", ["QUERIES", "KEYS", "OWN_QUERIES", "SCORES"])
 @pytest.mark.parametrize("family", ["llama", "mistral, sliding window"])
 def test_scores_that_come_in_several_parts(family, name, mixed, monkeypatch) -> None:
@@ -147,7 +241,9 @@ def test_families_without_keys_and_values_fall_back_with_one_message(family, mix
     model = WITHOUT[family]()
     full = Teaches(model, "never").score(mixed, 4096)
     teacher = Teaches(model)
-    with pytest.warns(UserWarning, match="the shared prefix does not work for") as caught:
+    with pytest.warns(
+        UserWarning, match="it has recurrent layers, which keep a state and no keys and values"
+    ) as caught:
         for _ in range(2):
             assert_close(teacher.score(mixed, 4096).hidden, full.hidden, rtol=1e-5, atol=1e-5)
     assert len([w for w in caught if "shared prefix" in str(w.message)]) == 1

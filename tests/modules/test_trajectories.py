@@ -1,5 +1,6 @@
 """End of sequence, micro-batches, and the weights of the reductions."""
 
+from dataclasses import fields
 from itertools import pairwise, product
 
 import pytest
@@ -25,6 +26,20 @@ def test_empty_responses_are_counted_and_none_at_all_is_named(batch):
     assert trajectories.empty == 3
     with pytest.raises(UserError, match=r"rows.jsonl:1: the rollout wrote no token"):
         Trajectories.of(batch, [torch.tensor([], dtype=torch.long)] * 8, {2})
+
+
+@pytest.mark.case("GPU-B1")
+def test_all_tensors_are_on_the_prompts_device(batch):
+    """An engine gives its responses on the CPU; what follows joins them with the prompts."""
+    responses = [torch.tensor([7, 8, 2, 9])] * 8
+    log_probs = [torch.tensor([-1.0, -2.0, -0.5, -3.0]), *[None] * 7]
+    trajectories = Trajectories.of(batch.to("meta"), responses, {2}, log_probs)
+    columns = [getattr(trajectories, field.name) for field in fields(trajectories)]
+    tensors = [value for column in columns for value in column if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 4 * 8 + 1
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert trajectories.ended == [True] * 8
+    assert trajectories.lengths.tolist() == [3] * 8
 
 
 def test_any_of_several_end_tokens_ends():

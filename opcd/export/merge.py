@@ -1,0 +1,62 @@
+"""An adapter in the weights of its base, as a folder that is read again and compared before it counts as written."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from opcd.errors import UserError
+from opcd.export.check import logits_of, prompt_ids
+from opcd.models import ModelConfig, load_model
+from opcd.modules.adapters import merged
+from opcd.modules.generation import eval_mode
+from opcd.modules.student import Student
+
+EXACT, LOW_PRECISION = 1e-3, 0.1
+"""Most difference of logits (norm over norm) at half of the positions: float32, and what bfloat16 or quantized layers
+round. Half of them, since rounding may send a token to another expert."""
+
+
+def write_merged(student: Student, folder: Path, dtype: torch.dtype, config: ModelConfig) -> None:
+    """Write a student with an adapter as one model for plain transformers.
+
+    Args:
+        student: the trained one.
+        folder: where to.
+        dtype: type of the written weights.
+        config: how the student was loaded; the folder is read again in the same way.
+
+    Raises:
+        UserError: the merged model has other logits than the student, or the folder gives other weights when it is
+            read again.
+    """
+    copy = Student(merged(student.model, dtype).eval(), student.tokenizer)
+    _check_logits(student, copy)
+    copy.save(folder, dtype)
+    _check_folder(copy, folder, dtype, config)
+
+
+def _check_logits(student: Student, copy: Student) -> None:
+    prompt = prompt_ids(student.tokenizer)
+    with eval_mode(student.model):
+        live = logits_of(student.model, prompt)
+    differences = (logits_of(copy.model, prompt) - live).norm(dim=-1) / live.norm(dim=-1)
+    exact = student.model.dtype == copy.model.dtype == torch.float32 and not _quantized(student)
+    if not (difference := float(differences.median())) <= (EXACT if exact else LOW_PRECISION):
+        raise UserError(f"the merged model has other logits than the student: {difference:.2g} of their size apart")
+
+
+def _check_folder(copy: Student, folder: Path, dtype: torch.dtype, config: ModelConfig) -> None:
+    plain = replace(
+        config, name=str(folder), dtype=str(dtype).removeprefix("torch."), quantization="none", revision=None
+    )  # type: ignore[arg-type]
+    expected, found = copy.model.state_dict(), load_model(plain, key="ExportStudent.merge").state_dict()
+    if odd := sorted(expected.keys() ^ found.keys()):
+        raise UserError(f"the merged model's folder has weights of other names when it is read again: {odd[0]}")
+    for name, weight in expected.items():
+        if not torch.equal(weight.cpu().float(), found[name].float()):
+            raise UserError(f"the merged model's folder gives another {name} when it is read again")
+
+
+def _quantized(student: Student) -> bool:
+    return getattr(student.model.config, "quantization_config", None) is not None
