@@ -69,6 +69,8 @@ def add_lora(model: PreTrainedModel, lora: Lora, key: str = "model.adapter") -> 
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")  # `merged` unties the head
+        # peft's own, for the parameters of experts: it looks for modules of that name.
+        warnings.filterwarnings("ignore", ".*(rank|alpha)_pattern keys did not match.*")
         try:
             inject_adapter_in_model(settings, model)
         except ValueError as error:

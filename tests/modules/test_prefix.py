@@ -175,6 +175,8 @@ class Bytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if not isinstance(result, torch.Tensor):
+            return result
         storage = result.untyped_storage()
         if storage.data_ptr() not in self.living:
             self.living.add(storage.data_ptr())
@@ -194,8 +196,9 @@ class Bytes(TorchDispatchMode):
 )
 def test_what_it_takes_to_make_a_mask(family, kinds) -> None:
     """As the plan counts it: a comparison of all pairs is a byte each."""
+    model = FAMILIES[family]()
     with Bytes() as counted:
-        masks = packing.packed_masks(FAMILIES[family](), 300, [100] * 4)
+        masks = packing.packed_masks(model, 300, [100] * 4)
     assert len(masks) == kinds
     assert counted.most < (MASK + kinds - 1 + 0.5) * 400 * 700
 
