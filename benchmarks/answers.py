@@ -42,12 +42,13 @@ def main() -> None:
     print("| answers | prompt | n | right | % | 95 % interval | with an Answer line |\n|---|---|---|---|---|---|---|")
     for file in parser.parse_args().files:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        for context in sorted({row["context"] for row in rows}):
-            chosen = [row for row in rows if row["context"] is context]
-            hits = sum(right(row["answer"], row["reference"]) for row in chosen)
-            formatted = sum(bool(ANSWER.search(row["answer"])) for row in chosen)
+        for name, prompt in (("answer", "without"), ("answer_with_context", "with the context")):
+            chosen = [(row[name], row["reference"]) for row in rows if row[name] is not None]
+            if not chosen:
+                continue
+            hits = sum(right(answer, reference) for answer, reference in chosen)
+            formatted = sum(bool(ANSWER.search(answer)) for answer, _ in chosen)
             low, high = wilson(hits, len(chosen))
-            prompt = "with the context" if context else "without"
             share = f"{hits / len(chosen):.1%} | {low:.1%} to {high:.1%}"
             print(f"| {file} | {prompt} | {len(chosen)} | {hits} | {share} | {formatted} |")
 

@@ -34,7 +34,7 @@ from opcd.checkpoints.last import saved_config
 from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.errors import StepAbandoned, UserError
 from opcd.lazy import all_of
-from opcd.machine import check_port, in_full
+from opcd.machine import check_numbers, check_port, in_full
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, FrozenTeacher, StudentRollout
 from opcd.modules.distiller import default_optimizer
@@ -91,6 +91,11 @@ class Command(LightningCLI):
                 action._enable_path = False  # type: ignore[attr-defined]
         parser.link_arguments("model.student", "data.student")
         parser.link_arguments("model.teacher", "data.teacher", compute_fn=_teacher_model)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check the numbers that Lightning would use before anything of ours runs."""
+        super().parse_arguments(parser, args)
+        check_numbers(self.config[self.config.subcommand])
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint to go on from, and refuse a wrong one before anything is loaded."""

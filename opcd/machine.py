@@ -26,6 +26,23 @@ def in_full(error: MisconfigurationException, config: Any) -> str:
     )
 
 
+def check_numbers(config: Any) -> None:
+    """Refuse a seed, devices or nodes that no machine has, when the config is read (UserError)."""
+    seed, devices, nodes = config.seed_everything, config.trainer.devices, config.trainer.num_nodes
+    if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything: {seed} is no seed; give a whole number from 0 to {2**32 - 1}")
+    several = devices if isinstance(devices, list) else str(devices).split(",") if "," in str(devices) else None
+    numbers = [int(number) for number in several or [devices] if re.fullmatch(r"\s*-?\d+\s*", str(number))]
+    least = -1 if several is None else 0
+    if numbers and min(numbers) < least:
+        raise UserError(
+            f"trainer.devices: {devices}: there is no such device; give how many (-1: all), a list of their numbers "
+            "from 0, or auto"
+        )
+    if nodes < 1:
+        raise UserError(f"trainer.num_nodes must be at least 1, not {nodes}")
+
+
 def check_port(trainer: Trainer) -> None:
     """Refuse a MASTER_PORT that somebody else listens on, before other ranks start and wait for him (UserError)."""
     port, environment = os.environ.get("MASTER_PORT"), getattr(trainer.strategy, "cluster_environment", None)

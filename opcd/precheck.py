@@ -17,8 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from opcd import parsing  # noqa: F401  its settings
 from opcd.data.contexts import read_contexts
 from opcd.data.examples import parse_row
-from opcd.data.files import require_file
-from opcd.data.sources import is_file, read_rows
+from opcd.data.sources import find_file, read_rows
 from opcd.data.stages import STAGES, not_set
 from opcd.did_you_mean import beside, nearest_key
 from opcd.errors import UserError
@@ -219,9 +218,8 @@ def _check_data(command: str, config: Namespace, words: list[str]) -> None:
         source = config[key]
         if source is None and split == STAGES[command][0] and not any(word.startswith(f"--{key}.") for word in words):
             raise UserError(not_set(command))
-        if not isinstance(source, str) or not is_file(source):
-            continue
-        if require_file(source, key).stat().st_size < SMALL and config["data.on_bad_row"] != "skip":
+        file = find_file(source, key) if isinstance(source, str) else None
+        if file is not None and file.stat().st_size < SMALL and config["data.on_bad_row"] != "skip":
             for where, row in read_rows(source, key):
                 parse_row(row, where, 0)
     if config["data.context"] is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opcd.callbacks.right import right
+from opcd.matching import right
 
 CONTEXTS = Path(__file__).parent / "contexts"
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from comparison.arms import BASE, IN_CONTEXT, SAMPLES, TRAINED, Measure, Plan
-from opcd.callbacks.right import right
 from opcd.data.files import write_whole
 from opcd.errors import UserError
 from opcd.evaluation.intervals import wilson
 from opcd.evaluation.results import Metric, difference, summarise
+from opcd.matching import right
 from opcd.output import csv_cell
 from opcd.sweep.engine import Engine
 from opcd.sweep.jobs import JobFolder

@@ -11,7 +11,11 @@ from opcd.callbacks.folder import run_folder
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Appends every batch to `predictions.jsonl` in the run's folder, one file a rank (`predictions-1.jsonl`, ...)."""
+    """Appends every batch to `predictions.jsonl` in the run's folder, one file a rank (`predictions-1.jsonl`, ...).
+
+    A line a query: source, query, reference, answer (without the context) and answer_with_context, null where there is
+    no context.
+    """
 
     def __init__(self) -> None:
         super().__init__("batch")

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from opcd.callbacks.folder import run_folder
-from opcd.callbacks.right import right
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
+from opcd.matching import right
 from opcd.modules import Distiller
 from opcd.output import Screen, plain
 
@@ -23,7 +23,8 @@ class AnswerSamples(Callback):
 
     Every answer is a line of `samples.jsonl` in the run's folder: step, query, reference, context (whether the prompt
     held it), answer. A table of before and after is printed at the end. An answer is called right where it contains
-    the reference as a whole word, in any case; queries without a reference are shown and not counted.
+    the reference as words or numbers of their own, in any case (`opcd.matching`); queries without a reference are
+    shown and not counted.
 
     Args:
         queries: how many queries.

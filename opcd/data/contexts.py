@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from opcd.data.examples import Example
-from opcd.data.files import check_text, read_json, read_jsonl, read_text, require_file
+from opcd.data.files import check_text, read_json, read_jsonl, read_text, require_file, suffix_of
 from opcd.errors import UserError
 
 
@@ -22,9 +22,9 @@ def read_contexts(path: str, key: str = "data.context") -> list[str]:
     """
     file = require_file(path, key)
     found: Sequence[tuple[str, object]]
-    if file.suffix == ".jsonl":
+    if suffix_of(file) == ".jsonl":
         found = [(source, _unwrap(value)) for source, value in read_jsonl(file, key)]
-    elif file.suffix == ".json":
+    elif suffix_of(file) == ".json":
         value = read_json(file, key)
         if not isinstance(value, list):
             raise UserError(f"{key}: {file} must hold a list of texts")

@@ -15,7 +15,8 @@ class DataSet:
     """Rows that have a context or a teacher in common."""
 
     rows: str
-    """A .jsonl, .json or .parquet file, or a hub data set (org/name:split or org/name/config:split)."""
+    """A .jsonl, .json, .csv or .parquet file, a pattern of several, or a hub data set (org/name:split or
+    org/name/config:split)."""
     context: str | None = None
     """File with the one context of its rows without their own; null leaves them data.context."""
     teacher: str | None = None

@@ -1,7 +1,9 @@
 """Files of the user's, read with messages that say which file, which line and which config key; and files of ours."""
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -33,14 +35,21 @@ def refuse_existing(path: Path, key: str) -> None:
         raise UserError(f"{key}: {path.resolve()} is there already; choose another or remove it")
 
 
+def suffix_of(path: Path) -> str:
+    """The suffix that says what a file holds: that before `.gz`, where it is compressed."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
 def read_bytes(path: Path, key: str) -> bytes:
-    """The content of a file.
+    """The content of a file; of one whose name ends in `.gz`, what was compressed.
 
     Raises:
-        UserError: the system refuses to read it.
+        UserError: the system refuses to read it, or it is no whole gzip file.
     """
     try:
-        return path.read_bytes()
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{key}: {path.resolve()} is no whole gzip file: {error}") from error
     except OSError as error:
         raise UserError(f"{key}: cannot read {path.resolve()}: {error.strerror}") from error
 

@@ -15,19 +15,22 @@ class TextEncoder:
 
     Control tokens are the special tokens of the tokenizer, and those that were added as plain text (`<think>`,
     `<tool_call>`), but for added white space (Gemma's runs of line breaks).
+
+    Attributes:
+        controls: how they are spelled.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
         controls = {number: token for number, token in added.items() if token.content.strip(" \n\t\r▁")}
         self.tokenizer = tokenizer
-        self._texts = [token.content for token in controls.values()]
+        self.controls = [token.content for token in controls.values()]
         self._ids = controls.keys()
         self._data_tokenizer = _all_special(tokenizer, list(controls.values()))
 
     def holds_control(self, text: str) -> bool:
         """Whether `text` spells a control token."""
-        return any(control in text for control in self._texts)
+        return any(control in text for control in self.controls)
 
     def trusted(self, text: str) -> list[int]:
         """Ids of `text`, its control tokens parsed; nothing is added."""

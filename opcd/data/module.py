@@ -20,6 +20,7 @@ from opcd.data.sampler import ResumableSampler
 from opcd.data.sources import ExampleSource, read_examples
 from opcd.data.stages import STAGES, not_set
 from opcd.data.teachers import TeacherModels, teacher_key, with_teachers
+from opcd.data.usable import usable
 from opcd.data.views import STUDENT, Placement, Views, split_template
 from opcd.data.vocabulary import check_same_vocabulary
 from opcd.errors import UserError
@@ -29,10 +30,12 @@ from opcd.models import ModelConfig, load_tokenizer
 class ContextQueryDataModule(LightningDataModule):
     """Queries, and the contexts that the teacher sees with them.
 
-    A source is a .jsonl, .json or .parquet file, a hub data set (org/name:split or org/name/config:split), or a class
-    that makes rows (opcd.data.DataSets: several of them; opcd.games.GameSeeds). A row is {"query", "context",
-    "response", "reference", "teacher"} (only the query is required; text or chat messages), TRL's {"prompt",
-    "completion", "privileged_context"}, {"content", "answer"}, or in the shape of DAPO-Math-17k.
+    A source is a .jsonl, .json, .csv or .parquet file (.jsonl.gz and the like too), a pattern of several files
+    (rows/*.jsonl), a hub data set (org/name:split or org/name/config:split), or a class that makes rows
+    (opcd.data.DataSets: several of them; opcd.games.GameSeeds). A row is {"query", "context", "response", "reference",
+    "teacher"} (only the query is required; text or chat messages), TRL's {"prompt", "completion",
+    "privileged_context"}, {"messages"}, {"content", "answer"}, or in the shape of DAPO-Math-17k; names of one shape may
+    stand in another.
 
     Args:
         train: source of the training rows.
@@ -131,8 +134,9 @@ class ContextQueryDataModule(LightningDataModule):
             self._taught = stage != "predict"  # the student answers with the context itself: no teacher is needed
             self._views = self._make_views()
             contexts.contexts = self.budgets.limit_contexts(contexts.contexts, self.views)
+            self._check_contexts(contexts.contexts)
         for split, examples in rows.items():
-            kept = self.budgets.limit_examples(examples, self.views, f"data.{split}")
+            kept = self._usable(examples, f"data.{split}")
             self._longest[split] = longest_prompts(kept, contexts, self._views)
             self._examples[split] = kept
 
@@ -214,6 +218,36 @@ class ContextQueryDataModule(LightningDataModule):
         if split == "predict":  # no teacher is there
             return [replace(example, teacher=None) for example in examples]
         return with_teachers(examples, self.teacher if isinstance(self.teacher, TeacherModels) else None)
+
+    def _check_contexts(self, contexts: list[str]) -> None:
+        """Refuse contexts of the data set that change how a teacher's prompts end."""
+        if self._taught:
+            for number, context in enumerate(contexts, start=1):
+                for views in self._views.values():
+                    views.check_context(context, f"data.context, context {number}")
+
+    def _usable(self, examples: list[Example], key: str) -> list[Example]:
+        """The rows that prompts can be made of and that the budgets keep, each with its own context cut to them."""
+        checked: set[tuple[str | None, str]] = set()
+
+        def check_context(example: Example) -> None:
+            """Of its own: each text once."""
+            name, context = example.teacher, example.context
+            if self._taught and context is not None and (name, context) not in checked:
+                self._views[name].check_context(context, example.source)
+                checked.add((name, context))
+
+        def check_row(example: Example) -> None:
+            """Without a teacher there is one view."""
+            views = self._views[example.teacher]
+            if self._taught:
+                views.check_row(example)
+            else:
+                views.student_prompt(example)
+
+        rows = usable(examples, check_row, key, self.on_bad_row)
+        kept = self.budgets.limit_examples(rows, self.views, key)
+        return usable(kept, check_context, key, self.on_bad_row)
 
     def _context_source(self) -> ContextSource:
         if self._contexts is None:

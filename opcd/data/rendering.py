@@ -1,6 +1,7 @@
 """Chat messages as the token ids of a tokenizer's chat template."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
@@ -12,6 +13,13 @@ from opcd.errors import UserError
 # Private-use characters: a template passes them on untouched, and no template holds them.
 MARK = "\ue000{}\ue001"
 MARKS = re.compile("\ue000([0-9]+)\ue001")
+PROBES = {
+    "user": ["user"],
+    "system": ["system", "user"],
+    "assistant": ["user", "assistant", "user"],
+    "tool": ["user", "assistant", "tool", "user"],
+}
+"""The roles of a conversation in which each role occurs."""
 
 
 class ChatRenderer:
@@ -32,6 +40,36 @@ class ChatRenderer:
         self.tokenizer = text.tokenizer
         self.template_kwargs, self.key = template_kwargs, key
         self._check(key, otherwise)
+        self._parts: set[str] = set()
+        for role in PROBES:
+            if self._wants_parts(role):
+                self._parts.add(role)
+
+    def _wants_parts(self, role: str) -> bool:
+        """Whether a message of the role shows only where its content is a list of parts (`{"type": "text"}`)."""
+        roles = PROBES[role]
+        place = max(0, len(roles) - 2)
+        messages = [{"role": of, "content": MARK.format(number)} for number, of in enumerate(roles)]
+
+        def shows(parts: set[str]) -> bool:
+            """Whether the message is in the template's text."""
+            try:
+                return MARK.format(place) in self._rendered(messages, parts)
+            except Exception:  # the template's own; it is told when a row is rendered
+                return False
+
+        return not shows(self._parts) and shows(self._parts | {role})
+
+    def _rendered(self, messages: list[Message], parts: set[str]) -> str:
+        """The template's text; messages of the roles in `parts` have a list of parts in the place of their text."""
+        options = {**self.template_kwargs, "tokenize": False, "add_generation_prompt": True}
+        given: list[dict[str, Any]] = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if message["role"] in parts
+            else dict(message)
+            for message in messages
+        ]
+        return str(self.tokenizer.apply_chat_template(given, **options))
 
     def _check(self, key: str, otherwise: str) -> None:
         template = self.tokenizer.chat_template
@@ -50,9 +88,8 @@ class ChatRenderer:
         Raises:
             UserError: the template refuses the messages.
         """
-        options = {**self.template_kwargs, "tokenize": False, "add_generation_prompt": True}
         try:
-            return str(self.tokenizer.apply_chat_template(messages, **options))
+            return self._rendered(messages, self._parts)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses these messages: {error}") from error
         except Exception as error:  # a template is a program: it may divide by zero
@@ -82,10 +119,13 @@ class ChatRenderer:
         marked = self.render([{**message, "content": MARK.format(i)} for i, message in enumerate(messages)])
         ids: list[int] = []
         rest = text
-        for number, piece in enumerate(MARKS.split(marked)):
+        pieces = MARKS.split(marked)
+        for number, piece in enumerate(pieces):
             is_data = number % 2 == 1
-            span = _span(messages[int(piece)]["content"], rest) if is_data else piece
-            if not rest.startswith(span):
+            following = pieces[number + 1] if is_data else ""
+            spans = self._spans(messages[int(piece)]["content"]) if is_data else [piece]
+            span = next((span for span in spans if rest.startswith(span + following)), None)
+            if span is None:
                 raise UserError("the chat template rewrites these messages; remove the control tokens from them")
             ids += self.text.data(span) if is_data else self.text.trusted(span)
             rest = rest.removeprefix(span)
@@ -94,7 +134,23 @@ class ChatRenderer:
             raise UserError("the tokenizer cannot encode these messages in pieces; remove the control tokens from them")
         return ids
 
+    def _spans(self, content: str) -> Iterator[str]:
+        """What a template may make of a content: all of it, or what is left without thoughts or before a control token.
 
-def _span(content: str, rest: str) -> str:
-    """What a template made of `content`, at the start of `rest`: the content itself, or the content trimmed."""
-    return content if rest.startswith(content) else content.strip()
+        Templates leave the thoughts out of earlier turns: `content.split('</think>')[-1]`.
+        """
+        ends = [control for control in self.text.controls if control in content]
+        cut = [content, _without_blocks(content, ends), *(content.rsplit(end, 1)[1] for end in ends)]
+        cut += [content.split(end, 1)[0] for end in ends]
+        for text in dict.fromkeys(cut):
+            yield from dict.fromkeys((text, text.strip(), text.lstrip("\n"), text.strip("\n"), text.rstrip()))
+
+
+def _without_blocks(content: str, controls: list[str]) -> str:
+    """The content without what stands between `<NAME>` and `</NAME>`, the two included, where both are controls."""
+    for end in controls:
+        begin = end.replace("</", "<", 1)
+        if begin != end and begin in controls:
+            first, *others = content.split(begin)
+            content = first + "".join(o.split(end, 1)[1] if end in o else begin + o for o in others)
+    return content

@@ -1,20 +1,27 @@
-"""Examples from a file (.jsonl, .json, .parquet) or from a data set of the hub."""
+"""Examples from files (.jsonl, .json, .csv, .parquet) or from a data set of the hub."""
 
 from __future__ import annotations
 
+import csv
+import glob
+import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from opcd.data.examples import Example, OnBadRow, parse_rows
-from opcd.data.files import jsonl_lines, raising, read_json, require_file
+from opcd.data.examples import ACCEPTED, Example, OnBadRow, parse_rows
+from opcd.data.files import LONGEST, jsonl_lines, raising, read_json, read_text, require_file, suffix_of
 from opcd.errors import UserError
 from opcd.hub import hub_reachable
 
 Rows = Iterator[tuple[str, object]]
 
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?")
+KINDS = ".jsonl, .json, .csv or .parquet"
+SAVED = ("dataset_info.json", "dataset_dict.json")
+"""Files of a folder that `save_to_disk` of the library `datasets` has written."""
 
 
 class ExampleSource(ABC):
@@ -30,23 +37,28 @@ class ExampleSource(ABC):
 
 
 def read_examples(
-    source: str | ExampleSource, key: str = "data.train", on_bad_row: OnBadRow = "raise"
+    source: str | ExampleSource,
+    key: str = "data.train",
+    on_bad_row: OnBadRow = "raise",
+    accepted: str = ACCEPTED,
 ) -> list[Example]:
     """All examples of a source.
 
     Args:
-        source: a .jsonl, .json or .parquet file, a hub data set "org/name", "org/name:split" or "org/name/config:split"
-            (split: train; slices of `datasets`, such as train[:1000], are allowed; a set with several configs needs
-            one), or what makes examples itself.
+        source: a .jsonl, .json, .csv or .parquet file (.gz, but for Parquet, is read too), a pattern of several
+            (rows/*.jsonl), a hub data set "org/name", "org/name:split" or "org/name/config:split" (split: train; slices
+            of `datasets`, such as train[:1000], are allowed; a set with several configs needs one), or what makes
+            examples itself.
         key: the config key that holds the source, for messages and for the `source` of examples that stand in no file.
         on_bad_row: raise an error for the first wrong row, or leave all such rows out with one warning.
+        accepted: what rows may look like, for messages.
 
     Raises:
         UserError: the source cannot be read, has no rows, or a row is wrong.
     """
     if isinstance(source, ExampleSource):
         return source.examples(key, on_bad_row)
-    examples = parse_rows(_rows(source, key), key, on_bad_row)
+    examples = parse_rows(_rows(source, key), key, on_bad_row, accepted)
     if not examples:
         raise UserError(f"{key}: {source} has no rows")
     return examples
@@ -63,16 +75,78 @@ def read_rows(source: str, key: str) -> Rows:
 
 def _rows(source: str, key: str) -> Rows:
     """The same; a line that is no JSON is the UserError that says so."""
-    path = Path(source).expanduser()
-    if is_file(source):
-        return READERS.get(path.suffix, jsonl_lines)(require_file(source, key), key)
+    path, file = Path(source).expanduser(), find_file(source, key)
+    if file is not None:
+        return _file_rows([file], key)
     hub = HUB_ID.fullmatch(source)
+    if hub is None and glob.has_magic(source) and not path.exists():
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  absolute too
+        if not files:
+            raise UserError(f"{key}: no file matches {path.absolute()}")
+        return _file_rows(files, key)
     if hub is None or path.exists():
         raise UserError(
-            f"{key}: {source!r} is neither a {', '.join(READERS)} file nor a hub data set (org/name:split, or "
-            "org/name/config:split)"
+            f"{key}: {source!r} is neither a {KINDS} file nor a hub data set (org/name:split, or org/name/config:split)"
         )
     return _hub_rows(hub["name"], hub["config"], hub["split"] or "train", key)
+
+
+def find_file(source: str, key: str) -> Path | None:
+    """The file that a source names; None where it is a pattern of several or a hub data set.
+
+    Raises:
+        UserError: it does not exist, or is a folder.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _refuse_folder(path, key)
+    pattern = glob.has_magic(source) and not path.exists()
+    return None if pattern or _reader(path) is None else require_file(source, key)
+
+
+def _file_rows(files: list[Path], key: str) -> Rows:
+    """The rows of files, one after the other. All are looked at before the first is read."""
+    readers = [_reader(file) for file in files]
+    for file, reader in zip(files, readers, strict=True):
+        if reader is None or file.is_dir():
+            raise UserError(f"{key}: {file.resolve()} is no {KINDS} file; narrow the pattern")
+    for file, reader in zip(files, readers, strict=True):
+        assert reader is not None
+        yield from reader(file, key)
+
+
+def _reader(path: Path) -> Callable[[Path, str], Rows] | None:
+    """What reads a file of this name."""
+    if path.suffix == ".parquet":
+        return _parquet_rows
+    return {".jsonl": jsonl_lines, ".json": _json_rows, ".csv": _csv_rows}.get(suffix_of(path))
+
+
+def _refuse_folder(path: Path, key: str) -> None:
+    if any((path / name).is_file() for name in SAVED):
+        raise UserError(
+            f"{key}: {path.resolve()} was written by save_to_disk of `datasets`; write it as one file: "
+            f"datasets.load_from_disk({str(path)!r}).to_parquet('rows.parquet') (of a dictionary of splits, one by one)"
+        )
+    raise UserError(f"{key}: {path.resolve()} is a folder; name a file in it, or several by a pattern ({path}/*.jsonl)")
+
+
+def _csv_rows(path: Path, key: str) -> Rows:
+    """Rows of text cells below a line of names; an empty cell is none."""
+    csv.field_size_limit(LONGEST)
+    lines = csv.reader(io.StringIO(read_text(path, key), newline=""), strict=True)
+    try:
+        names = next(lines, [])
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"{path}:1: two columns are called {twice[0]!r}; rename one")
+        for cells in lines:
+            where, row = f"{path}:{lines.line_num}", dict(zip(names, (cell or None for cell in cells), strict=False))
+            if not any(cells):
+                continue
+            wrong = f"{where}: {len(cells)} cells under {len(names)} names; quote a cell that holds a comma"
+            yield where, row if len(cells) == len(names) else UserError(wrong)
+    except csv.Error as error:
+        raise UserError(f"{path}:{lines.line_num}: not valid CSV: {error}") from error
 
 
 def _json_rows(path: Path, key: str) -> Rows:
@@ -94,16 +168,6 @@ def _parquet_rows(path: Path, key: str) -> Rows:
     yield from _numbered(table.to_pylist(), str(path))
 
 
-READERS = {".jsonl": jsonl_lines, ".json": _json_rows, ".parquet": _parquet_rows}
-"""By the suffix of a file."""
-
-
-def is_file(source: str) -> bool:
-    """Whether a source is read as a file, which may not be there, and not as a hub data set."""
-    path = Path(source).expanduser()
-    return path.suffix in READERS or path.is_dir()
-
-
 def _hub_rows(name: str, config: str | None, split: str, key: str) -> Rows:
     import datasets
 
@@ -117,7 +181,7 @@ def _hub_rows(name: str, config: str | None, split: str, key: str) -> Rows:
     except (ConnectionError, OSError) as error:
         raise UserError(
             f"{key}: the hub could not be reached for {source}: {error}; "
-            f"check the network, or give a .jsonl, .json or .parquet file ({Path(name).resolve()} does not exist)"
+            f"check the network, or give a {KINDS} file ({Path(name).resolve()} does not exist)"
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         named = "config" in str(error).lower()

@@ -122,17 +122,70 @@ class Views:
     def _fill(self, context: str, query: str) -> str:
         return "".join({"{context}": context, "{query}": query}.get(piece, piece) for piece in self._template)
 
+    def check_row(self, example: Example) -> None:
+        """Refuse a row that a prompt cannot be made of, with a context or without.
+
+        Raises:
+            UserError: the query does not fit the placement or a chat template, or the views end differently.
+        """
+        if self.placement == "raw":
+            _raw_query(example)
+            return
+        messages = _messages(example)
+        try:
+            self._check_ends(messages, self._with_context(messages, PROBES[0]))
+        except UserError as error:
+            raise UserError(f"{example.source}: {error}") from error
+        if any(text.holds_control(m["content"]) for text in (self._student_text, self._teacher_text) for m in messages):
+            self.student_prompt(example)
+            self.teacher_prompt(example, PROBES[0])
+
+    def check_context(self, context: str, source: str) -> None:
+        """Refuse a context under which the teacher's prompts end otherwise than the student's (`/no_think`).
+
+        Raises:
+            UserError: shows both ends.
+        """
+        if self.placement == "raw":
+            return
+        question: list[Message] = [{"role": "user", "content": PROBES[0]}]
+        try:
+            self._check_ends(question, self._with_context(question, context))
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+
     def _check_same_end(self) -> None:
-        question: list[Message] = [{"role": "user", "content": MARK.format(0)}]
-        views = (self._student, self._teacher)
-        ends = [view.text.trusted(view.render(question).rpartition(MARK.format(0))[2]) for view in views]
+        question: list[Message] = [{"role": "user", "content": PROBES[0]}]
+        self._check_ends(question, question)
+
+    def _check_ends(self, student: list[Message], teacher: list[Message]) -> None:
+        """Compare what both chat templates write after the last message: the response follows it."""
+        ends = [
+            view.text.trusted(view.render(_marked(messages)).rpartition(MARK.format(0))[2])
+            for view, messages in ((self._student, student), (self._teacher, teacher))
+        ]
         if ends[0] != ends[1]:
+            switched = student != teacher and self._ends_alike(student)
+            cause = (
+                "the context changes the chat template's end (as /no_think does); remove that from the context, or "
+                "switch it for both by chat_template_kwargs"
+                if switched
+                else f"make {self._keys[0]}.chat_template_kwargs and {self._keys[1]}.chat_template_kwargs agree (or "
+                "the chat templates)"
+            )
             raise UserError(
                 "both views must end at the same generation prompt; the student's ends with "
-                f"{views[0].text.decode(ends[0])!r}, the teacher's with {views[1].text.decode(ends[1])!r}: make "
-                f"{self._keys[0]}.chat_template_kwargs and {self._keys[1]}.chat_template_kwargs agree "
-                "(or the chat templates)"
+                f"{self._student_text.decode(ends[0])!r}, the teacher's with {self._teacher_text.decode(ends[1])!r}: "
+                f"{cause}"
             )
+
+    def _ends_alike(self, messages: list[Message]) -> bool:
+        """Whether both models' prompts of the same messages end alike."""
+        try:
+            self._check_ends(messages, messages)
+        except UserError:
+            return False
+        return True
 
     def _check_context_shows(self) -> None:
         context, query = MARK.format(1), MARK.format(2)
@@ -172,6 +225,11 @@ def _refuse_kwargs(by_key: dict[str, dict[str, Any] | None]) -> None:
 def _messages(example: Example) -> list[Message]:
     query = example.query
     return [{"role": "user", "content": query}] if isinstance(query, str) else query
+
+
+def _marked(messages: list[Message]) -> list[Message]:
+    """The messages with a mark at the end of the last one."""
+    return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + MARK.format(0)}]
 
 
 def _raw_query(example: Example) -> str:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from opcd.data.views import split_template
 from opcd.games import GameSeeds
+from opcd.modules.generation import Sampling
 from opcd.modules.prefix import Mode
 
 
@@ -15,7 +16,7 @@ class Evaluation:
     tasks: list[str] | str
     """Names of tasks (dapo_math, ifeval, medmcqa, safety, or a game's of `data`): a list, or text with commas."""
     data: dict[str, str | GameSeeds] = field(default_factory=dict)
-    """Rows of a task (data.TASK): a .jsonl, .json or .parquet file, or a hub data set (org/name:split or
+    """Rows of a task (data.TASK): a .jsonl, .json, .csv or .parquet file, or a hub data set (org/name:split or
     org/name/config:split). A task whose rows are opcd.games.GameSeeds is a game, and has any name."""
     limit: int | None = None
     """Take the first so many rows of each task; null takes all."""
@@ -69,6 +70,7 @@ class Evaluation:
             raise ValueError("samples: greedy answers are all the same; leave samples at 1, or draw them")
         if self.temperature == 0:
             raise ValueError("temperature 0 is called greedy here: set greedy")
+        Sampling(**{name: getattr(self, name) for name in drawing})  # refuses what cannot be drawn with
 
     def _check_context(self) -> None:
         if self.context is not None:

@@ -21,7 +21,7 @@ class MathProblems(Problems):
     item's id is a hash of its query. Training rows need no reference: lessons come from the attempt alone.
 
     Args:
-        train: rows that lessons come from: a .jsonl, .json or .parquet file, or a hub data set org/name:split or
+        train: rows that lessons come from: a .jsonl, .json, .csv or .parquet file, or a hub data set org/name:split or
             org/name/config:split.
         val: rows that choose among lists, none of which is in `train`; neither may be what results are reported on.
         limit_train: take the first so many rows; null takes all.

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opcd.data.literal import TextEncoder
+from opcd.data.rendering import ChatRenderer
 from opcd.errors import UserError
 from opcd.modules.generation import Sampling, generate
 from opcd.modules.student import Student
@@ -37,8 +39,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The prompt through the chat template where there is one: [P]."""
     text = PROMPT
     if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": PROMPT}]
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        renderer = ChatRenderer(TextEncoder(tokenizer), {}, "the student")
+        text = renderer.render([{"role": "user", "content": PROMPT}])
     return torch.tensor(tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"])
 
 

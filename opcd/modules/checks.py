@@ -1,5 +1,7 @@
 """What a Distiller refuses before a model is loaded."""
 
+import math
+
 import torch
 
 from opcd.data import ContextQueryDataModule, TeacherModels
@@ -26,10 +28,10 @@ Reader = tuple[str, str, int | None]
 
 
 def check_positive(**values: float | None) -> None:
-    """Refuse settings that are given and not greater than 0 (``ValueError``)."""
+    """Refuse settings that are given and no finite number greater than 0 (``ValueError``)."""
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"model.{name} must be greater than 0, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"model.{name} must be a finite number greater than 0, got {value}")
 
 
 def check_data(

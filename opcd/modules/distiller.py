@@ -283,17 +283,22 @@ class Distiller(OnRanks):
         self._log_held_out("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """The student's answers without the context, and with it where there is one, a row each."""
-        rows = []
-        with_context = batch.select([row for row, context in enumerate(batch.contexts) if context is not None])
-        for context, part in ((False, batch), (True, with_context)):
-            if not len(part):
-                continue
-            answers = self.answers(part, context)
-            for example, answer in zip(part.examples, answers, strict=True):
-                row = {"source": example.source, "query": example.query, "reference": example.reference}
-                rows.append({**row, "context": context, "answer": answer})
-        return rows
+        """A row a query: the student's answer without the context, and with it where there is one (else null)."""
+        answers = self.answers(batch, context=False)
+        there = [row for row, context in enumerate(batch.contexts) if context is not None]
+        informed: dict[int, str] = {}
+        if there:
+            informed = dict(zip(there, self.answers(batch.select(there), context=True), strict=True))
+        return [
+            {
+                "source": example.source,
+                "query": example.query,
+                "reference": example.reference,
+                "answer": answer,
+                "answer_with_context": informed.get(number),
+            }
+            for number, (example, answer) in enumerate(zip(batch.examples, answers, strict=True))
+        ]
 
     def answers(self, batch: Batch, context: bool) -> list[str]:
         """The student's answers as `answer` draws them, with the context in the prompt or without.

@@ -3,22 +3,37 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from opcd.did_you_mean import or_all
 from opcd.modules.decoding import CACHE, Told, decode
 from opcd.modules.packed_linear import packed_linears
 from opcd.modules.trajectories import first_sequence
 
-OURS = (
-    *("max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "top_k"),
-    *("eos_token_id", "pad_token_id", "num_return_sequences", "return_dict_in_generate"),
-)
-"""Settings that Sampling has of its own, or that would change what comes back."""
+Bound = tuple[type, float, float]
+"""Of an option: its type, and the range that it lies in, both ends included."""
+DRAWING: dict[str, Bound] = {
+    "min_p": (float, 0.0, 1.0),
+    "typical_p": (float, 1e-6, 1.0),
+    "top_h": (float, 1e-6, 1.0),
+    "epsilon_cutoff": (float, 0.0, 0.999),
+    "eta_cutoff": (float, 0.0, 0.999),
+}
+"""Options that choose among the tokens of a draw, without effect on greedy answers."""
+OPTIONS: dict[str, Bound] = DRAWING | {
+    "repetition_penalty": (float, 0.01, 100.0),
+    "no_repeat_ngram_size": (int, 1, float("inf")),
+    "min_new_tokens": (int, 0, float("inf")),
+}
+"""Settings of transformers' GenerationConfig that `Sampling.options` takes: those that one can check without a model,
+and that leave a response one sequence of tokens which a loop of its own (`opcd.modules.decoding`) writes."""
+TEMPERATURES = (1e-3, 1e3)
+"""Below, logits overflow; above, all tokens are the same."""
 
 
 @dataclass
@@ -34,7 +49,8 @@ class Sampling:
     top_k: int = 0
     """Sample among this many likeliest tokens; 0 keeps all."""
     options: dict[str, Any] = field(default_factory=dict)
-    """More settings of transformers' GenerationConfig, such as {min_p: 0.05, repetition_penalty: 1.1}."""
+    """More settings, as in transformers' GenerationConfig: min_p, typical_p, top_h, epsilon_cutoff, eta_cutoff,
+    repetition_penalty, no_repeat_ngram_size, min_new_tokens."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -46,13 +62,29 @@ class Sampling:
             )
         if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
             raise ValueError("top_k and top_p have no effect at temperature 0 (greedy); remove them")
-        for name in self.options:
-            if name in OURS or not hasattr(GenerationConfig(), name):
-                why = "is set elsewhere" if name in OURS else "is no setting of transformers' GenerationConfig"
-                raise ValueError(f"sampling.options: {name} {why}; remove it")
+        if self.temperature != 0 and not TEMPERATURES[0] <= self.temperature <= TEMPERATURES[1]:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or between {TEMPERATURES[0]:g} and {TEMPERATURES[1]:g}, "
+                f"got {self.temperature}"
+            )
+        for name, value in self.options.items():
+            self._check_option(name, value)
+
+    def _check_option(self, name: str, value: object) -> None:
+        if name not in OPTIONS:
+            raise ValueError(f"sampling.options: {name} is no option of sampling{or_all(name, OPTIONS)}")
+        kind, low, high = OPTIONS[name]
+        if kind is int:
+            high = self.max_new_tokens
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole or (kind is float and isinstance(value, float))) or not low <= cast(float, value) <= high:
+            number = "a whole number" if kind is int else "a number"
+            raise ValueError(f"sampling.options: {name} must be {number} from {low:g} to {high:g}, got {value!r}")
+        if self.temperature == 0 and name in DRAWING:
+            raise ValueError(f"sampling.options: {name} has no effect at temperature 0 (greedy); remove it")
 
     def generation_config(self, eos_ids: set[int], pad_id: int) -> GenerationConfig:
-        """The same in transformers' words; what a model's own generation config says does not come in."""
+        """The same in transformers' words. `no_settings_of_the_model` keeps a model's own settings out."""
         drawn: dict[str, Any] = {"do_sample": False} | self.options
         if self.temperature > 0:
             drawn |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -109,11 +141,13 @@ def generate(
     ids = torch.cat([begin, rest], dim=1)
     with (
         eval_mode(model),
+        no_settings_of_the_model(model),
         own_precision(model, keep_casts=True) as dtype,
         packed_linears(model, dtype, sampling.max_new_tokens),
         _one_product_of_head(model),
     ):
-        output = model.generate(  # type: ignore[operator]
+        output = cast(Any, type(model)).generate(  # a folder can put a function of its own on the instance
+            model,
             custom_generate=decode,
             input_ids=ids.to(model.device),
             attention_mask=torch.cat([begin_mask, rest_mask], dim=1).to(model.device),
@@ -148,6 +182,20 @@ def own_precision(model: PreTrainedModel, keep_casts: bool = False) -> Iterator[
             yield autocast if enabled else model.dtype
         finally:
             torch.clear_autocast_cache()
+
+
+@contextmanager
+def no_settings_of_the_model(model: PreTrainedModel) -> Iterator[None]:
+    """Put an empty generation config in the place of the model's.
+
+    `generate` takes from there every setting that it is not given: a repetition penalty, suppressed tokens, beams.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @contextmanager

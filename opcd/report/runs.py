@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd.callbacks.right import right
 from opcd.changes import changed_keys
 from opcd.environment import FILE
 from opcd.errors import UserError
 from opcd.evaluation.report import SUMMARY
 from opcd.evaluation.results import Metric, Row, summarise
+from opcd.matching import right
 from opcd.sweep.results import (
     Series,
     figures,

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from opcd.callbacks.right import right
 from opcd.did_you_mean import beside
 from opcd.errors import UserError
+from opcd.matching import right
 
 Series = dict[str, list[tuple[int, float]]]
 """Name -> (step, value), in the order in which they were logged."""

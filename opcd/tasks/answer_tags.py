@@ -21,14 +21,20 @@ OPENING, CLOSING = re.compile("<answer>", re.IGNORECASE), re.compile("</answer>"
 LETTER = re.compile(r"\(([A-Da-d])\)|(?<![A-Za-z])([A-D])(?![A-Za-z'])|^\s*([a-d])\s*(?:[.):]\s*)?$")
 
 
+TAGGED = 'a row is {{"content", "answer"}} (the answer: {answer}), or {{"query", "reference"}}'
+"""The rows of these tasks, for messages."""
+
+
 def medmcqa(source: str, key: str = "source", **_: Any) -> dict[str, Any]:
     """Rows whose answer is a letter."""
-    return question_docs(_examples(source, key), _as_letter)
+    accepted = TAGGED.format(answer="A to D")
+    return question_docs(_examples(source, key, accepted), _as_letter, accepted)
 
 
 def safety(source: str, key: str = "source", **_: Any) -> dict[str, Any]:
     """Rows whose answer is yes or no."""
-    return question_docs(_examples(source, key), _as_yes_no)
+    accepted = TAGGED.format(answer="yes or no")
+    return question_docs(_examples(source, key, accepted), _as_yes_no, accepted)
 
 
 def letter_results(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
@@ -74,11 +80,9 @@ def _as_yes_no(text: str) -> str | None:
     return word if word in ("yes", "no") else None
 
 
-def _examples(source: str, key: str) -> Iterator[Example]:
+def _examples(source: str, key: str, accepted: str) -> Iterator[Example]:
     number = -1
     for number, (where, row) in enumerate(read_rows(source, key)):
-        if isinstance(row, dict) and "content" in row:
-            row = {"query": row["content"], "reference": row.get("answer")}
-        yield parse_row(row, where, number)
+        yield parse_row(row, where, number, accepted)
     if number < 0:
         raise UserError(f"{key}: {source} has no rows")

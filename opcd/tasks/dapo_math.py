@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from opcd.data import read_examples
-from opcd.tasks.docs import question_docs
+from opcd.tasks.docs import QUESTIONS, question_docs
 
 # As in the data set's own scorer (verl's math_dapo.py): any case, up to the end of the line, the last one counts.
 ANSWER = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
@@ -14,7 +14,7 @@ LONGEST = 1000
 
 def dataset(source: str, key: str = "source", **_: Any) -> dict[str, Any]:
     """The rows of a file or a hub data set; copies of a problem are dropped."""
-    return question_docs(read_examples(source, key))
+    return question_docs(read_examples(source, key, accepted=QUESTIONS))
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:

@@ -6,15 +6,20 @@ from typing import Any
 from opcd.data import Example
 from opcd.errors import UserError
 
+QUESTIONS = 'a row is {"query", "reference"} or {"prompt", "reward_model": {"ground_truth"}} (DAPO-Math-17k)'
+"""The rows of a task whose questions have one answer, for messages."""
 NO_CHECK: Callable[[str], str | None] = lambda reference: reference  # noqa: E731
 
 
-def question_docs(examples: Iterable[Example], check: Callable[[str], str | None] = NO_CHECK) -> dict[str, Any]:
+def question_docs(
+    examples: Iterable[Example], check: Callable[[str], str | None] = NO_CHECK, accepted: str = QUESTIONS
+) -> dict[str, Any]:
     """The split `test`: query, system (the system message of the row, or nothing), reference and source of each row.
 
     Args:
         examples: the rows.
         check: the reference as the task compares it, or None where it is none that the task knows.
+        accepted: what rows look like, for messages.
 
     Raises:
         UserError: a row has no answer, a wrong one, or more than one message of the user's.
@@ -25,7 +30,7 @@ def question_docs(examples: Iterable[Example], check: Callable[[str], str | None
     for example in examples:
         reference = example.reference.strip() if example.reference else ""
         if not reference:
-            raise UserError(f"{example.source}: no answer to compare with; give the row a reference, or remove it")
+            raise UserError(f"{example.source}: no answer to compare with: {accepted}; add it, or remove the row")
         known = check(reference)
         if known is None:
             raise UserError(f"{example.source}: {reference!r} is no answer that this task knows")

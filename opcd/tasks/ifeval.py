@@ -3,6 +3,7 @@
 from typing import Any
 
 from opcd.data import read_rows
+from opcd.data.examples import refuse_unread
 from opcd.errors import UserError
 from opcd.extras import install_hint
 from opcd.tasks.punkt import provide_punkt
@@ -23,6 +24,7 @@ def dataset(source: str, key: str = "source", **_: Any) -> dict[str, Any]:
     for where, row in read_rows(source, key):
         if not isinstance(row, dict):
             raise UserError(f"{where}: a row of IFEval is an object with {', '.join(FIELDS)}")
+        refuse_unread(row, where)
         for name, kind in FIELDS.items():
             if not isinstance(row.get(name), kind):
                 raise UserError(

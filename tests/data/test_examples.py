@@ -65,6 +65,7 @@ def test_equal_rows_of_other_shapes_stay():
 
 
 USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
 
 
 @pytest.mark.parametrize(
@@ -100,3 +101,124 @@ def test_a_wrong_row_is_refused(row, message):
     with pytest.raises(UserError, match=rf"^train\.jsonl:12: {message}") as raised:
         parse_row(row, "train.jsonl:12", 0)
     assert "train.jsonl:12: train.jsonl:12" not in str(raised.value)
+
+
+@pytest.mark.case("D5")
+@pytest.mark.parametrize("query", ["query", "prompt", "messages", "content"])
+@pytest.mark.parametrize("context", ["context", "privileged_context"])
+@pytest.mark.parametrize("response", ["response", "completion"])
+@pytest.mark.parametrize("reference", ["reference", "reward_model", "answer"])
+def test_a_known_name_is_read_beside_any_other(query, context, response, reference):
+    row = {
+        query: [USER] if query == "messages" else "q",
+        context: "c",
+        response: "r",
+        reference: {"ground_truth": 4, "style": "rule"} if reference == "reward_model" else 4,
+        "teacher": "t",
+    }
+    example = parse_row(row, "f:1", 0)
+    assert example.query in ("q", [USER])
+    assert (example.context, example.response, example.reference, example.teacher) == ("c", "r", "4", "t")
+
+
+@pytest.mark.case("D5")
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "q", "prompt": "p"}, "query and prompt both give the query; keep one"),
+        ({"prompt": "p", "messages": [USER]}, "prompt and messages both give the query"),
+        ({"prompt": "p", "context": "c", "privileged_context": "d"}, "context and privileged_context both give the"),
+        ({"query": "q", "response": "c", "completion": "d"}, "response and completion both give the response"),
+        (DAPO | {"reference": "5"}, "reference and reward_model.ground_truth both give the reference"),
+        ({"prompt": "p", "Context": "c"}, "unknown key 'Context'; did you mean context"),
+        (DAPO | {"privileged_contxt": "c"}, "unknown key 'privileged_contxt'; did you mean privileged_context"),
+        ({"prompt": "p", "reponse": "c"}, "unknown key 'reponse'; did you mean response"),
+    ],
+)
+def test_two_names_of_one_field_and_misspelt_ones_are_refused(row, message):
+    with pytest.raises(UserError, match=f"^f:1: {message}"):
+        parse_row(row, "f:1", 0)
+
+
+@pytest.mark.case("D5")
+def test_a_name_without_a_value_is_no_second_one():
+    row = {"query": None, "prompt": "q", "context": None, "privileged_context": "c", "prompt_id": "x", "query_len": 3}
+    example = parse_row(row, "f:1", 0)
+    assert (example.query, example.context) == ("q", "c")
+
+
+@pytest.mark.case("D5")
+def test_a_problem_with_another_context_is_no_copy():
+    rows = [DAPO | {"privileged_context": text} for text in ("one", "two", "one")]
+    assert [e.context for e in parse_rows([(f"f:{n}", row) for n, row in enumerate(rows)], "k")] == ["one", "two"]
+
+
+@pytest.mark.case("D5", "D12")
+def test_columns_that_are_not_read_are_told(caplog):
+    with caplog.at_level(logging.INFO):
+        parse_rows([("f:1", DAPO), ("f:2", {"query": "q", "difficulty": 3})], "data.train")
+    assert "data.train: columns that are not read: data_source, ability, extra_info, difficulty" in caplog.text
+
+
+@pytest.mark.case("D12", "D15")
+@pytest.mark.parametrize("shape", [{"query": "q"}, {"prompt": "q"}, {"messages": [USER]}, DAPO])
+@pytest.mark.parametrize(
+    ("column", "value", "advice"),
+    [
+        ("tools", [{"type": "function"}], "a chat template would show it"),
+        ("functions", [{"name": "f"}], "a chat template would show it"),
+        ("documents", [{"text": "d"}], "a chat template would show it"),
+        ("chat_template_kwargs", {"enable_thinking": False}, "set model.student.chat_template_kwargs"),
+        ("images", ["a.png"], "text alone"),
+        ("image", b"png", "text alone"),
+        ("audio", "a.wav", "text alone"),
+        ("system", "You rhyme.", "make it the first message of the query"),
+        ("System", "You rhyme.", "make it the first message of the query"),
+        ("system_prompt", "You rhyme.", "make it the first message of the query"),
+        ("conversations", [{"from": "human", "value": "q"}], "ShareGPT"),
+        ("instruction", "Add.", "Alpaca"),
+    ],
+)
+def test_a_column_that_changes_the_prompt_is_refused_by_name(shape, column, value, advice):
+    with pytest.raises(UserError, match=rf"^f:1: the column '{column}' is not read: .*{advice}"):
+        parse_row(shape | {column: value}, "f:1", 0)
+    for empty in (None, "", [], {}):
+        assert parse_row(shape | {column: empty}, "f:1", 0).index == 0
+
+
+@pytest.mark.case("D15")
+def test_rows_of_messages():
+    system = {"role": "system", "content": "s"}
+    example = parse_row({"messages": [system, USER, ANSWER]}, "f:1", 0)
+    assert (example.query, example.response) == ([system, USER], "a")
+    several = parse_row({"messages": [USER, ANSWER, USER]}, "f:1", 0)
+    assert (several.query, several.response) == ([USER, ANSWER, USER], None)
+    assert parse_row({"messages": [USER], "response": "r"}, "f:1", 0).response == "r"
+
+
+@pytest.mark.case("D15")
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "q"}, "messages must be a list of messages, not text"),
+        ({"messages": []}, "the last message of messages must be the user's"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "the last message of messages must be the user's"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "a"}], "completion": "b"},
+            "messages and completion both",
+        ),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, r"messages\[1\] must have a role and a content"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "response is empty"),
+    ],
+)
+def test_wrong_messages_are_refused(row, message):
+    with pytest.raises(UserError, match=f"^f:1: {message}"):
+        parse_row(row, "f:1", 0)
+
+
+@pytest.mark.case("E12")
+def test_a_row_of_very_many_columns_is_read():
+    row = {"query": "q"} | {f"column_{number}": number for number in range(100_000)}
+    assert parse_row(row, "f:1", 0).query == "q"
+    with pytest.raises(UserError, match="and 99980 more"):
+        parse_row({f"column_{number}": number for number in range(100_000)}, "f:1", 0)

@@ -313,3 +313,52 @@ def test_a_cut_keeps_characters_whole(files, policy):
     assert refusal(context="birds.txt", max_context_tokens=1, overlong_context=policy).startswith(
         "data.max_context_tokens: 1 leaves no text of a context"
     )
+
+
+SWITCHES = (
+    "{% set ns = namespace(think=true) %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% if '/no_think' in m.content %}{% set ns.think = false %}{% endif %}{% endfor %}<|im_start|>assistant\n"
+    "{% if ns.think %}Hm.{% endif %}"
+)
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def with_template(folder, template, **arguments):
+    (folder / "template.jinja").write_text(template)
+    student = ModelConfig(chat_template=str(folder / "template.jinja"))
+    return ContextQueryDataModule(student=student, **arguments)
+
+
+@pytest.mark.case("D14")
+def test_rows_that_the_template_refuses_are_skipped_and_counted(tmp_path, write_rows):
+    system = [{"role": "system", "content": "Be nice."}, {"role": "user", "content": "Hi"}]
+    train = write_rows({"query": system, "context": "c"}, {"query": "Hi?", "context": "c"})
+    module = with_template(tmp_path, NO_SYSTEM, train=train, placement="user", on_bad_row="skip")
+    with pytest.warns(UserWarning, match=r"data\.train: 1 bad rows left out .*, 1 kept: .*:1: .*refuses.*no system"):
+        module.setup("fit")
+    assert [e.query for e in module.examples("train")] == ["Hi?"]
+    with pytest.raises(UserError, match=r":1: the chat template refuses these messages: no system"):
+        with_template(tmp_path, NO_SYSTEM, train=train, placement="user").setup("fit")
+    bad = with_template(tmp_path, NO_SYSTEM, predict=write_rows({"query": system}), placement="user", on_bad_row="skip")
+    with pytest.raises(UserError, match=r"^data\.predict: no row is left; the first: "), pytest.warns(UserWarning):
+        bad.setup("predict")
+
+
+@pytest.mark.case("D6")
+def test_every_context_must_leave_the_end_as_it_is(tmp_path, write_rows):
+    contexts = tmp_path / "contexts.json"
+    contexts.write_text('["Be brief.", "Be brief. /no_think"]')
+    train = write_rows({"query": "a"})
+    with pytest.raises(UserError, match=r"^data\.context, context 2: both views must end.*'.*Hm\.', the teacher's"):
+        with_template(tmp_path, SWITCHES, train=train, context=str(contexts)).setup("fit")
+    own = write_rows({"query": "a", "context": "/no_think"}, {"query": "b /no_think", "context": "c"}, name="own.jsonl")
+    with pytest.raises(UserError, match=r"own\.jsonl:1: both views must end"):
+        with_template(tmp_path, SWITCHES, train=own).setup("fit")
+    module = with_template(tmp_path, SWITCHES, train=own, on_bad_row="skip")
+    with pytest.warns(UserWarning, match="1 bad rows left out"):
+        module.setup("fit")
+    assert [e.query for e in module.examples("train")] == ["b /no_think"]
+    with_template(tmp_path, SWITCHES, predict=own).setup("predict")  # nothing is compared there

@@ -1,5 +1,6 @@
 """Files and hub data sets, and what is said of those that cannot be read."""
 
+import gzip
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from opcd.data import read_examples
+from opcd.data import read_contexts, read_examples, read_rows
 from opcd.errors import UserError
 
 
@@ -72,14 +73,17 @@ def test_a_missing_file(tmp_path, monkeypatch):
 
 def test_what_is_no_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.csv").write_text("query\na\n")
+    (tmp_path / "rows.txt").write_text("query\na\n")
     (tmp_path / "data.jsonl").mkdir()
-    (tmp_path / "data.jsonl" / "rows.csv").write_text("query\na\n")  # a file, though it reads like a hub id
-    assert refusal("rows.csv").startswith("data.train: 'rows.csv' is neither a .jsonl, .json, .parquet file nor a hub")
-    assert refusal("data.jsonl/rows.csv").startswith("data.train: 'data.jsonl/rows.csv' is neither")
+    (tmp_path / "data.jsonl" / "rows.txt").write_text("query\na\n")  # a file, though it reads like a hub id
+    assert refusal("rows.txt") == (
+        "data.train: 'rows.txt' is neither a .jsonl, .json, .csv or .parquet file nor a hub data set (org/name:split, "
+        "or org/name/config:split)"
+    )
+    assert refusal("data.jsonl/rows.txt").startswith("data.train: 'data.jsonl/rows.txt' is neither")
     assert refusal("gsm8k").startswith("data.train: 'gsm8k' is neither")
-    assert refusal(tmp_path) == f"data.train: {tmp_path} is a folder; name a file in it"
-    assert refusal("data.jsonl") == f"data.train: {tmp_path}/data.jsonl is a folder; name a file in it"
+    assert refusal(tmp_path).startswith(f"data.train: {tmp_path} is a folder; name a file in it, or several by a patt")
+    assert refusal("data.jsonl").startswith(f"data.train: {tmp_path}/data.jsonl is a folder; name a file in it")
 
 
 def test_broken_files(tmp_path):
@@ -109,3 +113,79 @@ def test_the_hub_out_of_reach(monkeypatch):
     message = refusal("some-org/some-set:test[:10]", "data.test")
     assert re.match(r"data\.test: the hub could not be reached for some-org/some-set:test\[:10\]: ", message)
     assert "check the network" in message
+
+
+@pytest.mark.case("D15")
+def test_csv(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'\xef\xbb\xbfquery,context,reference\r\n"a, b",,007\r\n\r\n"two\nlines",c,\r\n')
+    found = [(e.query, e.context, e.reference, e.source) for e in read_examples(str(path))]
+    assert found == [("a, b", None, "007", f"{path}:2"), ("two\nlines", "c", None, f"{path}:5")]
+    assert dict(read_rows(str(path), "k"))[f"{path}:2"]["reference"] == "007"
+
+
+@pytest.mark.case("D15")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("query,context\na\n", ":2: 1 cells under 2 names; quote a cell that holds a comma"),
+        ("query\na\nb,c\n", ":3: 2 cells under 1 names"),
+        ("query,query\na,b\n", ":1: two columns are called 'query'"),
+        ('query\n"a"b\n', ":2: not valid CSV: "),
+        ('query\n"a\n', ":2: not valid CSV: unexpected end of data"),
+        ("question\na\n", ":2: no query: the row has the keys ['question']"),
+        ("query\n", " has no rows"),
+        ("", " has no rows"),
+    ],
+)
+def test_wrong_csv(tmp_path, text, message):
+    (tmp_path / "rows.csv").write_text(text)
+    assert f"{tmp_path}/rows.csv{message}" in refusal(tmp_path / "rows.csv")
+
+
+@pytest.mark.case("D15")
+def test_a_short_row_of_csv_can_be_skipped(tmp_path):
+    (tmp_path / "rows.csv").write_text("query,context\na\nb,c\n")
+    with pytest.warns(UserWarning, match="1 bad rows left out"):
+        assert [e.query for e in read_examples(str(tmp_path / "rows.csv"), on_bad_row="skip")] == ["b"]
+
+
+@pytest.mark.case("D15")
+def test_gzipped_files(tmp_path):
+    for name, text in (("a.jsonl", '\n{"query": "a"}'), ("b.json", '[{"query": "b"}]'), ("c.csv", "query\nc")):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    assert [e.source for e in read_examples(str(tmp_path / "a.jsonl.gz"))] == [f"{tmp_path}/a.jsonl.gz:2"]
+    assert [e.query for e in read_examples(f"{tmp_path}/*.gz")] == ["a", "b", "c"]
+    (tmp_path / "contexts.json.gz").write_bytes(gzip.compress(b'["one", "two"]'))
+    assert read_contexts(str(tmp_path / "contexts.json.gz")) == ["one", "two"]
+    whole = (tmp_path / "a.jsonl.gz").read_bytes()
+    for broken in (whole[:-4], whole[:15], b"plain", b"\x1f\x8b" + bytes(30)):
+        (tmp_path / "a.jsonl.gz").write_bytes(broken)
+        assert refusal(tmp_path / "a.jsonl.gz").startswith(f"data.train: {tmp_path}/a.jsonl.gz is no whole gzip file")
+
+
+@pytest.mark.case("D15")
+def test_several_files_by_a_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "b.jsonl").write_text('{"query": "b"}')
+    (tmp_path / "a.csv").write_text("query\na")
+    (tmp_path / "more" / "c.jsonl").write_text('{"query": "c"}')
+    assert [(e.query, e.index) for e in read_examples("[ab].*")] == [("a", 0), ("b", 1)]
+    assert [e.query for e in read_examples("**/*.jsonl")] == ["b", "c"]
+    assert refusal("d*.jsonl") == f"data.train: no file matches {tmp_path}/d*.jsonl"
+    assert refusal("*") == f"data.train: {tmp_path}/more is no .jsonl, .json, .csv or .parquet file; narrow the pattern"
+    (tmp_path / "odd[1].jsonl").write_text('{"query": "odd"}')
+    assert [e.query for e in read_examples("odd[1].jsonl")] == ["odd"]
+
+
+@pytest.mark.case("D15")
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_folder_of_save_to_disk_is_told_what_to_do(tmp_path, splits):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"query": "a"}])
+    saved = datasets.DatasetDict({"train": rows}) if splits else rows
+    saved.save_to_disk(tmp_path / "saved")
+    message = refusal(tmp_path / "saved")
+    assert f"datasets.load_from_disk('{tmp_path}/saved').to_parquet('rows.parquet')" in message

@@ -234,3 +234,109 @@ def test_vocabularies(tokenizer):
         check_same_vocabulary(longer, other)
     assert f"whose {last} is '<other>'" in str(raised.value)
     assert "model.student.name and model.teacher.init_args.model.name" in str(raised.value)
+
+
+# Templates of models that think: one that the context can switch, one that leaves thoughts out of earlier turns.
+SWITCHES = (
+    "{% set ns = namespace(think=true) %}{% for m in messages %}{% if '/no_think' in m.content %}"
+    "{% set ns.think = false %}{% endif %}{% endfor %}"
+    + TRIMS
+    + "{% if ns.think %}<think>\n{% else %}<think></think>{% endif %}"
+)
+FORGETS = TRIMS.replace(
+    "{{ m.content | trim }}",
+    "{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}",
+)
+ANSWERS_IF_SYSTEM = TRIMS + "{% if messages[0].role == 'system' %}Answer: {% endif %}"
+PARTS = TRIMS.replace(
+    "{{ m.content | trim }}", "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+)
+PARTS_OF_USERS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}{{ m.content[0].text }}"
+PARTS_OF_USERS += "{% else %}{{ m.content | trim }}{% endif %}<|im_end|>\n{% endfor %}"
+PARTS_OF_USERS += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+FAILS_ON_TEXT = PARTS_OF_USERS.replace("{{ m.content[0].text }}", "{{ m.content[0]['text'] + '' }}")
+THOUGHTS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "<think>\nhm <|im_end|>\n</think>\n\nHello <|im_end|>."},
+    {"role": "user", "content": "And?"},
+]
+
+
+@pytest.fixture
+def thinker(tokenizer):
+    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    return tokenizer
+
+
+@pytest.mark.case("D6")
+@pytest.mark.parametrize("placement", ["system", "user"])
+def test_a_context_that_changes_the_end_is_refused_and_both_ends_are_shown(thinker, placement):
+    thinker.chat_template = SWITCHES
+    views = Views(thinker, thinker, placement)
+    views.check_context("You are terse.", "contexts.json: entry 1")
+    with pytest.raises(UserError, match=r"^contexts\.json: entry 2: both views must end at the same") as raised:
+        views.check_context("You are terse. /no_think", "contexts.json: entry 2")
+    assert r"student's ends with '<|im_end|>\n<|im_start|>assistant\n<think>\n', the teacher's" in str(raised.value)
+    assert r"'<|im_end|>\n<|im_start|>assistant\n<think></think>': the context changes" in str(raised.value)
+
+
+@pytest.mark.case("D6")
+@pytest.mark.parametrize("template", ["{context}\n{query}", "{query}\n{context}"])
+def test_a_context_behind_the_query_is_no_end(thinker, template):
+    thinker.chat_template = SWITCHES
+    Views(thinker, thinker, "user", template).check_context("You are terse.", "context.txt")
+
+
+@pytest.mark.case("D6")
+def test_ends_are_compared_with_a_context_in_its_place(tokenizer, example):
+    tokenizer.chat_template = ANSWERS_IF_SYSTEM
+    views = Views(tokenizer, tokenizer)
+    with pytest.raises(UserError, match="the context changes the chat template's end"):
+        views.check_context("You are terse.", "context.txt")
+    with pytest.raises(UserError, match=r"^rows\.jsonl:3: both views must end"):
+        views.check_row(example("q", index=2))
+    views.check_row(example(CONVERSATION))  # it has a system message in both views
+
+
+@pytest.mark.case("D14")
+def test_thoughts_of_earlier_turns_may_be_left_out(thinker, example):
+    thinker.chat_template = FORGETS
+    views = Views(thinker, thinker)
+    ids = views.student_prompt(example(THOUGHTS))
+    assert "assistant\nHello <|im_end|>.<|im_end|>" in thinker.decode(ids)
+    assert "hm" not in thinker.decode(ids)
+    end = thinker.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(end) == 3  # those of the turns; the data's own is text
+    views.check_row(example(THOUGHTS))
+
+
+@pytest.mark.case("D14")
+def test_thoughts_in_the_middle_may_be_left_out(thinker, example):
+    thoughts = [*THOUGHTS[:1], {"role": "assistant", "content": "So: <think>hm</think>four."}, *THOUGHTS[2:]]
+    thinker.chat_template = FORGETS.replace(
+        "{{ m.content.split('</think>')[-1].lstrip('\n') }}",
+        "{{ m.content.split('<think>')[0] + m.content.split('</think>')[-1] }}",
+    )
+    assert "assistant\nSo: four.<" in thinker.decode(Views(thinker, thinker).student_prompt(example(thoughts)))
+
+
+@pytest.mark.case("D14")
+def test_many_thoughts_take_linear_time(thinker, example):
+    thinker.chat_template = FORGETS
+    many = "<think>" * 20_000 + "</think>Hello."
+    talk = [*THOUGHTS[:1], {"role": "assistant", "content": many}, *THOUGHTS[2:]]
+    assert "assistant\nHello.<" in thinker.decode(Views(thinker, thinker).student_prompt(example(talk)))
+
+
+@pytest.mark.case("D20")
+@pytest.mark.parametrize("template", [PARTS, PARTS_OF_USERS, FAILS_ON_TEXT])
+def test_templates_that_want_a_list_of_parts_get_one(tokenizer, example, template):
+    tokenizer.chat_template = TRIMS
+    plain = Views(tokenizer, tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    views = Views(tokenizer, tokenizer)
+    for query in ("q", CONVERSATION, "q <|im_end|>"):
+        assert views.student_prompt(example(query)) == plain.student_prompt(example(query))
+        assert views.teacher_prompt(example(query), "c") == plain.teacher_prompt(example(query), "c")

@@ -121,7 +121,7 @@ def test_an_adapter_answers_but_is_not_trained_on(tiny, rows, context, tmp_path,
     assert code == 2 and "is an adapter" in output
     code, output = opcd("predict", *words, "--data.predict", rows, "--data.context", context)
     assert code == 0, output
-    assert len((tmp_path / "version_0/predictions.jsonl").read_text().splitlines()) == 16
+    assert len((tmp_path / "version_0/predictions.jsonl").read_text().splitlines()) == 8
 
 
 def distiller(tiny, teacher, **options):

@@ -119,6 +119,27 @@ def test_a_row_without_an_answer_is_named(read, row, message, tmp_path):
     assert f"rows.jsonl:{len(good) + 1}: " in str(error.value)
 
 
+@pytest.mark.case("C7")
+@pytest.mark.parametrize(
+    ("read", "row", "message"),
+    [
+        (dapo_math.dataset, {"question": "q", "answer": "4"}, r'a row is \{"query", "reference"\} or \{"prompt", "rew'),
+        (dapo_math.dataset, {"query": "q", "label": "4"}, r'no answer to compare with: a row is \{"query", "refer'),
+        (answer_tags.medmcqa, {"question": "q"}, r'no query: .*a row is \{"content", "answer"\} \(the answer: A to D'),
+        (answer_tags.medmcqa, {"content": "q"}, r'no answer to compare with: a row is \{"content", "answer"\}'),
+        (answer_tags.safety, {"question": "q"}, r'a row is \{"content", "answer"\} \(the answer: yes or no'),
+        (answer_tags.safety, {"content": "q", "query": "q", "answer": "no"}, "query and content both give the query"),
+        (ifeval.dataset, {"query": "q"}, "a row of IFEval has key, prompt, instruction_id_list, kwargs"),
+        (ifeval.dataset, ifeval_rows()[0] | {"system": "Rhyme."}, "the column 'system' is not read"),
+        (answer_tags.safety, {"content": "q", "answer": "no", "tools": ["t"]}, "the column 'tools' is not read"),
+    ],
+)
+def test_a_wrong_row_is_told_the_fields_of_its_task(read, row, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        read(str(write_rows(tmp_path / "rows.jsonl", [row])))
+    assert "completion" not in str(error.value)
+
+
 def test_sentences_are_counted_without_a_download(tmp_path):
     """In a process of its own, with an empty cache and home: what a fresh machine has."""
     code = (

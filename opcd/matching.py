@@ -1,0 +1,55 @@
+"""Whether an answer is right: it holds the reference, as words or numbers of their own.
+
+`opcd fit`'s table of samples, reports, sweeps and benchmarks count with this one rule.
+"""
+
+import re
+from functools import lru_cache
+from typing import Any
+
+MONTHS = (
+    "january|february|march|april|may|june|july|august|september|october|november|december|"
+    "jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec"
+)
+BEFORE = re.compile(r"(\w|\w[-\u2011\u2013/]|\d[.,:])\Z")
+"""What makes the words behind it a part of something: twenty-one, 10/5, 2.5, 1,005, 5:30."""
+AFTER = re.compile(r"\w|[-\u2011\u2013/]\w|['\u2019](?!s\b)\w|[.,:]\d")
+"""The same before other text; "Martha's" holds Martha."""
+NUMBER = re.compile(r"\d[\d.,:]*")
+NUMBER_BEFORE = re.compile(rf"[-\u2212\u2013]\Z|\d[ \u00a0\u202f]\Z|\b({MONTHS})\.?\s+\Z", re.IGNORECASE)
+"""What makes a number behind it part of another one, or of a date: -5, 10 000, May 1."""
+NUMBER_AFTER = re.compile(
+    rf"[ \u00a0\u202f]\d{{3}}(?!\d)|\s+(hundred|thousand|million|billion|trillion|dozen)\b|"
+    rf"\s+(of\s+)?({MONTHS})\b",
+    re.IGNORECASE,
+)
+NEAR = 16
+"""Characters before a match that decide; the longest month is shorter."""
+
+
+def right(row: dict[str, Any]) -> bool:
+    """Whether a row's `answer` holds its `reference`; one without a reference is not right."""
+    return row["reference"] is not None and holds(row["answer"], row["reference"])
+
+
+def holds(answer: str, reference: str) -> bool:
+    """Whether the answer holds the reference, in any case and with any white space, but not as a part of another.
+
+    The reference 5 is not in 50, 5:30, 1,005 or -5, and 1 is not in "1 May", while "1 May" is.
+    """
+    words = reference.split()
+    if not words:
+        return False
+    number = NUMBER.fullmatch("".join(words)) is not None
+    for found in _pattern(tuple(words)).finditer(answer):
+        before, after = answer[max(0, found.start() - NEAR) : found.start()], answer[found.end() : found.end() + NEAR]
+        if BEFORE.search(before) or AFTER.match(after):
+            continue
+        if not (number and (NUMBER_BEFORE.search(before) or NUMBER_AFTER.match(after))):
+            return True
+    return False
+
+
+@lru_cache(maxsize=256)
+def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(r"\s+".join(map(re.escape, words)), re.IGNORECASE)
