@@ -12,7 +12,7 @@ def main() -> int:
         install()  # for as long as the process lives: a traceback is cleaned too
         return command()
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        print("opcd: SIGINT: asked to end", file=sys.stderr)  # while what the command needs was imported
         return 130
 
 

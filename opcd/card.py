@@ -29,6 +29,7 @@ answer with it.
 """
 TITLES = {
     "context_sha256": "context (sha256)",
+    "former_contexts": "contexts of former trainings (sha256)",
     "learning_rate": "learning rate",
     "lr_scheduler": "schedule of the learning rate",
     "batch_size": "batch size",
@@ -47,6 +48,7 @@ class Facts:
         learning_rate: that of the optimizer, before a scheduler changes it.
         batch_size: rows of a step, on all ranks.
         precision: the trainer's.
+        former_contexts: the same of each training that the base had before, the oldest first.
         opcd: the version that trained it.
     """
 
@@ -65,6 +67,7 @@ class Facts:
     batch_size: int | None = None
     precision: str | None = None
     steps: int | None = None
+    former_contexts: str | None = None
     opcd: str | None = VERSION
 
     def write(self, folder: Path) -> None:
@@ -95,6 +98,13 @@ class Facts:
             ):
                 raise TypeError(name)
         return facts
+
+    @classmethod
+    def contexts_in(cls, folder: Path) -> str | None:
+        """`context_sha256` of each training that made the student of a folder, the oldest first; None: of none."""
+        facts = cls.read(folder)
+        known = [facts.former_contexts, facts.context_sha256] if facts else []
+        return ", ".join(one for one in known if one) or None
 
     def published(self) -> "Facts":
         """The same with hub ids and names of files only: where they lie on this machine is nobody's business."""

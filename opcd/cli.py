@@ -6,11 +6,8 @@ import logging
 import re
 import signal
 import sys
-import threading
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from jsonargparse import ArgumentError
@@ -18,7 +15,7 @@ from jsonargparse import ArgumentError
 from opcd.commands import COMMANDS, TRAINER, WITHOUT_TORCH
 from opcd.did_you_mean import near, or_all
 from opcd.errors import UserError
-from opcd.interruption import Interrupted, reset
+from opcd.interruption import Interrupted, leaving_at_once, reset
 from opcd.output import clean_output, finish_output
 from opcd.parsing import allow_imports
 from opcd.precheck import RECIPES, UNKNOWN, checked, unknown_words
@@ -47,10 +44,11 @@ def _run(args: list[str]) -> int:
     sys.path.append(str(Path.cwd()))  # for files that a class_path names; last, so that they hide no package
     try:
         return _dispatch(allow_imports(args))
-    except Interrupted as leaving:
+    except (Interrupted, KeyboardInterrupt) as leaving:
         reset()
-        print(f"opcd: {leaving}; --ckpt_path last goes on", file=sys.stderr)
-        return leaving.exit_code
+        left = leaving if isinstance(leaving, Interrupted) else Interrupted(signal.SIGINT)
+        print(f"opcd: {left}" + "; --ckpt_path last goes on" * (args[:1] == ["fit"]), file=sys.stderr)
+        return left.exit_code
     except _mistakes() as error:
         return _refused(str(error), debug)
     except OSError as error:
@@ -77,10 +75,11 @@ def _dispatch(args: list[str]) -> int:
         _quiet()
         keep_freed_blocks()
     if name in COMMANDS:
-        return _run_own(name, args[1:])
-    from opcd.lightning_cli import run
+        with leaving_at_once(signal.SIGTERM):  # Ctrl-C is Python's own KeyboardInterrupt, which some of them handle
+            return _run_own(name, args[1:])
+    with leaving_at_once(signal.SIGINT, signal.SIGTERM):  # until training listens (`LeaveOnSignal`)
+        from opcd.lightning_cli import run
 
-    with _plain_ctrl_c():
         run(args)
     return 0
 
@@ -135,19 +134,6 @@ def _help() -> str:
             "other code that is installed.",
         ]
     )
-
-
-@contextmanager
-def _plain_ctrl_c() -> Iterator[None]:
-    """Until training listens (`LeaveOnSignal`), Ctrl-C ends the process at once, without a traceback."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former)
 
 
 def _refused(message: str, debug: bool) -> int:

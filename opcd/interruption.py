@@ -5,8 +5,10 @@ between two micro-batches. Nothing is left within an optimizer step or a save.
 """
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from opcd.errors import StepAbandoned
 
@@ -19,7 +21,7 @@ class Interrupted(BaseException):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"{signal.Signals(number).name}: the run was asked to end")
+        super().__init__(f"{signal.Signals(number).name}: asked to end")
         self.number = number
 
     @property
@@ -35,6 +37,26 @@ class _Note:
     """The signal that asked; 0 for none."""
     apart = True
     """Whether this process may leave where it stands, without the other ranks."""
+
+
+def leave(number: int, frame: FrameType | None = None) -> None:
+    """A handler: leave where the process stands (`Interrupted`). A second signal ends it at once, without a word."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Interrupted(number)
+
+
+@contextmanager
+def leaving_at_once(*numbers: signal.Signals) -> Iterator[None]:
+    """A block that these signals end by `Interrupted`, until somebody within listens to them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def ask(number: int) -> None:

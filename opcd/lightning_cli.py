@@ -1,12 +1,15 @@
 """Lightning's fit, validate, test and predict, with the project's defaults and one folder a run."""
 
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ActionConfigFile, ArgumentError, Namespace  # type: ignore[attr-defined]
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,6 +24,7 @@ from opcd.callbacks import (
     AnswerSamples,
     ExactResume,
     ExportStudent,
+    KeepHistory,
     LeaveOnSignal,
     PredictionWriter,
     SaveCheckpoints,
@@ -29,10 +33,10 @@ from opcd.callbacks import (
 )
 from opcd.callbacks.slurm import started_again
 from opcd.changes import plain_config
-from opcd.checkpoints import SafeCheckpointIO, check_config, newest_whole
-from opcd.checkpoints.last import saved_config
+from opcd.checkpoints import BrokenCheckpoint, SafeCheckpointIO, check_checkpoint, newest_whole
 from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.errors import StepAbandoned, UserError
+from opcd.interruption import Interrupted
 from opcd.lazy import all_of
 from opcd.machine import check_numbers, check_port, in_full
 from opcd.models import ModelConfig
@@ -76,6 +80,8 @@ class Command(LightningCLI):
 
     claimed: RunFolder | None = None
     """The run's folder, on rank 0."""
+    going_on: dict[str, Any] | None = None
+    """What a checkpoint that the run goes on from says of its data."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults that are classes, and what data must know of the models."""
@@ -111,10 +117,34 @@ class Command(LightningCLI):
             config.ckpt_path = "last"
         root = Path(config.trainer.default_root_dir)
         first = getattr(rank_zero_only, "rank", 0) == 0
-        path = self._claim(root, config.ckpt_path) if first else find_checkpoint(config.ckpt_path, root)
+        asked = config.ckpt_path
+        path = self._claim(root, asked) if first else find_checkpoint(asked, root)
         config.ckpt_path = path and str(path)
-        if path is not None and self.subcommand == "fit":
-            check_config(saved_config(path), self.plain, path)
+        if path is not None:  # `last` has been verified
+            self.going_on = check_checkpoint(path, self.plain, self.subcommand == "fit", verified=str(asked) == "last")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would take the model's settings, and code with them, out of the checkpoint."""
+
+    def after_instantiate_classes(self) -> None:
+        """Let the data refuse other rows or contexts than the checkpoint's, before a model is loaded."""
+        if self.subcommand == "fit" and self.going_on is not None:
+            self.datamodule.go_on_from(self.going_on)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """As Lightning does; what it refuses, and a checkpoint that cannot be restored, are mistakes of the user's."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (OSError, UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            connector = self.trainer._checkpoint_connector
+            if connector._loaded_checkpoint:  # Lightning lets go of it when all is restored
+                why = f"{type(error).__name__}: {str(error) or repr(error)}".splitlines()[0]
+                raise BrokenCheckpoint(f"{connector._ckpt_path} cannot be restored into this run ({why})") from error
+            if _refused_by_lightning(error):
+                raise UserError(" ".join(str(error).split())) from error
+            raise
 
     def _claim(self, root: Path, ckpt_path: Any) -> Path | None:
         """Make and lock a folder for this run, if there is no other that `last` would run into; its checkpoint."""
@@ -150,6 +180,9 @@ class Command(LightningCLI):
         except MisconfigurationException as error:
             raise UserError(in_full(error, config)) from error
         check_port(trainer)
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):  # a rank that waits for the others would not get to more
+                signal.signal(number, signal.SIG_DFL)
         return trainer
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
@@ -167,8 +200,17 @@ class Command(LightningCLI):
         if config["enable_checkpointing"] is not False:
             own.append(SaveCheckpoints())
         if self.subcommand == "fit":
-            own += [AnswerSamples(), Alarms()]
+            own += [AnswerSamples(), Alarms(), KeepHistory()]
         return [callback for callback in own if not any(isinstance(c, type(callback)) for c in configured)]
+
+
+def _refused_by_lightning(error: Exception) -> bool:
+    """Whether Lightning itself says no: to a metric that nobody logs, or an interval longer than an epoch."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    module = place.tb_frame.f_globals.get("__name__", "") if place is not None else ""
+    return isinstance(error, ValueError | RuntimeError) and module.startswith("lightning.")
 
 
 def _teacher_model(teacher: Any) -> Any:
@@ -217,6 +259,10 @@ def run(args: list[str]) -> None:
         if not isinstance(error, StepAbandoned):  # its batch is kept for a look
             _remove_unused_folder(command)
         raise
+    except Interrupted:
+        if not _has_begun(command):
+            _remove_unused_folder(command)
+        raise
     finally:
         if command.claimed is not None:
             command.claimed.release()
@@ -261,10 +307,16 @@ def _settings() -> dict[str, Any]:
     }
 
 
+def _has_begun(command: Command) -> bool:
+    """Whether all was loaded and restored."""
+    callbacks: list[Callback] = getattr(getattr(command, "trainer", None), "callbacks", [])
+    return any(isinstance(callback, LeaveOnSignal) and callback.has_listened for callback in callbacks)
+
+
 def _remove_unused_folder(command: Command) -> None:
     """Leave nothing behind of a run that was refused before its first step."""
     trainer, claimed = getattr(command, "trainer", None), command.claimed
     if claimed is None or any(claimed.path.glob("predictions*.jsonl")):
         return
-    if trainer is None or trainer.global_step == 0:
+    if trainer is None or trainer.global_step == 0 or not _has_begun(command):
         shutil.rmtree(claimed.path, ignore_errors=True)

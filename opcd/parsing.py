@@ -1,8 +1,10 @@
 """How jsonargparse reads options and configs, in every command."""
 
 import argparse
+from enum import Enum
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import set_parsing_settings
 
 from opcd.errors import UserError
@@ -11,6 +13,8 @@ ALLOW = "--allow-imports"
 allowed: list[str] = []
 """The option as it was given, for the processes that this one starts."""
 
+# Defaults of other libraries' classes are enums at times, which a config is written with as their values.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
 # An empty addition to jsonargparse's list of denied imports (os, subprocess, ...) has it enforced: else it only warns.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=[])
 

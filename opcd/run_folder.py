@@ -14,6 +14,11 @@ from typing import IO
 
 from opcd.errors import UserError
 
+METRICS, FORMER_METRICS = "metrics.csv", "metrics_before.csv"
+"""What a run has measured, and what those that it went on from had."""
+FROM = "resumed_from.json"
+"""The run that this one goes on from, and at which step."""
+
 
 class RunFolder:
     """A folder that this process has made and locked. The lock goes with the process, however that ends.
@@ -89,6 +94,15 @@ def refuse_living(root: Path) -> None:
                 ) from error
             for left in (*run.glob("checkpoints/.*-being-written"), lock):
                 left.unlink(missing_ok=True)
+
+
+def former_run(folder: Path) -> Path | None:
+    """The run that the one in this folder went on from, where it still is; None where it began by itself."""
+    try:
+        path = folder / json.loads((folder / FROM).read_text(encoding="utf-8"))["run"]
+        return path.resolve() if path.is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _lock_of(path: Path) -> Path:

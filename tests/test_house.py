@@ -47,8 +47,8 @@ runs by its name (`COMMANDS` of opcd/commands.py) stands below it like everythin
 
 PUBLIC = {
     "callbacks": [
-        *("Alarms", "AnswerSamples", "ExactResume", "ExportStudent", "LMEval", "LeaveOnSignal", "PredictionWriter"),
-        *("SaveCheckpoints", "StepProgress", "WriteEnvironment"),
+        *("Alarms", "AnswerSamples", "ExactResume", "ExportStudent", "KeepHistory", "LMEval", "LeaveOnSignal"),
+        *("PredictionWriter", "SaveCheckpoints", "StepProgress", "WriteEnvironment"),
     ],
     "data": [
         *("Batch", "ContextQueryDataModule", "ContextSource", "DataSet", "DataSets", "Example", "ExampleSource"),

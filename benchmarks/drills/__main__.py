@@ -24,7 +24,7 @@ from benchmarks.drills.inputs import fuzz, inputs
 from benchmarks.drills.killed import killed
 from benchmarks.drills.numbers import numbers
 from benchmarks.drills.saves import damage, disk, saves
-from benchmarks.drills.signals import requeue, signals
+from benchmarks.drills.signals import evaluations, requeue, signals
 from benchmarks.drills.smuggling import smuggling
 from benchmarks.drills.terminal import terminal
 
@@ -35,6 +35,7 @@ DRILLS = {
     "damage": (damage, 100, "a bit flipped, a file cut, of checkpoint or manifest: found, the one before taken"),
     "numbers": (numbers, 18, "NaN and infinities in loss, teacher, gradients: no step, weights unchanged"),
     "signals": (signals, 12, "TERM, INT, USR1 in rollout, teacher, backward, save: exit 143/130, saved within 10 s"),
+    "evaluations": (evaluations, 9, "TERM, INT in LMEval and in a validation: saved, made up for, bit-equal"),
     "requeue": (requeue, 2, "USR1 under SLURM: saved, then requeued, goes on by itself: bit-equal"),
     "folder": (folder, 6, "two runs go on from one folder: the second refuses, naming the first"),
     "beside": (beside, 3, "validation, samples, loggers, progress bar on or off: bit-equal training"),

@@ -1,5 +1,7 @@
-"""SIGTERM, SIGINT and SIGUSR1 in the rollout, the teacher's pass, the backward pass and a save."""
+"""SIGTERM, SIGINT and SIGUSR1 in the rollout, the teacher's pass, the backward pass, a save and an evaluation."""
 
+import csv
+import json
 import os
 import random
 import shutil
@@ -7,11 +9,13 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drills.fits import STEPS, Child, Fits, Outcome, unlike
+from benchmarks.drills.fits import STEPS, Child, Fits, Outcome, metrics, saving, unlike
 from opcd.checkpoints import files
+from opcd.evaluation import Evaluator
 from opcd.modules import Distiller, decoding
 from opcd.modules.teacher import ModelTeacher
 
@@ -22,6 +26,8 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "backward": (Distiller, "_backward", STEPS),
     "save": (files, "_write", STEPS // 2),
 }
+EVERY, ANSWER = 5, 6
+"""Steps between two evaluations, and most tokens of their answers, which come in one batch."""
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 
 
@@ -53,6 +59,97 @@ def _try(fits: Fits, whole: Child, root: Path, place: str, told: signal.Signals,
     if place == "rollout" and "RESPONSES" in left:
         return f"{what}: the rollout was written to its end: {left[:200]}"
     return unlike(fits.folder / "whole", whole, root, [child, resumed])
+
+
+def evaluations(runs: int, folder: Path) -> Outcome:
+    """SIGTERM and SIGINT in the answers of `LMEval`, the last ones too, and in a validation within training.
+
+    A resume that is bit-equal, and so are all answers and the divergences of the validations.
+    """
+    for name in ("lm_eval.evaluator", "lm_eval.tasks", "math_verify"):
+        import_module(name)  # once, before the runs are forked
+    rows = [{"query": f"What is {n} + {n}? End with 'Answer: N'.", "reference": str(2 * n)} for n in range(4)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"tasks": ["dapo_math"], "data": {"dapo_math": str(folder / "questions.jsonl")}, "max_new_tokens": ANSWER}
+    callback = {"class_path": "opcd.callbacks.LMEval", "init_args": {"evaluation": asked, "every_n_steps": EVERY}}
+    trainer = saving(2)
+    trainer["callbacks"].append(callback)
+    trainer |= {"limit_val_batches": 3, "val_check_interval": 4}
+    fits, outcome = Fits(folder, trainer=trainer, data={"val": str(folder / "rows.jsonl")}), Outcome()
+    whole = fits.start(folder / "whole")
+    assert whole.wait() == 0, whole.text
+    last = STEPS // EVERY * ANSWER
+    for number in range(runs):
+        draw = random.Random(number)
+        places = [
+            (Evaluator, "__call__", draw.randrange(1, last - ANSWER + 1)),
+            (Evaluator, "__call__", draw.randrange(last - ANSWER + 1, last + 1)),
+            (Distiller, "validation_step", draw.randrange(1, STEPS // 4 * 3 * 6)),
+        ]
+        told = (signal.SIGTERM, signal.SIGINT)[number // 3 % 2]
+        outcome.add(_within_evaluation(fits, whole, folder / f"evaluation-{number}", places[number % 3], told))
+    return outcome
+
+
+def _within_evaluation(
+    fits: Fits, whole: Child, root: Path, place: tuple[type, str, int], told: signal.Signals
+) -> str | None:
+    what = f"{root.name}: {told.name} in {place[0].__name__}, token {place[2]}"
+    child = fits.start(root, before=partial(_send_within, *place, told))
+    if child.wait() != CODES[told] or "STRUCK" not in child.text:
+        return f"{what}: exit code {child.code}: {child.text[-400:]}"
+    resumed = fits.start(root)
+    if resumed.wait() != 0:
+        return f"{what}: the resumed run failed: {resumed.text[-400:]}"
+    expected = measured(fits.folder / "whole")
+    if f"step={STEPS}.ckpt" in child.text:  # Lightning does not validate after the last step of a run that goes on
+        expected = expected[:-1]
+    if (found := measured(root)) != expected:
+        return f"{what}: measured {found} and not {expected}"
+    steps = sorted(step for step, _ in metrics(root))
+    if steps != list(range(STEPS)):
+        return f"{what}: metrics of the steps {steps}"
+    for file in (fits.folder / "whole" / "version_0" / "eval").iterdir():
+        if (again := root / "version_1" / "eval" / file.name).read_text() != file.read_text():
+            return f"{again}: other answers"
+    known = unlike(fits.folder / "whole", whole, root, [child, resumed])
+    # Told within the last evaluation, the run was saved before it, and has no step left that saves again.
+    return None if known is not None and known.endswith("differs: /callbacks/LMEval(eval)/main") else known
+
+
+def measured(root: Path) -> list[dict[str, str]]:
+    """What evaluations and validations within training have logged, in its order, over all runs under `root`."""
+    found = []
+    for file in sorted(root.glob("version_*/metrics.csv")):
+        for row in csv.DictReader(file.read_text().splitlines()):
+            kept = {name: value for name, value in row.items() if name.startswith(("eval/", "val/")) and value}
+            found += [kept | {"step": row["step"]}] if kept else []
+    return found
+
+
+def _send_within(owner: type, name: str, at: int, told: signal.Signals) -> None:
+    """Let this process send itself the signal at the `at`-th token that is drawn within a method."""
+    method, draw, within, passed = getattr(owner, name), decoding.draw, False, 0
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal within
+        within = True
+        try:
+            return method(*args, **kwargs)
+        finally:
+            within = False
+
+    def drawing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal passed
+        passed += within
+        if within and passed == at:
+            print("STRUCK", flush=True)
+            os.kill(os.getpid(), told)
+        return draw(*args, **kwargs)
+
+    setattr(owner, name, called)
+    decoding.draw = drawing
 
 
 def _send_at(place: str, at: int, told: signal.Signals) -> None:

@@ -5,7 +5,7 @@ from opcd.modules import Rollout, Student, Teacher, Trajectories
 
 
 class WatchedRollout(Rollout):
-    """Another rollout's responses, printed as `RESPONSES [[ids], ...]`, a line a batch.
+    """Another rollout's responses, printed as `RESPONSES [[ids], ...]`, a line a batch of training.
 
     Args:
         rollout: who writes.
@@ -25,5 +25,6 @@ class WatchedRollout(Rollout):
     def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """As the other's, and printed."""
         trajectories = self.rollout.sample(student, teacher, batch)
-        print("RESPONSES", [response.tolist() for response in trajectories.responses], flush=True)
+        if student.training:
+            print("RESPONSES", [response.tolist() for response in trajectories.responses], flush=True)
         return trajectories

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from opcd.callbacks.checkpoints import SaveCheckpoints
     from opcd.callbacks.environment import WriteEnvironment
     from opcd.callbacks.export import ExportStudent
+    from opcd.callbacks.history import KeepHistory
     from opcd.callbacks.lm_eval import LMEval
     from opcd.callbacks.predictions import PredictionWriter
     from opcd.callbacks.progress import StepProgress
@@ -22,6 +23,7 @@ __all__ = [
     "AnswerSamples",
     "ExactResume",
     "ExportStudent",
+    "KeepHistory",
     "LMEval",
     "LeaveOnSignal",
     "PredictionWriter",

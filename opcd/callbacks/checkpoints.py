@@ -53,6 +53,11 @@ class SaveCheckpoints(Checkpoint):
         """Save what stood before a step that was left: its weights are unchanged."""
         if trainer.state.fn != "fit" or not isinstance(exception, Interrupted | StepAbandoned):
             return
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if batches.completed < batches.processed:  # a step is done, and its metrics would not be logged any more
+            trainer._logger_connector.update_train_step_metrics()
+        if trainer.validating:  # else a run that goes on would leave out the validation of a step that is saved
+            self._state = (-1, -1)
         if self.save(trainer) is not None:
             rank_zero_info(f"the state before the step that was left is in {self.saved[-1]}")
         requeue(trainer, exception)

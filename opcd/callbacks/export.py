@@ -135,6 +135,7 @@ def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
         batch_size=data.batch_size * trainer.world_size if data else None,
         precision=str(trainer.precision),
         **_optimizer(trainer),
+        former_contexts=Facts.contexts_in(Path(base).expanduser()),
     )
 
 

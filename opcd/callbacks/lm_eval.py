@@ -84,8 +84,10 @@ class LMEval(Callback):
                 raise UserError(f"{prefix}data.{task} and data.train share {shared}; give each its own")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the student that training begins with, where asked."""
-        if self.at_start and self._last != trainer.global_step:  # a run that goes on has measured it
+        """Evaluate the student that training begins with, where asked, or what a signal kept a run from evaluating."""
+        step = trainer.global_step
+        due = _due(step, self.every_n_steps) if step else self.at_start
+        if due and self._last != step:
             self._log(trainer, self._evaluate(trainer, pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -99,12 +101,19 @@ class LMEval(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate a student whose training ended before its time."""
-        if self._last != trainer.global_step:
-            self._log(trainer, self._evaluate(trainer, pl_module))
+        self._evaluate_last(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same where a run that went on had no step left: the one before was kept from evaluating its last."""
+        self._evaluate_last(trainer, pl_module)
         last, metrics = self._main[-1]
         for name, value in metrics.items():
             step, best = max(((step, main[name]) for step, main in self._main), key=lambda pair: pair[1])
             rank_zero_info(f"{name}: {value:.3f} at the last step, {last}; most: {best:.3f} at step {step}")
+
+    def _evaluate_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._last != trainer.global_step:
+            self._log(trainer, self._evaluate(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far, for a run that goes on."""
@@ -112,7 +121,7 @@ class LMEval(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
-        self._main = state_dict["main"]
+        self._main = [(int(step), dict(metrics)) for step, metrics in state_dict["main"]]
 
     @property
     def _last(self) -> int | None:

@@ -51,6 +51,8 @@ class ExactResume(Callback):
         if trainer.state.fn == "fit":
             assert isinstance(pl_module, Distiller)
             self._aside = _prefixes(pl_module)
+            total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+            total.ready = total.started = total.completed  # of one that begins anew (`_undo_validation`)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what validation has seen."""
@@ -65,6 +67,8 @@ class ExactResume(Callback):
         within = step["current"]["started"] > step["current"]["processed"]
         if within:
             _undo_batch(step)
+        if self._aside is not None:
+            _undo_validation(checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"])
         own = self._restored or (self._before if within else _state(pl_module))
         if self._aside is not None:
             own = own | {"prefix": self._aside}
@@ -85,7 +89,7 @@ class ExactResume(Callback):
             check_config(checkpoint.get("config"), self.config, Path(str(trainer.ckpt_path)))
         states = checkpoint.get(KEY, [])
         if len(states) == trainer.world_size:
-            self._restored = states[trainer.global_rank]
+            self._restored = _whole(pl_module, states[trainer.global_rank])
         else:
             rank_zero_warn(
                 f"the checkpoint holds random-number states of {len(states)} ranks and there are {trainer.world_size}: "
@@ -107,6 +111,17 @@ def _state(pl_module: LightningModule) -> dict[str, Any]:
     }
 
 
+def _whole(pl_module: LightningModule, state: dict[str, Any]) -> dict[str, Any]:
+    """A state that can be set, found out while the checkpoint is restored; any error where it cannot."""
+    assert isinstance(pl_module, Distiller)
+    random.Random().setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.Generator().set_state(state["torch"].cpu())
+    seen = {part: state["prefix"][part] for part in pl_module.teacher.parts}
+    return {"cuda": state["cuda"], **state, "prefix": seen}
+
+
 def _set_state(pl_module: LightningModule, state: dict[str, Any]) -> None:
     assert isinstance(pl_module, Distiller)
     random.setstate(state["python"])
@@ -126,6 +141,18 @@ def _prefixes(distiller: Distiller) -> dict[str | None, Any]:
 def _set_prefixes(distiller: Distiller, state: dict[str | None, Any]) -> None:
     for name, part in distiller.teacher.parts.items():
         part.prefix.load_state_dict(state[name])
+
+
+def _undo_validation(progress: dict[str, Any]) -> None:
+    """Lightning's counters of a validation that was left, so that all of it is repeated: the means begin anew, too.
+
+    One batch that has begun is how Lightning knows of it.
+    """
+    done = progress["current"]["completed"]
+    before = progress["total"]["completed"] - done
+    progress["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    progress["total"] |= {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
+    progress["is_last_batch"] = False
 
 
 def _undo_batch(progress: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ from opcd.matching import right
 from opcd.modules import Distiller
 from opcd.output import Screen, plain
 
+FIELDS = ("step", "query", "reference", "context", "answer")
+
 
 class AnswerSamples(Callback):
     """Logs the student's answers to the first validation queries (training queries where there are none).
@@ -38,14 +40,23 @@ class AnswerSamples(Callback):
             )
         self.queries, self.every_n_steps = queries, every_n_steps
         self.rows: list[dict[str, Any]] = []
+        self._former: list[dict[str, Any]] = []
         self._batch: Batch | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn where to write."""
         self._file = run_folder(trainer) / "samples.jsonl"
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask without and with the context."""
+    def state_dict(self) -> dict[str, Any]:
+        """What was answered so far: a run that goes on began with a student that is no longer there."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it for `on_fit_start`."""
+        self._former = [{name: row[name] for name in FIELDS} for row in state_dict["rows"]]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the queries; take up what the run that this one goes on from was answered to the same."""
         datamodule = getattr(trainer, "datamodule", None)
         if not isinstance(datamodule, ContextQueryDataModule):
             raise UserError(
@@ -54,24 +65,42 @@ class AnswerSamples(Callback):
         split = "val" if datamodule.sources["val"] else "train"
         examples = datamodule.examples(split)[: self.queries]
         self._batch = datamodule.encode(examples)
+        asked = [query_text(example.query) for example in examples]
+        first = [row["query"] for row in self._former if row["step"] == 0 and not row["context"]]
+        self.rows = self._former if first == asked else []
+        self._write(trainer, self.rows)
         rank_zero_info(f"answers to the first {len(examples)} queries of data.{split} go to samples.jsonl")
-        self._ask(trainer, pl_module, context=False)
-        self._ask(trainer, pl_module, context=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask without and with the context; a run that goes on, only what the one before was kept from asking."""
+        if not self.rows:
+            self._ask(trainer, pl_module, context=False)
+            self._ask(trainer, pl_module, context=True)
+        else:
+            self._ask_where_due(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Ask without the context every n steps."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._ask(trainer, pl_module, context=False)
+        self._ask_where_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask without the context once more."""
-        if self.rows[-1]["step"] != trainer.global_step:
-            self._ask(trainer, pl_module, context=False)
+        self._ask_last(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, when the student is on the disk."""
+        """Print the table, when the student is on the disk; ask where a run that went on had no step left."""
+        self._ask_last(trainer, pl_module)
         if self.rows and trainer.is_global_zero:
             print_table(self.rows, Screen(width=None if Screen().is_terminal else 140))
+
+    def _ask_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.rows and self.rows[-1]["step"] != trainer.global_step:
+            self._ask(trainer, pl_module, context=False)
+
+    def _ask_where_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and self.rows[-1]["step"] != step:
+            self._ask(trainer, pl_module, context=False)
 
     def _ask(self, trainer: Trainer, pl_module: LightningModule, context: bool) -> None:
         assert isinstance(pl_module, Distiller) and self._batch is not None
@@ -81,10 +110,12 @@ class AnswerSamples(Callback):
         for example, answer in zip(batch.examples, answers, strict=True):
             row = {"step": trainer.global_step, "query": query_text(example.query), "reference": example.reference}
             self.rows.append({**row, "context": context, "answer": answer})
-        if trainer.is_global_zero:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows[-len(answers) :]]
+        self._write(trainer, self.rows[-len(answers) :])
+
+    def _write(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
+        if rows and trainer.is_global_zero:
             with self._file.open("a", encoding="utf-8") as stream:
-                stream.writelines(lines)
+                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def query_text(query: str | list[dict[str, str]]) -> str:
@@ -94,18 +125,19 @@ def query_text(query: str | list[dict[str, str]]) -> str:
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     """Before, after and with the context, side by side, with the counts of right answers."""
-    first, last = (bound(row["step"] for row in rows) for bound in (min, max))  # a resumed run does not begin at 0
+    first, last = (bound(row["step"] for row in rows) for bound in (min, max))
+    begin = "before" if first == 0 else f"at step {first}"  # of other queries than a run was begun with
     columns = {
-        "without context, before": [row for row in rows if row["step"] == first and not row["context"]],
+        f"without context, {begin}": [row for row in rows if row["step"] == first and not row["context"]],
         f"without context, after {last} steps": [row for row in rows if row["step"] == last and not row["context"]],
-        "with context, before": [row for row in rows if row["context"]],
+        f"with context, {begin}": [row for row in rows if row["context"]],
     }
     table = Table(show_lines=True)
     table.add_column("question")
     for title, answers in columns.items():
         known = [row for row in answers if row["reference"] is not None]
         table.add_column(f"{title}: {sum(map(right, known))} of {len(known)} right" if known else title)
-    for number, row in enumerate(columns["with context, before"]):
+    for number, row in enumerate(columns[f"with context, {begin}"]):
         table.add_row(_short(row["query"]), *(_marked(answers[number]) for answers in columns.values()))
     console.print(table)
 

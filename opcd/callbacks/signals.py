@@ -27,6 +27,11 @@ class LeaveOnSignal(Callback):
         self._trainer: Trainer | None = None
         self._told_at = 0.0
 
+    @property
+    def has_listened(self) -> bool:
+        """Whether the run came so far that there is something to keep."""
+        return self._trainer is not None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen. Lightning's own handlers, which wait for the end of a batch, are replaced."""
         self._listen(trainer)
@@ -49,7 +54,8 @@ class LeaveOnSignal(Callback):
         if threading.current_thread() is threading.main_thread():
             interruption.reset()
             for number in _signals(trainer):
-                signal.signal(number, signal.SIG_DFL)
+                # Of several ranks, one that waits for the others in a collective would not get to it.
+                signal.signal(number, interruption.leave if trainer.world_size == 1 else signal.SIG_DFL)
 
     def _listen(self, trainer: Trainer) -> None:
         if threading.current_thread() is not threading.main_thread():

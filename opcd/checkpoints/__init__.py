@@ -2,12 +2,13 @@
 
 from opcd.checkpoints.files import BrokenCheckpoint, DiskFull, read_checkpoint, verify, write_checkpoint
 from opcd.checkpoints.io import SafeCheckpointIO
-from opcd.checkpoints.last import check_config, newest_of_run, newest_whole
+from opcd.checkpoints.last import check_checkpoint, check_config, newest_of_run, newest_whole
 
 __all__ = [
     "BrokenCheckpoint",
     "DiskFull",
     "SafeCheckpointIO",
+    "check_checkpoint",
     "check_config",
     "newest_of_run",
     "newest_whole",

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,24 +68,45 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         fsync_folder(path.parent)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, verified: bool = False) -> dict[str, Any]:
     """A checkpoint, verified, on the CPU; no code from the file runs.
+
+    Args:
+        path: the file.
+        verified: its manifest has been looked at.
 
     Raises:
         UserError: it does not exist, is broken, or holds more than tensors and plain values.
     """
     if not path.is_file():
         raise UserError(f"ckpt_path: no checkpoint {path.absolute()}")
-    if manifest_of(path).exists():
+    if not verified and manifest_of(path).exists():
         verify(path)
-    else:
+    elif not verified:
         rank_zero_warn(f"{path} has no manifest ({manifest_of(path).name}): that it is whole cannot be verified")
     try:
         # Mapped: the ranks of a machine read one copy of the file, and what each of them takes of it.
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise BrokenCheckpoint(f"{path} is no checkpoint that can be loaded: {str(error).splitlines()[0]}") from error
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler that runs no code fails in any way on what is no checkpoint
+        raise BrokenCheckpoint(f"{path} is no checkpoint that can be loaded: {_why(path, error)}") from error
+    if not isinstance(loaded, dict):
+        raise BrokenCheckpoint(f"{path} is no checkpoint: it holds a {type(loaded).__name__}, not a dictionary")
     return loaded
+
+
+def _why(path: Path, error: Exception) -> str:
+    """What is wrong with a file that torch does not load."""
+    if not path.stat().st_size:
+        return "it is empty"
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as stream:
+            cut = stream.read(2) == b"PK"
+        return "it is cut or damaged" if cut else "it is not in the format of torch.save"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values, which could run code, or it is damaged"
+    return f"it is damaged ({next(iter(str(error).splitlines()), type(error).__name__)})"
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from opcd.changes import changed_keys
-from opcd.checkpoints.files import BrokenCheckpoint, read_manifest, verify
+from opcd.checkpoints.contents import check_contents, check_hyper_parameters
+from opcd.checkpoints.files import BrokenCheckpoint, read_checkpoint, read_manifest, verify
 from opcd.errors import UserError
 
 FREE = (
@@ -65,8 +66,34 @@ def _first_whole(paths: Iterator[Path], asked: str, where: Path) -> Path | None:
     return None
 
 
+def check_checkpoint(path: Path, now: dict[str, Any], training: bool, verified: bool = False) -> dict[str, Any]:
+    """Refuse a checkpoint that this run cannot use, before anything is loaded.
+
+    Args:
+        path: the checkpoint.
+        now: the run's config.
+        training: whether training is to go on from it; else its weights are enough.
+        verified: its file has been compared with its manifest.
+
+    Returns:
+        What it says of the data that it was trained on; empty where it says nothing.
+
+    Raises:
+        UserError: names the file, and what is wrong or which keys differ.
+    """
+    checkpoint = check_contents(read_checkpoint(path, verified), path, training)
+    check_hyper_parameters(checkpoint, now["model"], path)
+    then = saved_config(path) or checkpoint.get("config")
+    if training:
+        check_config(then, now, path)
+    else:
+        _check_adapter(then, now, path)
+    data: dict[str, Any] = checkpoint.get("ContextQueryDataModule", {})
+    return data
+
+
 def check_config(then: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
-    """Refuse a checkpoint of another config.
+    """Refuse to go on from a checkpoint of another config.
 
     Args:
         then: the config that the checkpoint was saved with; None where it is not known.
@@ -78,13 +105,53 @@ def check_config(then: dict[str, Any] | None, now: dict[str, Any], path: Path) -
     """
     if then is None:
         return
+    _check_sections(then, path)
     keys = changed_keys(_shaping(then), json.loads(json.dumps(_shaping(now))))
     changed = [key for key in keys if not SERVED.fullmatch(key)]
     if changed:
         raise UserError(
             f"{path} was saved with another config; these keys differ: {', '.join(changed)}. Set them as they were "
-            f"({path.parent.parent / 'config.yaml'}), or begin a new run without ckpt_path"
+            f"({path.parent.parent / 'config.yaml'}), or begin a new run: without ckpt_path, {_trained_student(path)}"
         )
+
+
+def _trained_student(path: Path) -> str:
+    """How a new run begins with what a checkpoint has learnt."""
+    run = path.parent.parent
+    if (run / "student").is_dir():
+        return f"and to keep what was learnt with --model.student.name {run / 'student'}"
+    return (
+        f"and to keep what was learnt with --model.student.name FOLDER, which "
+        f"`opcd export {run} --to merged --out FOLDER` (--to hf where there is no adapter) writes out of the checkpoint"
+    )
+
+
+def _check_adapter(then: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
+    """The weights of an adapter mean nothing over another base, and fit it all the same."""
+    if then is None:
+        return
+    _check_sections(then, path)
+    old, new = (_adapted(config["model"]) for config in (then, json.loads(json.dumps(now))))
+    if old != new and (changed := changed_keys(old, new, "model")):
+        raise UserError(
+            f"{path} was saved with another student; these keys differ: {', '.join(changed)}. Set them as they were "
+            f"({path.parent.parent / 'config.yaml'})"
+        )
+
+
+def _adapted(model: dict[str, Any]) -> dict[str, Any]:
+    """The adapter, and what it stands on; of a student without one nothing: all of its weights are in a checkpoint."""
+    if (adapter := model.get("adapter")) is None:
+        return {"adapter": None}
+    student = model["student"] if isinstance(model.get("student"), dict) else {}
+    return {"adapter": adapter, "student": {name: student.get(name) for name in ("name", "revision", "quantization")}}
+
+
+def _check_sections(config: Any, path: Path) -> None:
+    """Refuse what is no config of `opcd fit`: it stands in a file."""
+    sections = [config.get(name) for name in ("model", "data", "trainer")] if isinstance(config, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections):
+        raise BrokenCheckpoint(f"{path}: the config in it is none of `opcd fit`")
 
 
 def saved_config(path: Path) -> dict[str, Any] | None:
@@ -98,7 +165,7 @@ def saved_config(path: Path) -> dict[str, Any] | None:
 def _shaping(config: dict[str, Any]) -> dict[str, Any]:
     """What changes the training steps."""
     trainer = {name: config["trainer"].get(name) for name in ("precision", "limit_train_batches")}
-    shaping = {"seed_everything": config["seed_everything"], "trainer": trainer}
+    shaping = {"seed_everything": config.get("seed_everything"), "trainer": trainer}
     for part in ("model", "data"):
         shaping[part] = {name: value for name, value in config[part].items() if f"{part}.{name}" not in FREE}
     return shaping

@@ -1,5 +1,6 @@
 """One example, and the rows that it is read from: under the project's names, TRL's, DAPO-Math-17k's and the paper's."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -202,6 +203,15 @@ def _value(row: dict[str, Any], name: str) -> Any:
 
 def _shown(name: str) -> str:
     return "reward_model.ground_truth" if name == "reward_model" else name
+
+
+def rows_hash(examples: Iterable[Example]) -> str:
+    """SHA-256, in hex, of what training sees of rows, in their order: not where they lie, nor references."""
+    digest = hashlib.sha256()
+    for example in examples:
+        seen = [example.query, example.context, example.response, example.teacher]
+        digest.update(json.dumps(seen, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _is_dapo(row: object) -> TypeGuard[dict[str, Any]]:

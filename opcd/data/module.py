@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from opcd.data.batch import Batch
 from opcd.data.budgets import LengthBudgets, OverlongContext, OverlongQuery
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
-from opcd.data.examples import Example, OnBadRow
+from opcd.data.examples import Example, OnBadRow, rows_hash
 from opcd.data.lengths import longest_prompts
 from opcd.data.sampler import ResumableSampler
 from opcd.data.sources import ExampleSource, read_examples
@@ -112,6 +112,9 @@ class ContextQueryDataModule(LightningDataModule):
         self._views: dict[str | None, Views] = {}
         self._taught = True
         self._begin = {"epoch": 0, "samples": 0}
+        self._trained_on: Mapping[str, Any] = {}
+        self._fingerprint: dict[str, str] | None = None
+        self._templates: list[str] = []
 
     def setup(self, stage: str) -> None:
         """Read the rows of a stage (fit, validate, test, predict), and check all that needs no model.
@@ -139,6 +142,23 @@ class ContextQueryDataModule(LightningDataModule):
             kept = self._usable(examples, f"data.{split}")
             self._longest[split] = longest_prompts(kept, contexts, self._views)
             self._examples[split] = kept
+        if stage == "fit":
+            self._check_trained_on()
+
+    def go_on_from(self, trained_on: Mapping[str, Any]) -> None:
+        """Let `setup` refuse rows and contexts that are not those of a checkpoint (its `state_dict` of this module)."""
+        self._trained_on = trained_on
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of what training depends on and files hold, not the config: rows, contexts and chat templates."""
+        if self._fingerprint is None:
+            self._fingerprint = {
+                "rows": rows_hash(self.examples("train")),
+                "contexts": context_hash(self._context_source().contexts),
+                "chat templates": context_hash(self._templates),
+            }
+        return self._fingerprint
 
     @property
     def views(self) -> Views:
@@ -182,11 +202,20 @@ class ContextQueryDataModule(LightningDataModule):
             return {}  # nothing is trained
         done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         epoch, batches = divmod(done.processed, int(self.trainer.num_training_batches))
-        return {"epoch": epoch, "samples": batches * self.batch_size * self.trainer.world_size}
+        place = {"epoch": epoch, "samples": batches * self.batch_size * self.trainer.world_size}
+        return {**place, "sha256": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training loader begin there."""
-        self._begin = state_dict
+        """Let the next training loader begin there.
+
+        Raises:
+            UserError: the rows or contexts are others by now.
+        """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        self.go_on_from(state_dict)
+        self._check_trained_on()
+        self._begin = {name: int(state_dict.get(name, 0)) for name in ("epoch", "samples")}
         # Lightning looks for a loader that can be set to a place; here it is the sampler.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
 
@@ -211,6 +240,17 @@ class ContextQueryDataModule(LightningDataModule):
         """Both views of each example, with the contexts of an epoch."""
         contexts = [self._context_source().context_for(example, epoch) for example in examples]
         return Batch.encoded(examples, contexts, self._views)
+
+    def _check_trained_on(self) -> None:
+        """Refuse other data than the checkpoint's. One of an older version does not say what it was."""
+        then = self._trained_on.get("sha256", {})
+        if "train" not in self._examples:
+            return
+        if other := [name for name, value in self.fingerprint.items() if then.get(name, value) != value]:
+            raise UserError(
+                f"data: the {' and '.join(other)} are not those that the checkpoint was trained on (SHA-256 differs): "
+                "a file was edited since. Give it what it had, or begin a new run without ckpt_path"
+            )
 
     def _read(self, split: str, source: str | ExampleSource) -> list[Example]:
         """The rows of a source, each with the name of its teacher where there are several."""
@@ -258,6 +298,7 @@ class ContextQueryDataModule(LightningDataModule):
     def _make_views(self) -> dict[str | None, Views]:
         """Views of the student's prompts and of each teacher's, by the names of the teachers (None: the only one)."""
         student = load_tokenizer(self.student, STUDENT)
+        self._templates = [str(student.chat_template)]
         models: Mapping[Any, ModelConfig | None] = {None: self.student}
         if self._taught and self.teacher is not None:
             models = self.teacher.models if isinstance(self.teacher, TeacherModels) else {None: self.teacher}
@@ -266,6 +307,7 @@ class ContextQueryDataModule(LightningDataModule):
     def _views_with(self, student: PreTrainedTokenizerBase, config: ModelConfig, name: str | None) -> Views:
         key = f"{teacher_key(name)}.init_args.model"
         teacher = student if config == self.student else load_tokenizer(config, key)
+        self._templates.append(str(teacher.chat_template))
         check_same_vocabulary(student, teacher, key)
         kwargs = (self.student.chat_template_kwargs, config.chat_template_kwargs)
         return Views(student, teacher, self.placement, self.template, *kwargs, keys=(STUDENT, key, "data."))

@@ -69,7 +69,7 @@ class Evaluator:
             show: told of the progress.
         """
         results: Results = {}
-        with isolate_rng():
+        with generators_kept():
             for task in self.tasks:
                 rows: list[Row] = []
                 prefix = SharedPrefix(self.evaluation.shared_prefix)
@@ -195,6 +195,17 @@ class Evaluator:
                 f"{longest} and up to {chosen or 1} are added; shorten the context, or set {self.prefix}max_new_tokens"
             )
         return chosen or min(int(task.generation["max_gen_toks"]), left)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """A block after which all generators are as before, also where a signal or an error ends it."""
+    kept = isolate_rng()  # Lightning's own restores nothing then
+    kept.__enter__()
+    try:
+        yield
+    finally:
+        kept.__exit__(None, None, None)
 
 
 def _check_packages(evaluation: Evaluation) -> None:

@@ -1,8 +1,11 @@
 """What a Distiller refuses before a model is loaded."""
 
 import math
+from collections.abc import Mapping
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 
 from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.data.stages import STAGES
@@ -32,6 +35,36 @@ def check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"model.{name} must be a finite number greater than 0, got {value}")
+
+
+def check_scheduler(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+    """Refuse a scheduler that waits for a metric, or whose arguments are wrong (``ValueError``)."""
+    if lr_scheduler is None:
+        return
+    stepped = optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
+    try:
+        made = lr_scheduler(stepped)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.lr_scheduler: {error}") from error
+    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            f"model.lr_scheduler: {type(made).__name__} waits for a metric, and the rate is changed after every step "
+            "here; take one that follows the steps, such as torch.optim.lr_scheduler.LinearLR, CosineAnnealingLR or "
+            "OneCycleLR (warm-up, then a decay by cosine)"
+        )
+
+
+def check_weights(found: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str) -> None:
+    """Refuse the weights of a checkpoint that are not the student's (UserError)."""
+    missing, unknown = [name for name in own if name not in found], [name for name in found if name not in own]
+    other = [name for name in own if name in found and found[name].shape != own[name].shape]
+    shapes = [f"{name} is {list(found[name].shape)} and not {list(own[name].shape)}" for name in other]
+    for problem, names in (("does not have", missing), ("has also", unknown), ("has another shape of", shapes)):
+        if names:
+            raise UserError(
+                f"{path} is of another student than model.student (with model.adapter): of its weights it {problem} "
+                f"{names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1)
+            )
 
 
 def check_data(

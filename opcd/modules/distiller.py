@@ -14,7 +14,7 @@ How a step works:
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -36,9 +36,11 @@ from opcd.modules.checks import (
     check_positive,
     check_recorded,
     check_sampled,
+    check_scheduler,
     check_served,
     check_shards,
     check_teacher_parts,
+    check_weights,
     engines_of,
 )
 from opcd.modules.drift import Drift
@@ -73,7 +75,8 @@ class Distiller(OnRanks):
         rollout: who writes the responses; StudentRollout (the student, without the context) if null.
         adapter: train this in place of the student's own weights, which stay as they are; null trains all of them.
         optimizer: any torch optimizer, over the student's trainable weights. Default: the AdamW of the paper's code.
-        lr_scheduler: any torch scheduler, stepped after every optimizer step; null keeps the rate constant.
+        lr_scheduler: any torch scheduler that waits for no metric, stepped after every optimizer step; null keeps the
+            rate constant.
         temperature: divides the logits of both models inside the loss; the rollout's sampling has its own.
         reduction: sequence averages every response over its own tokens first, then over responses (the paper);
             token averages over all tokens of the step. Micro-batches and ranks do not change either.
@@ -129,7 +132,8 @@ class Distiller(OnRanks):
         self.uneven = [*UNEVEN, *(f"divergence/{name}" for name in self.teacher.parts if name is not None)]
         if isinstance(loss, SampledReverseKL):
             check_sampled(loss, self.rollout, temperature)
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.optimizer, self.lr_scheduler, self._taught = optimizer, lr_scheduler, False
+        check_scheduler(optimizer, lr_scheduler)
         self.reduction, self.micro_batch_tokens, self.answer = reduction, micro_batch_tokens, answer
         self.halve_micro_batches = halve_micro_batches
         self.gradient_checkpointing, self.gradient_clip_val = gradient_checkpointing, gradient_clip_val
@@ -164,31 +168,47 @@ class Distiller(OnRanks):
             check_data(datamodule, stage, self.rollout, self.answer, self.student_config, self.teacher)
 
     def configure_model(self) -> None:
-        """Load the student and the teacher, once."""
-        if hasattr(self, "student"):
-            return
-        self.student = Student.load(
-            self.student_config, self.gradient_checkpointing, self.adapter, self.trainer.strategy.root_device
-        )
-        self.student.share_beginnings(self.answering.mode)
+        """Load the student and, but for predictions, the teacher; each once."""
+        first = not hasattr(self, "student")
+        if first:
+            device = self.trainer.strategy.root_device
+            self.student = Student.load(self.student_config, self.gradient_checkpointing, self.adapter, device)
+            self.student.share_beginnings(self.answering.mode)
         if self.trainer.state.fn == "fit" and not trainable(self.student):
             raise UserError(
                 f"model.student.name: {self.student_config.name} is an adapter, whose weights are trained no further; "
                 f"merge it first: opcd export {self.student_config.name} --to merged --out FOLDER, and train FOLDER"
             )
-        if self.trainer.state.fn != "predict":
+        if self.trainer.state.fn != "predict" and not self._taught:  # in a notebook, predict may come before fit
             self.teacher.prepare(self.student, self.student_config, self.trainer.strategy.root_device)
-        if self._sharded:
+            self._taught = True
+        if first and self._sharded:
             dtype = computing_dtype(self.trainer.precision, self.student.model.dtype)
             mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
             self.student.shard(mesh, dtype if dtype != self.student.model.dtype else None)
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: a checkpoint is for training that goes on (`UserError`)."""
+        raise UserError(
+            "a checkpoint holds what training goes on from: Trainer.fit(..., ckpt_path=...), opcd fit --ckpt_path. The "
+            "trained model is the folder student/ of its run, for transformers' from_pretrained or model.student.name; "
+            "opcd export RUN --to hf --out FOLDER writes one out of a checkpoint"
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable weights, and the scheduler if there is one."""
         optimizer = self.optimizer(p for p in self.student.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
-        return [optimizer], [self.lr_scheduler(optimizer)]
+        scheduler = self.lr_scheduler(optimizer)
+        steps, most = self.trainer.estimated_stepping_batches, getattr(scheduler, "total_steps", None)
+        if most is not None and steps > most:
+            raise UserError(
+                f"model.lr_scheduler: {type(scheduler).__name__} is made for {most} steps (total_steps), and the "
+                f"trainer takes {steps}; give both the same number (trainer.max_steps)"
+            )
+        return [optimizer], [scheduler]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step on one batch of queries."""
@@ -327,7 +347,12 @@ class Distiller(OnRanks):
         checkpoint["bad_steps"] = [self.bad_steps.total, self.bad_steps.in_a_row]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the teacher its state back, and let the student take float64 weights as they are (`64-true`)."""
+        """Give the teacher its state back, and let the student take float64 weights as they are (`64-true`).
+
+        Raises:
+            UserError: the weights are of another student.
+        """
+        check_weights(checkpoint["state_dict"], self.state_dict(), str(self.trainer.ckpt_path))
         if next(iter(checkpoint["state_dict"].values())).dtype == torch.float64:
             self.student.double()  # Lightning converts after it has loaded
         self.bad_steps.total, self.bad_steps.in_a_row = checkpoint.get("bad_steps", (0, 0))

@@ -31,11 +31,15 @@ def main(args: list[str]) -> int:
     """
     options = make_parser().parse_args(args)
     refuse_existing(options.out, "--out")
-    text = page(read_runs(options.runs))
+    runs = read_runs(options.runs)
+    text = page(runs)
     try:
         write_whole(options.out, text)
     except OSError as error:
         raise UserError(f"--out: cannot write {options.out.resolve()}: {error.strerror}") from error
+    for folder in options.runs:
+        if folder not in [run.folder for run in runs]:
+            print(f"{folder}: another of these runs went on from it, and shows it as its beginning")
     print(f"page: {options.out}")
     return 0
 

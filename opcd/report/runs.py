@@ -13,6 +13,7 @@ from opcd.errors import UserError
 from opcd.evaluation.report import SUMMARY
 from opcd.evaluation.results import Metric, Row, summarise
 from opcd.matching import right
+from opcd.run_folder import former_run
 from opcd.sweep.results import (
     Series,
     figures,
@@ -82,12 +83,14 @@ class Run:
         """How many of the sample answers were right, at the first step or the last; a dash where nobody knows."""
         rows = [row for row in self.samples if row["context"] == context]
         step = (max if last else min)((row["step"] for row in rows), default=0)
+        if step and not last and not context:  # a run that went on with other queries: nobody asked them before
+            return NONE
         rows = [row for row in rows if row["step"] == step and row["reference"] is not None]
         return f"{sum(map(right, rows))} of {len(rows)}" if share_right(rows) is not None else NONE
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Every run, in the order given.
+    """Every training, in the order given: a run that another one went on from is a part of that.
 
     Raises:
         UserError: a folder holds no run, or is named twice.
@@ -96,7 +99,18 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     for place, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:place]]:
             raise UserError(f"RUN: {folder} is named twice")
-    return [Run.read(folder) for folder in folders]
+    parts = {part for folder in folders for part in _gone_on_from(folder)}
+    return [Run.read(folder) for folder in folders if folder.resolve() not in parts]
+
+
+def _gone_on_from(folder: Path) -> list[Path]:
+    """The runs that a run went on from, the last one first."""
+    found: list[Path] = []
+    former = former_run(folder)
+    while former is not None and former != folder.resolve() and former not in found:
+        found.append(former)
+        former = former_run(former)
+    return found
 
 
 def overview(runs: Sequence[Run]) -> Table:
@@ -143,7 +157,8 @@ def questions(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for row in run.samples:
             if not row["context"] and row["step"] not in (min(steps), max(steps)):
                 continue
-            when = "with the context" if row["context"] else "before" if row["step"] == min(steps) else "after"
+            begin = "before" if min(steps) == 0 else f"at step {min(steps)}"
+            when = "with the context" if row["context"] else begin if row["step"] == min(steps) else "after"
             question = found.setdefault(row["query"], {"query": row["query"], "reference": row["reference"]})
             mark = None if row["reference"] is None else right(row)
             answer = {"who": f"{run.name}, {when}" if len(runs) > 1 else when, "right": mark, "text": row["answer"]}

@@ -17,6 +17,7 @@ import yaml
 from opcd.did_you_mean import beside
 from opcd.errors import UserError
 from opcd.matching import right
+from opcd.run_folder import FORMER_METRICS, METRICS
 
 Series = dict[str, list[tuple[int, float]]]
 """Name -> (step, value), in the order in which they were logged."""
@@ -59,29 +60,21 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_metrics(run: Path, problems: list[str] | None = None) -> Series:
-    """The columns of metrics.csv; none where there is no such file (trainer.logger false).
+    """The columns of metrics.csv, and before them those of the runs that it went on from (`KeepHistory`).
+
+    None where there is no such file (trainer.logger false).
 
     Args:
         problems: is given what was left out, and which metrics are not finite.
     """
     problems = [] if problems is None else problems
     series: Series = {}
-    for line, row in _csv_rows(run / "metrics.csv", problems):
-        step = _number(row.pop("step", ""))
-        if step is None or not step.is_integer() or abs(step) > LAST:
-            problems.append(f"metrics.csv:{line}: left out: it has no step")
-            continue
-        row.pop("epoch", None)
-        for name, text in row.items():
-            value = _number(text)
-            if value is not None:
-                series.setdefault(name, []).append((int(step), value))
-            elif text:
-                problems.append(f"metrics.csv:{line}: left out: {name} is no number, but {text[:40]!r}")
+    for name in (FORMER_METRICS, METRICS):
+        _add_metrics(series, run / name, problems)
     for name, points in series.items():
         if odd := [(step, value) for step, value in points if not is_finite(value)]:
             more = f" and at {len(odd) - 1} more steps" if len(odd) > 1 else ""
-            problems.append(f"metrics.csv: {name} is {odd[0][1]:g} at step {odd[0][0]}{more}")
+            problems.append(f"{METRICS}: {name} is {odd[0][1]:g} at step {odd[0][0]}{more}")
     return series
 
 
@@ -184,8 +177,26 @@ def figures(run: Path, problems: list[str] | None = None) -> dict[str, float]:
         finite = [value for value in values if is_finite(value)]
         numbers[name] = fmean(finite) if name.startswith("seconds/") and finite else values[-1]
     if curve := right_over_steps(run, problems):
-        numbers |= {"samples/right_before": curve[0][1], "samples/right": curve[-1][1]}
+        numbers |= {"samples/right": curve[-1][1]}
+        if curve[0][0] == 0:  # of a run that went on with other queries nobody knows
+            numbers |= {"samples/right_before": curve[0][1]}
     return numbers
+
+
+def _add_metrics(series: Series, file: Path, problems: list[str]) -> None:
+    """Add the rows of a table."""
+    for line, row in _csv_rows(file, problems):
+        step = _number(row.pop("step", ""))
+        if step is None or not step.is_integer() or abs(step) > LAST:
+            problems.append(f"{file.name}:{line}: left out: it has no step")
+            continue
+        row.pop("epoch", None)
+        for name, text in row.items():
+            value = _number(text)
+            if value is not None:
+                series.setdefault(name, []).append((int(step), value))
+            elif text:
+                problems.append(f"{file.name}:{line}: left out: {name} is no number, but {text[:40]!r}")
 
 
 def _is_bounded(config: object) -> bool:

@@ -1,6 +1,7 @@
 """Mathematical problems in the shape of DAPO-Math-17k: the answer stands after the last "Answer:"."""
 
 import re
+import threading
 from typing import Any
 
 from opcd.data import read_examples
@@ -36,6 +37,8 @@ def equal(reference: str, answer: str) -> bool:
 
     if len(answer) > LONGEST:
         return False
-    gold = parse(f"${reference}$")
+    # It bounds its time by an alarm, which only the main thread of a process gets.
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    gold = parse(f"${reference}$", parsing_timeout=seconds)
     readings = (answer,) if "$" in answer or "\\boxed" in answer else (answer, f"${answer}$")
-    return any(verify(gold, parse(reading)) for reading in readings)
+    return any(verify(gold, parse(reading, parsing_timeout=seconds), timeout_seconds=seconds) for reading in readings)

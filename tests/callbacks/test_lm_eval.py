@@ -131,7 +131,10 @@ def test_two_callbacks_and_a_run_that_goes_on(words, opcd, tmp_path, caplog):
     code, text = opcd(*arguments, "--trainer.max_steps", 3, "--ckpt_path", last)
     assert code == 0, text
     assert "other/dapo_math/accuracy: 0.000 at the last step, 3; most: 0.000 at step 0" in caplog.text
-    assert {file.name[:6] for file in (tmp_path / "runs" / "version_1" / "other").iterdir()} == {"step=3"}
+    answers = [tmp_path / "runs" / f"version_{number}" / "other" for number in (0, 1)]
+    assert {file.name[:6] for file in answers[1].iterdir()} == {f"step={step}" for step in range(4)}
+    for file in answers[0].iterdir():  # taken over
+        assert (answers[1] / file.name).read_text() == file.read_text()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,11 @@ def test_a_drill(names, runs):
     drill(*names.split(), runs=runs)
 
 
+@pytest.mark.case("E2")
+def test_a_signal_within_an_evaluation():
+    drill("evaluations", runs=3)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk of its own is mounted by root only")
 def test_a_full_disk():
     drill("disk", runs=2)

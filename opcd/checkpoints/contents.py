@@ -1,0 +1,102 @@
+"""What a checkpoint must hold before anything of it is used: it may be somebody else's, or no checkpoint at all."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opcd.checkpoints.files import BrokenCheckpoint
+from opcd.errors import UserError
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "state_dict": dict,
+    "pytorch-lightning_version": str,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "exact_resume": list,
+    "config": (dict, type(None)),
+    "facts": dict,
+    "teacher": dict,
+    "bad_steps": (list, tuple),
+    "hyper_parameters": (dict, type(None)),
+    "ContextQueryDataModule": dict,
+}
+"""What stands at each key, where it is there."""
+WEIGHTS = ("state_dict",)
+TRAINING = (*WEIGHTS, "pytorch-lightning_version", "epoch", "global_step", "loops", "optimizer_states", "lr_schedulers")
+"""What training goes on from."""
+
+
+def check_contents(checkpoint: Any, path: Path, training: bool) -> dict[str, Any]:
+    """The checkpoint, where it has what Lightning will look for.
+
+    Args:
+        checkpoint: what the file holds.
+        path: the file.
+        training: whether training is to go on from it; else its weights are enough.
+
+    Raises:
+        BrokenCheckpoint: names the file, and what is wrong.
+    """
+    if not isinstance(checkpoint, dict):
+        raise BrokenCheckpoint(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}, not a dictionary")
+    if missing := [key for key in (TRAINING if training else WEIGHTS) if key not in checkpoint]:
+        use = "that training can go on from" if training else "of this program's"
+        raise BrokenCheckpoint(f"{path} is no checkpoint {use}: it has no {', '.join(missing)}")
+    for key, kind in KINDS.items():
+        if key in checkpoint and (not isinstance(checkpoint[key], kind) or isinstance(checkpoint[key], bool)):
+            raise BrokenCheckpoint(f"{path} is no whole checkpoint: its {key} is a {type(checkpoint[key]).__name__}")
+    if not isinstance(checkpoint.get("ContextQueryDataModule", {}).get("sha256", {}), dict):
+        raise BrokenCheckpoint(f"{path} is no whole checkpoint: its sha256 of the data is no dictionary")
+    for name, weight in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
+            raise BrokenCheckpoint(f"{path} is no whole checkpoint: {name!r} of its state_dict is no named tensor")
+    return checkpoint
+
+
+def check_hyper_parameters(checkpoint: dict[str, Any], model: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint whose `hyper_parameters` ask for another model than the config: the config alone counts.
+
+    Args:
+        checkpoint: the checkpoint; those of `opcd fit` have no such key.
+        model: the config's section.
+        path: the file.
+
+    Raises:
+        UserError: names the keys that differ.
+    """
+    asked = {key: value for key, value in (checkpoint.get("hyper_parameters") or {}).items() if key != "_instantiator"}
+    if keys := _other_keys(asked, model):
+        raise UserError(
+            f"{path}: its hyper_parameters differ from the config at {', '.join(keys)}. The config alone decides: set "
+            "these keys as you want them and remove hyper_parameters from the checkpoint, or take another checkpoint"
+        )
+
+
+def _other_keys(asked: Any, config: Any, above: str = "model") -> list[str]:
+    """Dotted keys of what is asked for that the config does not have, or has otherwise."""
+    if not isinstance(asked, dict) or not isinstance(config, dict):
+        return [] if _same(asked, config) else [above]
+    return [
+        key
+        for name, value in asked.items()
+        for key in (_other_keys(value, config[name], f"{above}.{name}") if name in config else [f"{above}.{name}"])
+    ]
+
+
+def _same(asked: Any, config: Any) -> bool:
+    """Whether two plain values are the same; a tensor is none, and true is not 1."""
+    if isinstance(asked, list | tuple):
+        return isinstance(config, list) and len(asked) == len(config) and all(map(_same, asked, config))
+    if isinstance(asked, dict):
+        return (
+            isinstance(config, dict)
+            and asked.keys() == config.keys()
+            and all(_same(asked[k], config[k]) for k in asked)
+        )
+    plain = type(asked) in (type(None), bool, int, float, str) and isinstance(asked, bool) == isinstance(config, bool)
+    return plain and bool(asked == config)
