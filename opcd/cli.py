@@ -23,6 +23,17 @@ from opcd.refusals import in_plain_words
 from opcd.signatures import inner_keys, options
 from opcd.versions import VERSION
 
+CHATTER = re.compile(
+    r"litlogger|Seed set to|^Using .*(precision|AMP)|\b(GPU|TPU|HPU|IPU|NPU) available: |CUDA_VISIBLE_DEVICES: "
+    r"|You are using a CUDA device|^`Trainer\.\w+` stopped: ",
+    re.IGNORECASE,
+)
+"""What Lightning says of every run; the one line about types is `chosen_precision`'s."""
+CHATTERING = (
+    *("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"),
+    *("lightning.fabric.utilities.seed", "lightning.pytorch.accelerators.cuda"),
+)
+"""The loggers that it says it by: a filter is asked by the logger that it is added to alone."""
 PRINTED = ("--help", "-h", "--version", "chat", "completion", "doctor")
 """First words of commands that leave nothing but what they print."""
 
@@ -151,8 +162,8 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("huggingface_hub", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "litlogger" not in str(record.msg).lower())
+    for name in CHATTERING:
+        logging.getLogger(name).addFilter(_worth_a_line)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")  # data.val is not needed
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")  # one of the user's own
@@ -162,6 +173,10 @@ def _quiet() -> None:
     warnings.filterwarnings(
         "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
     )
+
+
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    return CHATTER.search(str(record.msg)) is None
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _models() -> Iterator[tuple[bool | None, str]]:
 
     try:
         gguf.packaged_file()
-        yield True, f"packaged model {PACKAGED}"
+        yield True, f"packaged model {PACKAGED} (4-bit weights, unpacked to 16 bits)"
     except UserError as error:
         yield None, str(error)
     for folder in sorted((gguf.cache_folder() / "models").glob("*/config.json")):

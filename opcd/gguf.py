@@ -10,13 +10,25 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 
 from opcd.errors import UserError
 
@@ -60,16 +72,28 @@ def converted(file: Path, key: str) -> Path:
 def read(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a GGUF file, its weights in `dtype`, and its tokenizer, as transformers reads them."""
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype=dtype,
-        quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
-    )
+    with _without_bar():
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=dtype,
+            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+        )
     # transformers goes on to treat the dense weights as quantized, and would refuse to save or train them.
     model.config.__dict__.pop("quantization_config", None)
     vars(model).update(hf_quantizer=None, is_quantized=False)
     return model, tokenizer
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """transformers draws one for each tensor of a GGUF file, whatever its logging is told."""
+    bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar  # type: ignore[attr-defined]
 
 
 def _convert(file: Path, target: Path) -> None:
@@ -80,6 +104,7 @@ def _convert(file: Path, target: Path) -> None:
         )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         folder = Path(scratch) / target.name
+        print(f"converting {file.name} into {target} (once)", file=sys.stderr, flush=True)
         model, tokenizer = read(file, torch.bfloat16)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """A signal that asks the run to end, and where a step notices it.
 
 A handler only takes a note. Code that takes long calls `check` where it can be left: between two tokens of a rollout,
-between two micro-batches. Nothing is left within an optimizer step or a save.
+between two layers of a model, between two micro-batches. Nothing is left within an optimizer step or a save.
 """
 
 import signal

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,10 +25,12 @@ from transformers import (
 )
 
 from opcd import gguf
+from opcd.activity import doing
 from opcd.did_you_mean import beside, did_you_mean, is_run
 from opcd.errors import UserError
 from opcd.extras import require
 from opcd.hub import hub_reachable
+from opcd.interruption import check
 from opcd.memory import let_go
 from opcd.precision import fast_dtype, warn_if_emulated
 
@@ -42,7 +45,7 @@ class ModelConfig:
     """Which model, and how to load it."""
 
     name: str = PACKAGED
-    """A hub id (org/name), a folder, a .gguf file, or the packaged model smollm2-135m."""
+    """A hub id (org/name), a folder, a .gguf file, or the packaged model smollm2-135m (4-bit weights, unpacked)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights. auto: float32 for weights that are trained or averaged; for frozen ones bfloat16 where the
     device has instructions for it, else float32."""
@@ -117,6 +120,7 @@ def load_model(
         device: where the model will run.
     """
     name = resolve(config, key)
+    doing(f"loading {config.name}")
     adapter, base = name, base_of(name, key)
     if config.dtype == "auto":
         dtype = default_dtype or fast_dtype(device)
@@ -138,7 +142,21 @@ def load_model(
     if config.quantization != "none":
         let_go(model.parameters())  # the embedding holds the whole file's mapping, with what has been quantized since
     model.eval()
+    for layer in _layers(model):
+        layer.register_forward_pre_hook(_leave_here)
     return model
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList | list[nn.Module]:
+    """The model's layers, or none where they are not in one list."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    return next(lists, [])
+
+
+def _leave_here(layer: nn.Module, inputs: object) -> None:
+    """A pass over many tokens takes minutes on a CPU: a signal is noticed before each layer (`Interrupted`)."""
+    check()
 
 
 def _with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:

@@ -25,12 +25,13 @@ LAYERS = [
     {"checkpoints", "games", "init", "tasks"},
     {"modules"},
     {"data", "serving"},
-    {"changes", "interruption", "losses", "models", "parsing", "run_folder"},
+    {"changes", "losses", "models", "parsing", "run_folder"},
     {
         "card",
         "commands",
         "gguf",
         "hub",
+        "interruption",
         "machine",
         "matching",
         "memory",
@@ -40,7 +41,7 @@ LAYERS = [
         "signatures",
     },
     {"extras"},
-    {"did_you_mean", "errors", "lazy", "output", "recipes", "versions"},
+    {"activity", "did_you_mean", "errors", "lazy", "output", "recipes", "versions"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
 runs by its name (`COMMANDS` of opcd/commands.py) stands below it like everything else."""

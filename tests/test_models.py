@@ -1,6 +1,7 @@
 """Models: the packaged one, GGUF conversion into the cache, and what is refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,15 @@ def test_two_processes_convert_once_and_a_damaged_copy_is_made_again(tmp_path, m
     assert resolve(ModelConfig()) == str(folder)
     assert weights.read_bytes() == written
     assert [file.name for file in (tmp_path / "models").iterdir() if file.name.startswith(".conv")] == []
+
+
+@pytest.mark.case("C24")
+def test_a_conversion_is_one_line_and_no_bar(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path))
+    folder = gguf.converted(gguf.packaged_file(), "packaged")
+    said = capfd.readouterr()
+    lines = [line for line in re.split(r"[\r\n]", said.out + said.err) if line and not line.startswith("Writing model")]
+    assert lines == [f"converting {gguf.packaged_file().name} into {folder} (once)"]
 
 
 def test_scaled_rotary_frequencies_of_a_gguf_are_refused(tmp_path, monkeypatch):

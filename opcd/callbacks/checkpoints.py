@@ -46,8 +46,13 @@ class SaveCheckpoints(Checkpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save a run that ended before its time."""
+        """Save a run that ended before its time, and say what all of them take."""
         self.save(trainer)
+        if sizes := [path.stat().st_size for path in self.saved if path.is_file()]:
+            rank_zero_info(
+                f"checkpoints: {sum(sizes) / 1e9:.2g} GB in {self._folder}, to go on training; "
+                "--trainer.enable_checkpointing false saves none"
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what stood before a step that was left: its weights are unchanged."""

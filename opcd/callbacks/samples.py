@@ -106,7 +106,7 @@ class AnswerSamples(Callback):
         assert isinstance(pl_module, Distiller) and self._batch is not None
         batch = self._batch
         with torch.random.fork_rng(devices=[pl_module.device] if pl_module.device.type == "cuda" else []):
-            answers = pl_module.answers(batch, context)
+            answers = pl_module.answers(batch, context, "sample answers")
         for example, answer in zip(batch.examples, answers, strict=True):
             row = {"step": trainer.global_step, "query": query_text(example.query), "reference": example.reference}
             self.rows.append({**row, "context": context, "answer": answer})

@@ -79,7 +79,8 @@ class LeaveOnSignal(Callback):
         if number != signal.SIGINT and hasattr(launcher, "procs"):  # ranks of our own; Ctrl-C reaches them by itself
             launcher.kill(number)
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: leaving with a checkpoint; once more ends at once\n".encode())
+        how = "leaving with a checkpoint" if self._trainer.state.fn == "fit" else "leaving"
+        os.write(2, f"\n{name}: {how}; once more ends at once\n".encode())
 
 
 def _signals(trainer: Trainer) -> list[signal.Signals]:

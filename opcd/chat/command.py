@@ -4,10 +4,12 @@ opcd chat runs/version_0 --context context.txt
 opcd chat org/name --context context.txt --beside org/other < questions.txt
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
+from difflib import get_close_matches
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -23,9 +25,17 @@ from opcd.modules.generation import Sampling
 from opcd.output import Screen
 
 DESCRIPTION = """Ask a model, beside the one that it was made from (or --beside): that one as it is and, with --context
-in its prompt, as the teacher sees it. Every question stands alone: a model does not see those before. /quit or Ctrl-D
-ends; questions can come from a pipe, one a line."""
+in its prompt, as the teacher sees it. At a terminal each of them has a conversation of its own: it sees the questions
+before and its own answers to them, until /reset; /help lists the commands, /quit or Ctrl-D ends. Questions can also
+come from a pipe, one a line; each of those stands alone."""
 QUIT = "/quit"
+RESET = "/reset"
+HELP = "/help"
+COMMANDS = {
+    HELP: "this list",
+    RESET: "forget the conversation; the next question stands alone",
+    QUIT: "end, as Ctrl-D does; Ctrl-C ends in the middle of an answer",
+}
 
 
 def main(args: list[str]) -> int:
@@ -33,20 +43,31 @@ def main(args: list[str]) -> int:
     options, sampling = _parse(args)
     device = torch_device(options.device)
     speakers = _speakers(options)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        _banner(speakers)
     for speaker in speakers:
         speaker.source.load(device)
     torch.manual_seed(options.seed)
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
     console = Screen(force_terminal=interactive)
+    talk = interactive and speakers[-1].takes_turns
     for question in _questions(interactive):
+        if interactive and question in COMMANDS:
+            _command(question, speakers)
+            continue
         if not interactive:
             print(f"> {question}")
+        said = [len(speaker.turns) for speaker in speakers]
         try:
             check_text(question, "the question")
-            show_answers(console, speakers, question, sampling)
+            if interactive:
+                _refuse_unknown(question)
+            show_answers(console, speakers, question, sampling, talk)
         except UserError as error:
             if not interactive:
                 raise
+            for speaker, turns in zip(speakers, said, strict=True):
+                del speaker.turns[turns:]  # a question that one could not take was asked of none
             print(f"opcd: error: {error}", file=sys.stderr)
     return 0
 
@@ -68,6 +89,29 @@ def make_parser() -> ArgumentParser:
     parser.add_class_arguments(Sampling, None)
     parser.set_defaults({"temperature": 0.0, "max_new_tokens": 256})
     return parser
+
+
+def _banner(speakers: list[Speaker]) -> None:
+    """Who answers, and how a chat is led."""
+    print("opcd chat: each question goes to " + ", then to ".join(speaker.title for speaker in speakers))
+    alone = "" if speakers[-1].takes_turns else "Without a chat template (placement raw) every question stands alone. "
+    print(f"{alone}{HELP} lists the commands, {QUIT} ends. Loading ...", flush=True)
+
+
+def _command(name: str, speakers: list[Speaker]) -> None:
+    if name == HELP:
+        print("\n".join(f"{known:<8}{text}" for known, text in COMMANDS.items()))
+    if name == RESET:
+        for speaker in speakers:
+            speaker.turns.clear()
+        print("The conversation is forgotten.")
+
+
+def _refuse_unknown(question: str) -> None:
+    """A word like a command's is one that was misspelt: no model is asked."""
+    if re.fullmatch(r"/[a-z]+", question):
+        near = get_close_matches(question, COMMANDS, n=1)
+        raise UserError(f"no command {question}" + (f"; did you mean {near[0]}?" if near else f"; {HELP} lists them"))
 
 
 def _parse(args: list[str]) -> tuple[Namespace, Sampling]:

@@ -14,13 +14,15 @@ NARROW = 80
 """Columns of a terminal that is too narrow for answers side by side."""
 
 
-def show_answers(console: Console, speakers: Sequence[Speaker], question: str, sampling: Sampling) -> None:
-    """Ask one speaker after the other, and show what they say while they say it."""
+def show_answers(
+    console: Console, speakers: Sequence[Speaker], question: str, sampling: Sampling, remember: bool = False
+) -> None:
+    """Ask one speaker after the other, and show what they say while they say it; `remember`: as turns of one talk."""
     beside = console.is_terminal and console.width >= NARROW and len(speakers) > 1
-    (_beside if beside else _below)(console, speakers, question, sampling)
+    (_beside if beside else _below)(console, speakers, question, sampling, remember)
 
 
-def _beside(console: Console, speakers: Sequence[Speaker], question: str, sampling: Sampling) -> None:
+def _beside(console: Console, speakers: Sequence[Speaker], question: str, sampling: Sampling, remember: bool) -> None:
     answers = dict.fromkeys(speakers, "")
     with Live(_table(answers), console=console, auto_refresh=False) as live:
         for speaker in speakers:
@@ -30,7 +32,7 @@ def _beside(console: Console, speakers: Sequence[Speaker], question: str, sampli
                 answers[speaker] = text
                 live.update(_table(answers), refresh=True)
 
-            show(speaker.answer(question, sampling, show))
+            show(speaker.answer(question, sampling, show, remember))
 
 
 def _table(answers: Mapping[Speaker, str]) -> Table:
@@ -41,7 +43,7 @@ def _table(answers: Mapping[Speaker, str]) -> Table:
     return table
 
 
-def _below(console: Console, speakers: Sequence[Speaker], question: str, sampling: Sampling) -> None:
+def _below(console: Console, speakers: Sequence[Speaker], question: str, sampling: Sampling, remember: bool) -> None:
     for speaker in speakers:
         console.print(f"[{speaker.title}]", style="bold", markup=False, highlight=False, soft_wrap=True)
         said = ""
@@ -56,5 +58,5 @@ def _below(console: Console, speakers: Sequence[Speaker], question: str, samplin
                 console.file.flush()
                 said = text
 
-        show(speaker.answer(question, sampling, show))
+        show(speaker.answer(question, sampling, show, remember))
         console.file.write("\n\n")

@@ -1,5 +1,6 @@
 """Who answers in a chat: models, each with the context in its prompt or without."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opcd.data import Placement, Views
+from opcd.data.examples import Message
 from opcd.errors import UserError
 from opcd.evaluation.answering import prompt_ids
 from opcd.models import ModelConfig, base_of, context_window, load_model, load_tokenizer
@@ -17,6 +19,9 @@ from opcd.modules.generation import Sampling
 from opcd.modules.prefix import SharedPrefix
 from opcd.modules.student import Student
 from opcd.sweep.results import read_config
+
+THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+"""What chat templates leave out of earlier answers."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +115,35 @@ class Speaker:
         keys = (source.key, source.key, "--")
         self.views = Views(source.tokenizer, source.tokenizer, placement, template, kwargs, kwargs, keys)
         self.prefix = SharedPrefix()
+        self.turns: list[Message] = []
+        """What was asked and answered before, where the conversation goes on."""
 
-    def answer(self, question: str, sampling: Sampling, show: Callable[[str], None]) -> str:
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a prompt can hold what was said before: that takes a chat template."""
+        return self.views.placement != "raw"
+
+    def answer(self, question: str, sampling: Sampling, show: Callable[[str], None], remember: bool = False) -> str:
         """The answer; with every token `show` is given all that is written.
+
+        Args:
+            question: stands after `turns`.
+            sampling: how tokens are drawn.
+            show: is given the text so far.
+            remember: add question and answer to `turns`.
 
         Raises:
             UserError: the question does not fit the chat template or the model's window.
         """
         assert self.source.student is not None, "load first"
-        ids = prompt_ids(self.views, question, self.context, "the question")
+        asked: Message = {"role": "user", "content": question}
+        query = [*self.turns, asked] if self.turns else question
+        ids = prompt_ids(self.views, query, self.context, "the question")
         longest, window = len(ids) + sampling.max_new_tokens, self.source.window
         if window is not None and longest > window:
             raise UserError(
                 f"{self.title} takes {window} tokens, and prompt and answer may have {longest}: ask in fewer words, "
-                "or lower --max_new_tokens"
+                "/reset the conversation, or lower --max_new_tokens"
             )
         written: list[int] = []
 
@@ -133,7 +153,10 @@ class Speaker:
             show(self._text(written).rstrip("\N{REPLACEMENT CHARACTER}"))
 
         respond(self.source.student, self.views, [ids], self.context, sampling, self.prefix, told)
-        return self._text(written)
+        answer = self._text(written)
+        if remember:
+            self.turns += [asked, {"role": "assistant", "content": THOUGHT.sub("", answer)}]
+        return answer
 
     def _text(self, ids: list[int]) -> str:
         return str(self.source.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from opcd.data.examples import ACCEPTED, Example, OnBadRow, parse_rows
 from opcd.data.files import LONGEST, jsonl_lines, raising, read_json, read_text, require_file, suffix_of
 from opcd.errors import UserError
@@ -174,6 +176,8 @@ def _hub_rows(name: str, config: str | None, split: str, key: str) -> Rows:
     source = f"{name}/{config}:{split}" if config else f"{name}:{split}"
     if not hub_reachable():
         datasets.config.HF_HUB_OFFLINE = True  # what is in the cache is still read, and nothing is tried for 20 s
+    rank_zero_info(f"{key}: reading {source}, from the hub or its cache")
+    datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, config, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:

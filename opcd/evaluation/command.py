@@ -30,7 +30,7 @@ DESCRIPTION = """Evaluate a model on tasks of lm-eval: DAPO-Math's shape, IFEval
 and on text games.
 
 --model NAME is short for --model.name NAME: a hub id, a folder (such as a run's student/), a .gguf file, or the
-packaged smollm2-135m. Settings that are not given are the paper's, by task."""
+packaged smollm2-135m (4-bit weights, unpacked). Settings that are not given are the paper's, by task."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from opcd.activity import doing
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.errors import UserError
 from opcd.interruption import check, leaving_together
@@ -320,24 +321,36 @@ class Distiller(OnRanks):
             for number, (example, answer) in enumerate(zip(batch.examples, answers, strict=True))
         ]
 
-    def answers(self, batch: Batch, context: bool) -> list[str]:
+    def answers(self, batch: Batch, context: bool, what: str = "answers") -> list[str]:
         """The student's answers as `answer` draws them, with the context in the prompt or without.
+
+        `what` they are is shown while they are written.
 
         They compute in the trainer's precision, whoever asks: a callback is outside of Lightning's autocast.
         """
         with self.trainer.precision_plugin.forward_context():
-            return self._answers(batch, context)
+            return self._answers(batch, context, what + " with the context" * context)
 
-    def _answers(self, batch: Batch, context: bool) -> list[str]:
-        student = self.student
+    def _answers(self, batch: Batch, context: bool, what: str) -> list[str]:
+        student, tokens = self.student, 0
+
+        def told(rows: Tensor, _: Tensor) -> None:
+            """Count what is done: an answer that has ended gets no more tokens."""
+            nonlocal tokens
+            tokens += 1
+            doing(
+                what, f"{len(batch) - len(rows)}/{len(batch)}, {tokens} of at most {self.answer.max_new_tokens} tokens"
+            )
+
+        doing(what, f"0/{len(batch)}")
         if student.is_sharded:
             student = student.plain(computing_dtype(self.trainer.precision, student.model.dtype))
         if not context:
-            return student.answer(batch.student_prompts, self.answer)
+            return student.answer(batch.student_prompts, self.answer, told=told)
         model = student.model
         with torch.no_grad(), eval_mode(model), own_precision(model):
             prefixes = self.answering.encoded(model, batch.teacher_prefixes, batch.teacher_prompts)
-        return student.answer(batch.teacher_prompts, self.answer, prefixes)
+        return student.answer(batch.teacher_prompts, self.answer, prefixes, told)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the teacher's state where it cannot be loaded again; a frozen teacher stays out."""

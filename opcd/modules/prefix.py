@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from opcd.activity import doing
 from opcd.errors import UserError
 from opcd.modules.decoding import CACHE
 from opcd.modules.generation import EncodedPrefix
@@ -39,6 +40,7 @@ class SharedPrefix:
         self._entries: OrderedDict[tuple[int, ...], EncodedPrefix] = OrderedDict()
         self._seen: set[int] = set()  # hashes: contexts may be as many as rows
         self._agrees: bool | None = {"auto": None, "always": True, "never": False}[mode]
+        self._said = False
         self._missing: list[tuple[int, ...]] = []  # kept when the run was stopped; the next pass computes them
 
     def clear(self) -> None:
@@ -159,6 +161,7 @@ class SharedPrefix:
         """The states of one packed pass, compared with the full pass the first time; None where they differ."""
         if self._agrees:
             return self._packed(model, ids, suffixes)
+        doing("comparing the shared context with a full pass (once)")
         # The first and the last row: packing goes wrong between rows. One at a time: whole contexts take memory.
         full = torch.cat([last_hidden(model, [prompt], [response]) for prompt, response in (rows[0], rows[-1])])
         fast: list[Tensor] = []
@@ -191,6 +194,9 @@ class SharedPrefix:
         if ids in self._entries:
             self._entries.move_to_end(ids)
             return self._entries[ids]
+        if not self._said:
+            doing("first pass over the context (once)", f"{len(ids)} tokens")
+            self._said = True
         cache = DynamicCache()
         model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, **{CACHE: cache})
         layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]

@@ -16,6 +16,7 @@ from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
 from opcd.modules.backward_memory import less_memory_in_backward
 from opcd.modules.cpu_attention import use_cpu_attention
+from opcd.modules.decoding import Told
 from opcd.modules.generation import EncodedPrefix, Sampling, generate
 from opcd.modules.prefix import Mode
 from opcd.modules.scoring import States, check_head, head_of
@@ -140,10 +141,14 @@ class Student(nn.Module):
             give_back(beyond=KEPT)
 
     def answer(
-        self, prompts: list[Tensor], sampling: Sampling, prefixes: list[EncodedPrefix] | None = None
+        self,
+        prompts: list[Tensor],
+        sampling: Sampling,
+        prefixes: list[EncodedPrefix] | None = None,
+        told: Told | None = None,
     ) -> list[str]:
-        """Generated text, without special tokens, for each prompt of token ids; `prefixes` as for `generate`."""
-        responses = generate(self.model, prompts, sampling, self.eos_ids, self.pad_id, prefixes)
+        """Generated text, without special tokens, for each prompt of token ids; the rest as for `generate`."""
+        responses = generate(self.model, prompts, sampling, self.eos_ids, self.pad_id, prefixes, told)
         return [str(self.tokenizer.decode(response, skip_special_tokens=True)).strip() for response in responses]
 
     def save(self, folder: Path, dtype: torch.dtype | None = None, merge: bool = False) -> None:

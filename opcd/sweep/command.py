@@ -18,6 +18,7 @@ from opcd.did_you_mean import did_you_mean
 from opcd.errors import UserError
 from opcd.lightning_cli import fit_parser
 from opcd.parsing import Parser
+from opcd.sweep.checkpoints import keep_the_best
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.engine import Engine, explain, locked
 from opcd.sweep.jobs import Job, fit_job
@@ -115,6 +116,7 @@ class _Sweep:
     def __init__(self, sweep: SweepFile, checker: ConfigChecker, out: Path, engine: Engine) -> None:
         self.sweep, self.checker, self.out, self.engine = sweep, checker, out, engine
         self.arms: list[Arm] = []
+        engine.on_finish = lambda: keep_the_best(self._results(self.arms), sweep.search)
 
     def run(self, arms: Sequence[Arm]) -> int:
         """Run these arms, or search; returns the exit code."""

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,8 @@ class Engine:
 
     def __init__(self, root: Path, launcher: Launcher, jobs: int) -> None:
         self.root, self.launcher, self.jobs = root, launcher, jobs
+        self.on_finish: Callable[[], None] = lambda: None
+        """Called after each job that has finished."""
         self.tasks: dict[str, Task] = {}
         self._table = LiveTable(self.tasks)
 
@@ -140,6 +142,7 @@ class Engine:
         if task.code == 0 and task.folder.proven():
             task.status = "finished"
             task.folder.finish(task.seconds)
+            self.on_finish()
         else:
             task.status = "failed"
 

@@ -20,7 +20,7 @@ def told(monkeypatch):
     monkeypatch.setattr(os, "kill", lambda process, number: sent.append(number))
     callback = LeaveOnSignal()
     strategy = SimpleNamespace(launcher=None, cluster_environment=None)
-    callback.on_train_start(SimpleNamespace(world_size=1, strategy=strategy), None)
+    callback.on_train_start(SimpleNamespace(world_size=1, strategy=strategy, state=SimpleNamespace(fn="fit")), None)
     yield callback._told, sent
     interruption.reset()
 

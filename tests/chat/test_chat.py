@@ -187,6 +187,87 @@ def test_a_mistake_at_the_prompt_does_not_end_the_chat(monkeypatch, tiny, capsys
     assert "ask in fewer words" in captured.err and f"[{tiny}]" in captured.out
 
 
+@pytest.fixture
+def at_a_terminal(monkeypatch):
+    """Type these lines at a prompt, then Ctrl-D; what each model was asked, as text."""
+
+    def run(lines: list[str], *words: object) -> list[str]:
+        left, asked = iter(lines), []
+
+        def typed(prompt: str) -> str:
+            if (line := next(left, None)) is None:
+                raise EOFError
+            return line
+
+        respond = speakers.respond
+
+        def listening(student, views, prompts, *rest):
+            asked.append(student.tokenizer.decode(prompts[0]))
+            return respond(student, views, prompts, *rest)
+
+        monkeypatch.setattr(speakers, "respond", listening)
+        monkeypatch.setattr("builtins.input", typed)
+        for stream in (sys.stdin, sys.stdout):
+            monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+        assert command.main([*map(str, words), "--max_new_tokens", "3"]) == 0
+        return asked
+
+    return run
+
+
+@pytest.mark.case("C22")
+def test_a_chat_has_a_banner_commands_and_turns(at_a_terminal, tiny, context, capsys):
+    lines = ["My name is Ada.", "What is my name?", "/help", "/hepl", "/reset", "And now?", "/quit", "never asked"]
+    asked = at_a_terminal(lines, tiny, "--context", context)
+    with_context, alone = asked[0::2], asked[1::2]
+    assert len(with_context) == len(alone) == 3
+    for prompts in (with_context, alone):
+        assert ["My name is Ada." in prompt for prompt in prompts] == [True, True, False]
+        assert "What is my name?" in prompts[1] and "What is my name?" not in prompts[2]
+        assert prompts[1].count("<|im_start|>assistant") == 2  # its own answer stands between the two
+    assert all(CONTEXT in prompt for prompt in with_context) and not any(CONTEXT in prompt for prompt in alone)
+    captured = capsys.readouterr()
+    banner, *rest = captured.out.splitlines()
+    assert banner == f"opcd chat: each question goes to {tiny} with the context, then to {tiny}"
+    assert "/help lists the commands, /quit ends" in rest[0]
+    assert all(f"\n{name}" in captured.out for name in ("/help ", "/reset", "/quit"))
+    assert "no command /hepl; did you mean /help?" in captured.err
+    assert "The conversation is forgotten." in captured.out
+
+
+@pytest.mark.case("C22")
+def test_a_question_that_one_model_cannot_take_is_no_turn_of_any(at_a_terminal, tiny, tmp_path):
+    long = tmp_path / "long.txt"
+    long.write_text("word " * 440)
+    asked = at_a_terminal(["Short?", "Longer " + "and longer " * 20 + "?", "Again?"], tiny, "--beside", tiny)
+    assert len(asked) == 6
+    asked = at_a_terminal(["Longer " + "and longer " * 40 + "?", "Again?"], tiny, "--context", long)
+    assert all("Longer" not in prompt for prompt in asked if "Again?" in prompt)
+
+
+@pytest.mark.case("C22")
+def test_without_a_chat_template_every_question_stands_alone(at_a_terminal, tiny, context, capsys):
+    asked = at_a_terminal(["One?", "Two?"], tiny, "--context", context, "--placement", "raw")
+    assert not any("One?" in prompt for prompt in asked[2:])
+    assert "every question stands alone" in capsys.readouterr().out
+
+
+@pytest.mark.case("C22")
+def test_questions_from_a_pipe_stand_alone(opcd, typed, tiny, monkeypatch):
+    asked = []
+    respond = speakers.respond
+    monkeypatch.setattr(speakers, "respond", lambda *args: asked.append(args[2][0]) or respond(*args))
+    typed("One?\n/help\n")
+    code, _ = opcd("chat", tiny, "--max_new_tokens", 2)
+    tokenizer = Source(ModelConfig(tiny), "MODEL").tokenizer
+    assert code == 0 and "One?" not in tokenizer.decode(asked[1]) and "/help" in tokenizer.decode(asked[1])
+
+
+@pytest.mark.case("C22")
+def test_thoughts_are_not_remembered():
+    assert speakers.THOUGHT.sub("", "<think>\nhm\n</think>\n\nYes.") == "Yes."
+
+
 def test_ctrl_c_ends_with_130_and_no_traceback(tiny):
     """Twice at most: on a busy machine one interrupt once led to nothing, and the cause was not found."""
     assert any(ends_by_ctrl_c(tiny) for _ in range(2))

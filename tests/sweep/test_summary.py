@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from opcd.sweep.checkpoints import keep_the_best
 from opcd.sweep.engine import Task
 from opcd.sweep.jobs import Job, JobFolder
-from opcd.sweep.plan import make_arm
+from opcd.sweep.plan import Search, make_arm
 from opcd.sweep.plots import bars, curves, drawn
 from opcd.sweep.results import figures, right_over_steps
 from opcd.sweep.summary import ArmResult, markdown_table, mean_and_spread, write_summary
@@ -146,3 +147,46 @@ def test_the_live_table_of_a_terminal_and_the_lines_elsewhere(task):
             table.update()
     assert plain.file.getvalue() == "a: finished in 1:01\nb: running\nc: failed in 1:01\n"
     assert [clock(seconds) for seconds in (0, 61, 3661)] == ["0:00", "1:01", "1:01:01"]
+
+
+def saved(task: Task) -> list[str]:
+    """The files of an arm's checkpoints."""
+    return sorted(file.name for file in (task.folder.run / "checkpoints").glob("*"))
+
+
+@pytest.mark.case("C20")
+def test_only_the_best_arm_keeps_its_checkpoints(task):
+    arms = [make_arm({"model.temperature": value}) for value in (1.0, 0.7, 0.5)]
+    statuses, losses = ["finished", "finished", "failed"], [0.5, 0.3, 0.1]
+    tasks = [task(a.name, s, [2.0, loss]) for a, s, loss in zip(arms, statuses, losses, strict=True)]
+    for one in tasks:
+        folder = one.folder.run / "checkpoints"
+        folder.mkdir()
+        for name in ("step=9.ckpt", "step=9.ckpt.json", "mine.txt"):
+            (folder / name).touch()
+    results = [ArmResult.of(arm, one) for arm, one in zip(arms, tasks, strict=True)]
+    keep_the_best(results, Search("train/divergence", "maximize"))
+    assert [len(saved(one)) for one in tasks] == [3, 1, 3]  # the search's own measure; one that failed is left alone
+    assert saved(tasks[1]) == ["mine.txt"]
+    keep_the_best(results, None)
+    assert saved(tasks[0]) == ["mine.txt"]
+
+
+@pytest.mark.case("C20")
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"trainer": {"enable_checkpointing": True}},
+        {"trainer": {"callbacks": [{"class_path": "opcd.callbacks.SaveCheckpoints", "init_args": {"keep": 1}}]}},
+    ],
+)
+def test_arms_that_ask_for_checkpoints_keep_them_and_so_do_those_of_before(task, asked):
+    arms = [make_arm({"model.temperature": value}) for value in (1.0, 0.7, 0.5)]
+    tasks = [task(arm.name, "finished", [2.0, loss]) for arm, loss in zip(arms, [0.5, 0.4, 0.3], strict=True)]
+    tasks[0].job.config.update(asked)
+    tasks[1].before = True
+    for one in tasks:
+        (one.folder.run / "checkpoints").mkdir()
+        (one.folder.run / "checkpoints" / "step=9.ckpt").touch()
+    keep_the_best([ArmResult.of(arm, one) for arm, one in zip(arms, tasks, strict=True)], None)
+    assert [saved(one) for one in tasks] == [["step=9.ckpt"]] * 3
