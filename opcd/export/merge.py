@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,9 +48,8 @@ def _check_logits(student: Student, copy: Student) -> None:
 
 
 def _check_folder(copy: Student, folder: Path, dtype: torch.dtype, config: ModelConfig) -> None:
-    plain = replace(
-        config, name=str(folder), dtype=str(dtype).removeprefix("torch."), quantization="none", revision=None
-    )  # type: ignore[arg-type]
+    written: Any = str(dtype).removeprefix("torch.")
+    plain = replace(config, name=str(folder), dtype=written, quantization="none", revision=None)
     expected, found = copy.model.state_dict(), load_model(plain, key="ExportStudent.merge").state_dict()
     if odd := sorted(expected.keys() ^ found.keys()):
         raise UserError(f"the merged model's folder has weights of other names when it is read again: {odd[0]}")

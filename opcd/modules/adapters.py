@@ -58,7 +58,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, key: str = "model.adapter") -> 
     from peft import LoraConfig, inject_adapter_in_model
 
     if has_adapter(model):
-        raise UserError(second_adapter(key, model.config.name_or_path))
+        raise UserError(second_adapter(key, str(model.config.name_or_path)))
     model.requires_grad_(False)
     settings = LoraConfig(
         r=lora.rank,
@@ -284,7 +284,7 @@ def _unusual(model: PreTrainedModel, linears: dict[str, nn.Linear]) -> set[str]:
             unusual.add(name)
 
     hooks = [
-        module.register_forward_hook(lambda _, __, result, name=name: note(name, result))  # type: ignore[misc]
+        module.register_forward_hook(lambda _, __, result, name=name: note(name, result))
         for name, module in model.named_modules()
     ]
     try:

@@ -31,9 +31,13 @@ ROWS = "opcd_rows"
 
 
 def use_cpu_attention(model: PreTrainedModel) -> None:
-    """Let it stand in for SDPA wherever a pass on a CPU is causal, without mask, prefix or dropout."""
+    """Let it stand in for SDPA wherever a pass on a CPU is causal, without mask, prefix or dropout.
+
+    Models that do not take transformers' attention by its name keep their own: Falcon's would read another name than
+    `sdpa` as `eager`.
+    """
     config = model.config.get_text_config()
-    if config._attn_implementation == "sdpa":
+    if config._attn_implementation == "sdpa" and model._supports_attention_backend:
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         config._attn_implementation = NAME

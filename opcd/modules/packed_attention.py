@@ -46,6 +46,8 @@ def attends_by_rows(model: PreTrainedModel) -> bool:
 
     DeepSeek-V3's holds what they are expanded from.
     """
+    if not model._supports_attention_backend:  # it would not ask by this name
+        return False
     name = model.config.get_text_config()._attn_implementation
     sdpa = model.device.type == "cpu" and name in ("sdpa", cpu_attention.NAME)
     return sdpa and not any(hasattr(module, "expand_kv") for module in model.modules())

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from opcd.models import ModelConfig
 from opcd.modules import Student, cpu_attention
 from opcd.modules.cpu_attention import NAME, attention, causal_attention, use_cpu_attention
+from opcd.modules.packed_attention import attends_by_rows
 from tests.modules.test_prefix import FAMILIES
 
 SHAPES = {  # B, H, G, L, K, D, E
@@ -135,6 +137,20 @@ def test_the_rest_is_left_to_sdpa(monkeypatch, length, others):
     assert len(asked) == 1
     assert asked[0][1].pop("scaling") == 0.5
     assert [*asked[0][1]] == [name for name in others if name != "attention_mask"]
+
+
+@torch.no_grad()
+def test_falcon_keeps_its_own():
+    """It takes SDPA by comparing the name; with another name its eager attention added a mask of booleans."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 97}
+    model = AutoModelForCausalLM.from_config(FalconConfig(**sizes), attn_implementation="sdpa").eval()
+    ids = torch.randint(3, 97, (2, 9))
+    mask = (torch.arange(9) >= torch.tensor([[0], [4]])).long()
+    expected = model(ids, attention_mask=mask).logits[:, 4:]
+    use_cpu_attention(model)
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[:, 4:], expected)
+    assert not attends_by_rows(model)
 
 
 def test_a_student_has_it_and_its_export_does_not_say_so(tiny, tmp_path):
