@@ -5,6 +5,7 @@ Converting takes seconds to minutes, so the result is kept under $OPCD_CACHE (de
 once; the folder appears by a rename, so it is whole or not there; its weights are checked by hash at every use.
 """
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -12,10 +13,12 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -31,7 +34,10 @@ from transformers import (
 )
 
 from opcd.errors import UserError
+from opcd.folders import Budget, explain, oversized
 
+NAME = "model.gguf"
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 FORMAT = 1  # part of the folder's name: raise it when the conversion changes
 
 
@@ -57,28 +63,44 @@ def converted(file: Path, key: str) -> Path:
     Raises:
         UserError: the file is no GGUF model, or the cache cannot be written; `key` is the config key that named it.
     """
-    target = cache_folder() / "models" / f"{file.stem}-{_sha256(file)[:16]}-{FORMAT}"
     try:
+        target = cache_folder() / "models" / f"{file.stem[:80]}-{_sha256(file)[:16]}-{FORMAT}"
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not _intact(target):
                 shutil.rmtree(target, ignore_errors=True)
                 _convert(file, target)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise UserError(f"{key}: cannot convert {file} into {target}: {error}") from error
+    except OSError as error:
+        remedy = "; OPCD_CACHE names another folder for it" if error.errno in UNWRITABLE else ""
+        raise UserError(f"{key}: cannot convert {file} into {cache_folder()}: {error}{remedy}") from error
+    except UserError:
+        raise
+    except Exception as error:  # transformers and gguf raise whatever a damaged file leads to
+        raise UserError(f"{key}: cannot convert {file} into {cache_folder()}: {explain(error)}") from error
     return target
 
 
 def read(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a GGUF file, its weights in `dtype`, and its tokenizer, as transformers reads them."""
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    with _without_bar():
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=dtype,
-            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
-        )
+    """The model of a GGUF file, its weights in `dtype`, and its tokenizer, as transformers reads them.
+
+    Nothing beside the file is read: transformers would take an adapter, a tokenizer and code from its folder.
+    """
+    return _read(file, dtype, _header(file))
+
+
+def _read(file: Path, dtype: torch.dtype, header: GGUFReader) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # Nothing is stored in less than a bit; a layer has several tensors.
+    budget = Budget(8 * file.stat().st_size + 2**27, 1000 + 100 * len(header.tensors), str(file))
+    with _alone(file) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=NAME, trust_remote_code=False)
+        with budget, _without_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                gguf_file=NAME,
+                dtype=dtype,
+                quantization_config=GgufConfig(gguf_file=NAME, dequantize=True),
+                trust_remote_code=False,
+            )
     # transformers goes on to treat the dense weights as quantized, and would refuse to save or train them.
     model.config.__dict__.pop("quantization_config", None)
     vars(model).update(hf_quantizer=None, is_quantized=False)
@@ -96,8 +118,40 @@ def _without_bar() -> Iterator[None]:
         modeling_gguf_pytorch_utils.tqdm = bar  # type: ignore[attr-defined]
 
 
+@contextmanager
+def _alone(file: Path) -> Iterator[str]:
+    """A folder that holds the file as `NAME`, and nothing else."""
+    with tempfile.TemporaryDirectory(prefix="opcd-gguf-") as folder:
+        (Path(folder) / NAME).symlink_to(file.resolve())
+        yield folder
+
+
+class _Reader(GGUFReader):
+    """gguf's reader, which ends where the file ends: a header may announce more than there is, without end."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) < int(count):
+            raise ValueError("the file ends within its header or its weights")
+        return found
+
+
+def _header(file: Path) -> GGUFReader:
+    """Settings and tensors of the file. ValueError where a number is none that a model has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, about numbers of a damaged file
+        header = _Reader(file)
+    for name, field in header.fields.items():
+        if field.types and field.types[0].name.startswith(("INT", "UINT")):
+            problem = oversized(name, int(field.parts[-1][0]))
+            if problem and not name.startswith("GGUF."):
+                raise ValueError(problem)
+    return header
+
+
 def _convert(file: Path, target: Path) -> None:
-    if any(tensor.name == "rope_freqs.weight" for tensor in GGUFReader(file).tensors):
+    header = _header(file)
+    if any(tensor.name == "rope_freqs.weight" for tensor in header.tensors):
         raise ValueError(
             "its rotary frequencies are scaled (Llama 3.1 and later), and transformers does not read that from GGUF; "
             "use the model's Hugging Face folder"
@@ -105,7 +159,7 @@ def _convert(file: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         folder = Path(scratch) / target.name
         print(f"converting {file.name} into {target} (once)", file=sys.stderr, flush=True)
-        model, tokenizer = read(file, torch.bfloat16)
+        model, tokenizer = _read(file, torch.bfloat16, header)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "opcd.json").write_text(json.dumps({"gguf": file.name, "sha256": _hashes(folder)}, indent=1))

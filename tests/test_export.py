@@ -36,7 +36,7 @@ from opcd.errors import UserError
 from opcd.export import command, gguf_file
 from opcd.export.check import prompt_ids
 from opcd.export.gguf_file import splitting_rule
-from opcd.export.source import find_source
+from opcd.export.source import Trust, find_source
 from opcd.models import PACKAGED, ModelConfig, load_model
 from opcd.modules.adapters import Lora, trainable
 from opcd.modules.student import Student
@@ -466,5 +466,5 @@ def test_a_hub_that_is_not_there(opcd, runs, monkeypatch, no_weights):
 
 
 def test_the_packaged_model_goes_by_its_name():
-    source = find_source(Path(PACKAGED))
+    source = find_source(Path(PACKAGED), Trust())
     assert not source.adapted and (Path(source.base) / "config.json").is_file()

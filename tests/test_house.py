@@ -40,7 +40,7 @@ LAYERS = [
         "refusals",
         "signatures",
     },
-    {"extras"},
+    {"extras", "folders"},
     {"activity", "did_you_mean", "errors", "lazy", "output", "recipes", "versions"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command

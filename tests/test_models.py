@@ -5,14 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
 
 from benchmarks.tiny import make_tiny
 from opcd import gguf
@@ -158,3 +159,182 @@ def test_quantized_weights_do_not_keep_their_file_in_memory(tmp_path):
     model = load_model(config)
     assert mapped() - before < 3 * 2**20  # its linear layers are 9 MiB there; the embedding has not been read yet
     assert model.get_input_embeddings().weight.abs().sum() > 0  # what is left comes from the file again
+
+
+def changed(folder: Path, file: str, **fields: object) -> Path:
+    """Replace fields of a JSON file."""
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | fields))
+    return folder
+
+
+def refused(folder: Path, **fields: object) -> str:
+    """What loading a model says."""
+    with pytest.raises(UserError) as error:
+        load_tokenizer(ModelConfig(name=str(folder), **fields))
+        load_model(ModelConfig(name=str(folder), **fields))
+    return str(error.value)
+
+
+@pytest.mark.case("A4")
+@pytest.mark.parametrize("kind", ["AutoTokenizer", "AutoModelForCausalLM"])
+def test_code_of_a_folder_is_never_asked_for_on_standard_input(copied, kind, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (copied / "evil.py").write_text("raise SystemExit('ran')")
+    reference = {kind: ["evil.Evil", None] if kind == "AutoTokenizer" else "evil.Evil", "AutoConfig": "evil.Evil"}
+    if kind == "AutoTokenizer":
+        changed(copied, "tokenizer_config.json", auto_map=reference, tokenizer_class="Evil")
+        with suppress(UserError):  # tokenizer.json may be enough
+            load_tokenizer(ModelConfig(name=str(copied)))
+    else:
+        changed(copied, "config.json", auto_map=reference, model_type="evil")
+        said = refused(copied)
+        assert "model.student.trust_remote_code: true" in said and "not run" in said
+
+
+@pytest.mark.case("A4")
+def test_of_a_gguf_nothing_beside_it_is_read(tiny, tmp_path, monkeypatch, opcd):
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    assert opcd("export", tiny, "--to", "gguf", "--out", tmp_path / "model.gguf")[0] == 0
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    reference = {"AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": reference}))
+    (tmp_path / "config.json").write_text("[]")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/other"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    config = ModelConfig(name=str(tmp_path / "model.gguf"))
+    assert load_tokenizer(config).chat_template and load_model(config).config.hidden_size == 32
+
+
+@pytest.mark.case("A9")
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "null", "3", "[" * 99_999, '{"a":' * 900 + "1" + "}" * 900, '{"a"', ""])
+def test_a_file_of_a_model_that_is_no_object(copied, file, text):
+    (copied / file).write_text(text)
+    said = refused(copied)
+    assert said.startswith(f"model.student.name: {copied / file}") and "\n" not in said
+
+
+@pytest.mark.case("A9")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("num_hidden_layers", value) for value in (10**12, 5000, 0, -1, "2", [2], 2.5)),
+        *(("hidden_size", value) for value in (10**12, 10**7, "32", True)),
+        *(("vocab_size", value) for value in (10**9, [])),
+        *(("intermediate_size", value) for value in (10**12, "x")),
+        *(("num_attention_heads", value) for value in (10**9, "x", {})),
+        ("eos_token_id", "x"),
+        ("pad_token_id", 1.5),
+    ],
+)
+def test_a_field_of_a_model_that_no_model_has(copied, field, value):
+    said = refused(changed(copied, "config.json", **{field: value}))
+    assert field in said or ("config.json" in said and "larger model" in said), said
+
+
+@pytest.mark.case("A9")
+def test_a_model_is_built_no_further_than_its_weights_go(copied, monkeypatch):
+    built = []
+    linear = torch.nn.Linear.__init__
+    monkeypatch.setattr(torch.nn.Linear, "__init__", lambda self, *a, **k: built.append(1) or linear(self, *a, **k))
+    assert "config.json" in refused(changed(copied, "config.json", num_hidden_layers=9000))
+    assert len(built) < 9000
+
+
+@pytest.mark.case("A9")
+def test_weights_that_lie_outside_of_the_folder(copied, tmp_path):
+    (copied / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "weight_map" in refused(copied)
+
+
+@pytest.mark.case("A9")
+def test_weights_that_a_file_does_not_have_are_not_drawn_at_random(copied):
+    weights = load_file(copied / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    assert "lacks weights of the model that it describes: model.layers.1.mlp.up_proj.weight" in refused(copied)
+
+
+@pytest.mark.case("A10")
+@pytest.mark.parametrize("at", [8, 16])
+def test_a_gguf_that_announces_more_than_it_holds(tmp_path, monkeypatch, at):
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path / "cache"))
+    writer = GGUFWriter(tmp_path / "short.gguf", "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    writer.add_tensor("output_norm.weight", np.ones(4, np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    data = bytearray((tmp_path / "short.gguf").read_bytes())
+    data[at : at + 8] = (2**60).to_bytes(8, "little")
+    (tmp_path / "short.gguf").write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.student: cannot convert .*short\.gguf"):
+        resolve(ModelConfig(name=str(tmp_path / "short.gguf")))
+    place = data.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8  # the array's length
+    data[8:24] = (1).to_bytes(8, "little") + (2).to_bytes(8, "little")
+    data[place : place + 8] = (2**60).to_bytes(8, "little")
+    (tmp_path / "array.gguf").write_bytes(data)
+    with pytest.raises(UserError, match=r"array\.gguf .* ends within"):
+        resolve(ModelConfig(name=str(tmp_path / "array.gguf")))
+
+
+@pytest.mark.case("B7")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(copied, value):
+    weights = load_file(copied / "model.safetensors")
+    weights["model.layers.1.input_layernorm.weight"][3] = value
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    assert "the weights hold NaN or infinity: model.layers.1.input_layernorm.weight" in refused(copied)
+
+
+@pytest.mark.case("B10", "D17")
+def test_a_model_without_sdpa_gets_the_attention_that_it_has(tmp_path, capsys):
+    sizes = {"vocab_size": 49152, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}
+    MambaForCausalLM(MambaConfig(**sizes, state_size=8, pad_token_id=2)).save_pretrained(tmp_path)
+    load_tokenizer(ModelConfig()).save_pretrained(tmp_path)
+    for _ in range(2):
+        load_model(ModelConfig(name=str(tmp_path)))
+    said = [line for line in capsys.readouterr().err.splitlines() if "attention" in line]
+    assert said == ["model.student.attention: MambaForCausalLM has no sdpa in transformers; eager is taken"]
+
+
+@pytest.mark.case("D7")
+def test_a_folder_that_is_quantized_already(copied, rows, context, opcd, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    quantized = AutoModelForCausalLM.from_pretrained(
+        copied, dtype=torch.float32, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    quantized.save_pretrained(copied)
+    config = ModelConfig(name=str(copied), dtype="float32")
+    ids = torch.tensor([[1, 5, 9]])
+    with torch.no_grad():
+        assert torch.equal(load_model(config)(input_ids=ids).logits, quantized(input_ids=ids).logits)
+    assert "quantized already (bitsandbytes)" in refused(copied, quantization="8bit")
+    words = ("--model.student.name", copied, "--data.train", rows, "--data.context", context)
+    code, said = opcd("fit", *words, "--trainer.default_root_dir", tmp_path / "runs", "--trainer.max_steps", 1)
+    assert code == 2 and "quantized weights cannot be trained; set model.adapter" in said
+
+
+@pytest.mark.case("D29")
+def test_messages_name_the_remedy(copied, monkeypatch, tmp_path):
+    weights = load_file(copied / "model.safetensors")
+    torch.save(weights, copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    assert "model.student.pickled_weights: true" in refused(copied)
+    for file in copied.glob("tokenizer*"):
+        file.unlink()
+    assert "model.student.tokenizer" in refused(copied)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="OPCD_CACHE"):
+        resolve(ModelConfig())
+
+
+@pytest.mark.case("A1")
+def test_an_adapter_does_not_choose_whose_code_runs(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/model"}))
+    with pytest.raises(UserError, match="whose code no commit pins"):
+        load_model(ModelConfig(name=str(tmp_path), trust_remote_code=True))

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.drills.beside import beside, folder, secrets
 from benchmarks.drills.fits import Outcome
+from benchmarks.drills.hostile import hostile
 from benchmarks.drills.inputs import fuzz, inputs
 from benchmarks.drills.killed import killed
 from benchmarks.drills.numbers import numbers
@@ -46,6 +47,7 @@ DRILLS = {
         2,
         "escape sequences in answers, names, files, a server's words: shown escaped by each command",
     ),
+    "hostile": (hostile, 100, "folders of models, adapters and runs, GGUF files: no code runs, no traceback, an end"),
     "inputs": (inputs, 1, "malformed files of rows: file, line and field, or skipped and counted"),
     "fuzz": (fuzz, 10_000, "files made or changed at random: read or refused, no row lost in silence"),
 }

@@ -86,6 +86,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--template", type=str, help="joins {context} and {query}; default: the run's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     parser.add_argument("--device", type=str, help="a torch device; default: a GPU where there is one")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the models")
+    parser.add_argument("--pickled_weights", action="store_true", help="read weights that are pickles")
     parser.add_class_arguments(Sampling, None)
     parser.set_defaults({"temperature": 0.0, "max_new_tokens": 256})
     return parser
@@ -124,8 +126,9 @@ def _parse(args: list[str]) -> tuple[Namespace, Sampling]:
 
 def _speakers(options: Namespace) -> list[Speaker]:
     """Who answers, from left to right, all checked before weights are loaded."""
-    origin = Origin.of(options.model)
-    base = origin.base if options.beside is None else Origin.of(options.beside, "--beside").config
+    trust = {name: options[name] for name in ("trust_remote_code", "pickled_weights")}
+    origin = Origin.of(options.model, **trust)
+    base = origin.base if options.beside is None else Origin.of(options.beside, "--beside", **trust).config
     if options.context is None:
         for name in ("placement", "template"):
             if options[name] not in (None, "raw"):

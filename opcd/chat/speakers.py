@@ -3,8 +3,9 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from opcd.data import Placement, Views
 from opcd.data.examples import Message
 from opcd.errors import UserError
 from opcd.evaluation.answering import prompt_ids
-from opcd.models import ModelConfig, base_of, context_window, load_model, load_tokenizer
+from opcd.folders import explain
+from opcd.models import ModelConfig, base_of, context_window, load_model, load_tokenizer, saved_model_config
 from opcd.modules.answering import respond
 from opcd.modules.generation import Sampling
 from opcd.modules.prefix import SharedPrefix
@@ -39,21 +41,33 @@ class Origin:
     data: dict[str, Any]
 
     @classmethod
-    def of(cls, name: str, key: str = "MODEL") -> "Origin":
+    def of(
+        cls, name: str, key: str = "MODEL", trust_remote_code: bool = False, pickled_weights: bool = False
+    ) -> "Origin":
         """A run's folder is its student, made from its model.student; an adapter is made from its base.
 
         Raises:
-            UserError: the run has no student (yet), or its config cannot be read.
+            UserError: the run has no student (yet), its config cannot be read, or it asks for what is not allowed here.
         """
+        made = partial(ModelConfig, trust_remote_code=trust_remote_code, pickled_weights=pickled_weights)
         folder = Path(name).expanduser()
         run = folder.parent if folder.name.startswith("student") else folder
         if not (run / "config.yaml").is_file():
             base = base_of(name, key)
-            return cls(ModelConfig(name), ModelConfig(base) if base != name else None, {})
-        config = read_config(run)
-        before = ModelConfig(**config["model"]["student"])
+            return cls(made(name), made(base) if base != name else None, {})
+        config, where = read_config(run), f"{key}: {run / 'config.yaml'}"
+        try:
+            values, data = config["model"]["student"], dict(config["data"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{where} is no config of `opcd fit`: {explain(error)}") from error
+        placement, template = data.get("placement", "system"), data.get("template")
+        if placement not in get_args(Placement) or not isinstance(template, str | None):
+            raise UserError(
+                f"{where} has no data.placement and data.template of this opcd: {placement!r}, {template!r}"
+            )
+        before = saved_model_config(values, where, trust_remote_code, pickled_weights)
         kwargs = before.chat_template_kwargs
-        return cls(ModelConfig(str(_student(folder, key)), chat_template_kwargs=kwargs), before, config["data"])
+        return cls(made(str(_student(folder, key)), chat_template_kwargs=kwargs), before, data)
 
 
 def _student(folder: Path, key: str) -> Path:

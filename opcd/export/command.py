@@ -21,7 +21,7 @@ from opcd.errors import UserError
 from opcd.export.check import Behaviour, behaviour, check_same, round_weights
 from opcd.export.gguf_file import ROUNDED, check_architecture, read_gguf, splitting_rule, write_gguf
 from opcd.export.hub import check_hub, push
-from opcd.export.source import KEY, Source, find_source, load_folder
+from opcd.export.source import KEY, Source, Trust, find_source, load_folder
 from opcd.models import load_tokenizer
 from opcd.modules.adapters import has_adapter, merged
 from opcd.modules.student import Student
@@ -43,7 +43,7 @@ def main(args: list[str]) -> int:
     """
     options = make_parser().parse_args(args)
     _check_options(options)
-    source = find_source(options.run)
+    source = find_source(options.run, Trust(options.trust_remote_code, options.pickled_weights))
     dtype = getattr(torch, options.dtype) if options.dtype else source.dtype
     _check_source(source, options)
     if options.to == "hub":
@@ -72,6 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repo", metavar="ORG/NAME", help="of hub: the repository, which is made where it is not there"
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--pickled_weights", action="store_true", help="read weights that are pickles")
     parser.add_argument("--private", action="store_true", help="of hub: nobody else sees it")
     return parser
 

@@ -1,6 +1,6 @@
 """The student that is exported: out of a run, a model's folder or an adapter's, known before its weights are loaded."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,22 @@ from transformers import PreTrainedConfig
 
 from opcd.card import Facts
 from opcd.checkpoints import newest_of_run, read_checkpoint
+from opcd.checkpoints.files import manifest_of
 from opcd.checkpoints.last import saved_config
 from opcd.data.files import read_text
 from opcd.did_you_mean import beside
 from opcd.errors import UserError
-from opcd.models import ADAPTER, PACKAGED, ModelConfig, architecture, base_of, load_model, load_tokenizer, resolve
+from opcd.folders import ADAPTER, check_weights, explain
+from opcd.models import (
+    PACKAGED,
+    ModelConfig,
+    architecture,
+    base_of,
+    load_model,
+    load_tokenizer,
+    resolve,
+    saved_model_config,
+)
 from opcd.modules.adapters import Lora, keep_differentiable
 from opcd.modules.student import Student
 
@@ -67,9 +78,14 @@ class Source:
             return load_folder(self.model), facts
         checkpoint = read_checkpoint(self.checkpoint)
         student = Student.load(replace(self.model, dtype="float32"), adapter=self.lora)
-        student.load_state_dict(_of_student(checkpoint["state_dict"]))
+        try:
+            student.load_state_dict(_of_student(checkpoint["state_dict"]))
+            facts = Facts.of(checkpoint["facts"])
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{KEY}: {self.checkpoint} is no checkpoint of its config: {explain(error)}") from error
         student.model.eval()
-        return student, Facts.of(checkpoint["facts"])
+        check_weights(student.model, f"{KEY}: {self.checkpoint}")
+        return student, facts
 
 
 def load_folder(config: ModelConfig) -> Student:
@@ -80,56 +96,71 @@ def load_folder(config: ModelConfig) -> Student:
     return Student(model, load_tokenizer(config, KEY))
 
 
-def find_source(run: Path) -> Source:
+@dataclass(frozen=True)
+class Trust:
+    """What the command line allows; the files of a run cannot."""
+
+    trust_remote_code: bool = False
+    pickled_weights: bool = False
+
+
+def find_source(run: Path, trust: Trust) -> Source:
     """What RUN means: a run's folder (its student/, else its newest whole checkpoint), a student's, the packaged model.
 
     Raises:
-        UserError: it is none of these.
+        UserError: it is none of these, or asks for what `trust` does not allow.
     """
+    allowed = asdict(trust)
     if str(run) == PACKAGED:
         return Source(ModelConfig(PACKAGED))
     if not run.is_dir():
         raise UserError(f"{KEY}: no folder {run.resolve()}{beside(run)}")
     if _is_student(run):
-        return Source(ModelConfig(str(run)))
+        return Source(ModelConfig(str(run), **allowed))
     if not (run / "config.yaml").is_file():
         raise UserError(
             f"{KEY}: {run.resolve()} is no run of `opcd fit` (it has no config.yaml) and no student's folder (it has "
             f"neither config.json nor {ADAPTER})"
         )
     if _is_student(run / "student"):
-        trained = _student_config(_read_config(run / "config.yaml"))
+        trained = _student_config(_read_config(run / "config.yaml"), run / "config.yaml", trust)
         # An adapter was trained over the base as the run quantized it.
         quantization = trained.quantization if (run / "student" / ADAPTER).is_file() else "none"
-        code, attention = trained.trust_remote_code, trained.attention
-        return Source(ModelConfig(str(run / "student"), "auto", quantization, attention, trust_remote_code=code))
-    return _from_checkpoint(run)
+        return Source(ModelConfig(str(run / "student"), "auto", quantization, trained.attention, **allowed))
+    return _from_checkpoint(run, trust)
 
 
-def _from_checkpoint(run: Path) -> Source:
+def _from_checkpoint(run: Path, trust: Trust) -> Source:
     checkpoint = newest_of_run(run)
     if checkpoint is None:
         raise UserError(f"{KEY}: {run.resolve()} has neither student/ nor a checkpoint: it has trained nothing yet")
     config = saved_config(checkpoint)
     if config is None:
         raise UserError(f"{KEY}: {checkpoint} was not saved by `opcd fit`: its manifest holds no config")
-    lora = config["model"]["adapter"]
-    return Source(_student_config(config), checkpoint, lora and Lora(**lora))
+    manifest = manifest_of(checkpoint)
+    model = _student_config(config, manifest, trust)
+    lora = config["model"].get("adapter")
+    try:
+        return Source(model, checkpoint, None if lora is None else Lora(**lora))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{KEY}: {manifest} has no model.adapter of this opcd: {error}") from error
 
 
 def _read_config(file: Path) -> Any:
     try:
         return yaml.safe_load(read_text(file, KEY))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{KEY}: {file} is not valid YAML: {str(error).splitlines()[0]}") from error
 
 
-def _student_config(config: Any) -> ModelConfig:
+def _student_config(config: Any, file: Path, trust: Trust) -> ModelConfig:
     """Out of the plain values of a run's config."""
+    where = f"{KEY}: {file}"
     try:
-        return ModelConfig(**config["model"]["student"])
+        values = config["model"]["student"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{KEY}: its config has no model.student of this opcd: {error}") from error
+        raise UserError(f"{where} has no model.student of this opcd: {explain(error)}") from error
+    return saved_model_config(values, where, **asdict(trust))
 
 
 def _is_student(folder: Path) -> bool:

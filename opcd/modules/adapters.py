@@ -238,10 +238,26 @@ def _forget_quantization(model: Any) -> None:
         model.is_quantized, model.hf_quantizer = False, None
 
 
+def _outside(model: PreTrainedModel) -> list[str]:
+    """Linear layers, and what holds some, beside the text part and its head: of a part that sees images, no text
+    reaches them, and an adapter there would learn nothing."""
+    text = model.get_decoder()
+    inside = {id(module) for module in text.modules()} | {id(model.get_output_embeddings())}
+    above = [name for name, module in model.named_modules() if module is text]
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) not in inside
+        and isinstance(module, nn.Linear | nn.MultiheadAttention)
+        and not any(part.startswith(f"{name}.") for part in above)
+    ]
+
+
 def _targets(model: PreTrainedModel, lora: Lora, key: str) -> list[str]:
     """What peft is to adapt: the last names of linear layers, or whole names where other modules have that name too."""
     head = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    outside = set(_outside(model))
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in outside}
     head_name = next((name for name, module in linears.items() if module is head), None)
     unusual = _unusual(model, linears)
     layers: dict[str, set[str]] = {}

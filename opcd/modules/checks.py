@@ -12,7 +12,7 @@ from opcd.data.stages import STAGES
 from opcd.errors import UserError
 from opcd.extras import require
 from opcd.losses import Divergence, SampledReverseKL
-from opcd.models import ModelConfig, base_of, context_window, load_tokenizer, resolve
+from opcd.models import ModelConfig, base_of, context_window, load_tokenizer, own_quantization, resolve
 from opcd.modules.adapters import Lora, second_adapter
 from opcd.modules.engine import Engine
 from opcd.modules.generation import Sampling
@@ -118,7 +118,7 @@ def _check_window(key: str, name: str, window: int | None, split: str, prompt: i
         )
 
 
-def check_adapter(student: ModelConfig, adapter: Lora | None, teacher: Teacher) -> None:
+def check_adapter(student: ModelConfig, adapter: Lora | None, teacher: Teacher, trains: bool = True) -> None:
     """Refuse what needs an adapter without one, and an adapter over another or without its library (UserError)."""
     if adapter is not None:
         require("adapters", "peft", "model.adapter")
@@ -129,6 +129,11 @@ def check_adapter(student: ModelConfig, adapter: Lora | None, teacher: Teacher) 
         raise UserError("model.student.quantization: quantized weights cannot be trained; set model.adapter as well")
     elif any(isinstance(part, BaseTeacher) for part in teacher.parts.values()):
         raise UserError("model.teacher: BaseTeacher is the student without its adapter; set model.adapter")
+    elif trains and (method := own_quantization(student)) is not None:
+        raise UserError(
+            f"model.student.name: the weights of {student.name} are quantized ({method}), and quantized weights cannot "
+            "be trained; set model.adapter as well"
+        )
 
 
 def check_shards(

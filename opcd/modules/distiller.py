@@ -156,7 +156,7 @@ class Distiller(OnRanks):
         check_engine(self.rollout, self.trainer.world_size)
         if stage != "predict":  # no teacher is there
             check_teacher_parts(self.teacher, self.rollout, self.trainer.world_size)
-        check_adapter(self.student_config, self.adapter, self.teacher)
+        check_adapter(self.student_config, self.adapter, self.teacher, trains=stage == "fit")
         if self._sharded:
             optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
             check_shards(self.adapter, self.rollout, self.halve_micro_batches, type(optimizer))

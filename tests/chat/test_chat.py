@@ -308,3 +308,31 @@ def ends_by_ctrl_c(tiny: str) -> bool:
     assert code == 130
     assert b"Traceback" not in said and said.rstrip().endswith(b"\x1b[?25h")  # the cursor is there again
     return True
+
+
+@pytest.mark.case("A1")
+@pytest.mark.parametrize("asked", ["trust_remote_code", "pickled_weights"])
+def test_a_run_that_asks_to_run_code_is_refused_until_the_command_line_allows_it(opcd, typed, run, tiny, asked):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["student"][asked] = True
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    typed(QUESTION + "\n")
+    code, text = opcd("chat", run, "--max_new_tokens", 1)
+    assert code == 2 and f"give --{asked}" in text and text.count("\n") == 1
+    assert not getattr(Origin.of(tiny).config, asked)
+    origin = Origin.of(str(run), **{asked: True})
+    assert getattr(origin.config, asked) and getattr(origin.base, asked)
+
+
+@pytest.mark.case("A1")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("attention", "org/kernel"), ("dtype", "load"), ("trust_remote_code", "yes"), ("name", []), ("other", 1)],
+)
+def test_settings_of_a_run_that_no_model_has(opcd, typed, run, field, value):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["student"][field] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    typed(QUESTION + "\n")
+    code, text = opcd("chat", run, "--max_new_tokens", 1)
+    assert code == 2 and "config.yaml" in text and "Traceback" not in text

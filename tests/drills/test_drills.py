@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from benchmarks.drills import terminal
+from benchmarks.drills.hostile import hostile
 from benchmarks.drills.inputs import fuzz, inputs
 from benchmarks.drills.smuggling import smuggling
 from opcd import output
@@ -41,6 +42,12 @@ def test_malformed_rows(tmp_path):
 def test_rows_changed_at_random(tmp_path):
     outcome = fuzz(300, tmp_path)
     assert outcome.problems == [] and outcome.tried == 300
+
+
+@pytest.mark.case("A1", "A4", "A5", "A9", "A10", "B7")
+def test_folders_that_somebody_else_made(tmp_path):
+    outcome = hostile(4, tmp_path)
+    assert outcome.problems == [] and outcome.tried >= 150
 
 
 def test_control_tokens_in_rows_and_contexts(tmp_path):
