@@ -444,9 +444,10 @@ def _explained(where: str, name: str, key: str) -> Iterator[None]:
     except UserError:
         raise
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        near = beside(Path(name)) if Path(name).parent.is_dir() else ""
         raise UserError(
             f"{where}: {name} is not on this machine and the hub cannot be reached; give a local folder, a .gguf file "
-            f"or {PACKAGED} (`opcd doctor` shows what is there){beside(Path(name)) if Path(name).parent.is_dir() else ''}"
+            f"or {PACKAGED} (`opcd doctor` shows what is there){near}"
         ) from error
     except HfHubHTTPError as error:
         raise UserError(f"{where}: the hub refuses {name}: {str(error).splitlines()[0]}") from error

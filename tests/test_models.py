@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
@@ -19,6 +20,7 @@ from benchmarks.tiny import make_tiny
 from opcd import gguf
 from opcd.errors import UserError
 from opcd.models import PACKAGED, ModelConfig, context_window, load_model, load_tokenizer, resolve
+from opcd.modules.student import Student
 
 
 def test_the_packaged_model_answers():
@@ -338,3 +340,60 @@ def test_an_adapter_does_not_choose_whose_code_runs(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/model"}))
     with pytest.raises(UserError, match="whose code no commit pins"):
         load_model(ModelConfig(name=str(tmp_path), trust_remote_code=True))
+
+
+TEXT = {
+    "vocab_size": 49152,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+IMAGES = {"hidden_size": 32, "intermediate_size": 64, "patch_size": 14}
+
+
+@pytest.mark.case("D18")
+def test_of_a_model_of_text_and_images_the_text_part_is_loaded_and_saved(tmp_path):
+    pixtral = IMAGES | {"model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28}
+    config = transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(**TEXT).to_dict(), vision_config=pixtral
+    )
+    whole = transformers.Mistral3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    load_tokenizer(ModelConfig()).save_pretrained(tmp_path / "whole")
+    loaded = Student.load(ModelConfig(name=str(tmp_path / "whole"), dtype="float32"))
+    loaded.save(tmp_path / "text")
+    again = load_model(ModelConfig(name=str(tmp_path / "text"), dtype="float32"))
+    ids = torch.tensor([[1, 5, 9, 7]])
+    with torch.no_grad():
+        expected = whole(input_ids=ids).logits
+        assert torch.allclose(loaded.model.eval()(input_ids=ids).logits, expected, atol=1e-5)
+        assert torch.allclose(again(input_ids=ids).logits, expected, atol=1e-5)
+
+
+@pytest.mark.case("D18")
+def test_a_text_part_that_transformers_has_no_model_for_is_refused(tmp_path):
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    text = transformers.Qwen3VLTextConfig(**TEXT, rope_parameters=rope).to_dict()
+    vision = IMAGES | {"depth": 1, "num_heads": 4, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    transformers.Qwen3VLConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is a qwen3_vl, .* or its text part \(qwen3_vl_text\)"):
+        load_model(ModelConfig(name=str(tmp_path)))
+
+
+@pytest.mark.case("D18")
+def test_llama_4_names_its_text_part_otherwise(tmp_path):
+    config = transformers.Llama4TextConfig(**TEXT, intermediate_size_mlp=64, num_local_experts=2)
+    model = transformers.Llama4ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    load_tokenizer(ModelConfig()).save_pretrained(tmp_path)
+    loaded = Student.load(ModelConfig(name=str(tmp_path), dtype="float32")).model.eval()
+    ids = torch.tensor([[1, 5, 9, 7]])
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
