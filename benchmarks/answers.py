@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     print("| answers | prompt | n | right | % | 95 % interval | with an Answer line |\n|---|---|---|---|---|---|---|")
     for file in parser.parse_args().files:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
         for name, prompt in (("answer", "without"), ("answer_with_context", "with the context")):
             chosen = [(row[name], row["reference"]) for row in rows if row[name] is not None]
             if not chosen:

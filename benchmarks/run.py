@@ -19,7 +19,7 @@ from comparison.report import report
 from comparison.results import collect, write_tables
 from jsonargparse import ArgumentError
 
-from opcd.data.files import write_whole
+from opcd.disk import write_whole
 from opcd.errors import UserError
 from opcd.lightning_cli import fit_parser
 from opcd.sweep.checks import ConfigChecker

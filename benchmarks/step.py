@@ -69,7 +69,8 @@ def logged_steps(distiller: Any, data: Any, folder: Path, steps: int) -> list[di
         enable_model_summary=False,
     )
     trainer.fit(distiller, datamodule=data)
-    return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def opcd_side(options: argparse.Namespace) -> dict[str, Any]:

@@ -36,6 +36,8 @@ CHATTERING = (
 """The loggers that it says it by: a filter is asked by the logger that it is added to alone."""
 PRINTED = ("--help", "-h", "--version", "chat", "completion", "doctor")
 """First words of commands that leave nothing but what they print."""
+OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EBUSY, errno.ESTALE, errno.EXDEV)
+"""What the system says of a file where it does not say which."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -63,9 +65,9 @@ def _run(args: list[str]) -> int:
     except _mistakes() as error:
         return _refused(str(error), debug)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.filename is None and error.errno not in OF_A_DISK:
             raise
-        return _refused(f"cannot write {error.filename or 'the output'}: {error.strerror}", debug)
+        return _refused(f"cannot read or write {error.filename or 'a file'}: {error.strerror}", debug)
 
 
 def _dispatch(args: list[str]) -> int:

@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
 import tempfile
 import warnings
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from gguf import GGUFReader
 from tqdm.auto import tqdm
 from transformers import (
@@ -33,8 +31,10 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
+from opcd.disk import MANIFEST, DiskError, explained, require_room, whole_folder
 from opcd.errors import UserError
 from opcd.folders import Budget, explain, oversized
+from opcd.locks import exclusive
 
 NAME = "model.gguf"
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
@@ -61,20 +61,22 @@ def converted(file: Path, key: str) -> Path:
     """Folder with the weights of `file` as bfloat16 safetensors, its tokenizer and its chat template.
 
     Raises:
-        UserError: the file is no GGUF model, or the cache cannot be written; `key` is the config key that named it.
+        UserError: the file is no GGUF model, or the cache cannot be written or has no room; `key` is the config key
+            that named it.
     """
     try:
         target = cache_folder() / "models" / f"{file.stem[:80]}-{_sha256(file)[:16]}-{FORMAT}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        with exclusive(target.with_name(f"{target.name}.lock")):
             if not _intact(target):
-                shutil.rmtree(target, ignore_errors=True)
-                _convert(file, target)
+                _convert(file, target, key)
+    except DiskError as error:
+        raise UserError(f"{key}: cannot convert {file}: {error}; OPCD_CACHE names another folder for it") from error
+    except UserError as error:
+        raise UserError(f"{key}: cannot convert {file}: {error}") from error
     except OSError as error:
         remedy = "; OPCD_CACHE names another folder for it" if error.errno in UNWRITABLE else ""
         raise UserError(f"{key}: cannot convert {file} into {cache_folder()}: {error}{remedy}") from error
-    except UserError:
-        raise
     except Exception as error:  # transformers and gguf raise whatever a damaged file leads to
         raise UserError(f"{key}: cannot convert {file} into {cache_folder()}: {explain(error)}") from error
     return target
@@ -149,32 +151,32 @@ def _header(file: Path) -> GGUFReader:
     return header
 
 
-def _convert(file: Path, target: Path) -> None:
+def _convert(file: Path, target: Path, key: str) -> None:
     header = _header(file)
     if any(tensor.name == "rope_freqs.weight" for tensor in header.tensors):
         raise ValueError(
             "its rotary frequencies are scaled (Llama 3.1 and later), and transformers does not read that from GGUF; "
             "use the model's Hugging Face folder"
         )
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
-        folder = Path(scratch) / target.name
-        print(f"converting {file.name} into {target} (once)", file=sys.stderr, flush=True)
+    needed = sum(int(tensor.n_elements) for tensor in header.tensors) * torch.bfloat16.itemsize
+    require_room(target, needed)
+    print(f"converting {file.name} into {target} (once)", file=sys.stderr, flush=True)
+    with whole_folder(target, key) as folder, explained(target, needed):
         model, tokenizer = _read(file, torch.bfloat16, header)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "opcd.json").write_text(json.dumps({"gguf": file.name, "sha256": _hashes(folder)}, indent=1))
-        folder.rename(target)
 
 
 def _intact(folder: Path) -> bool:
     try:
         return bool(json.loads((folder / "opcd.json").read_text())["sha256"] == _hashes(folder))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.name != "opcd.json"}
+    return {file.name: _sha256(file) for file in sorted(folder.iterdir()) if file.name not in ("opcd.json", MANIFEST)}
 
 
 def _sha256(file: Path) -> str:

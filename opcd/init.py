@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from opcd.data.files import write_whole
+from opcd.disk import write_whole
 from opcd.errors import UserError
 from opcd.parsing import Parser
 

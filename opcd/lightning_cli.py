@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from opcd import parsing, signatures  # noqa: F401  parsing: its settings
@@ -31,10 +31,12 @@ from opcd.callbacks import (
     StepProgress,
     WriteEnvironment,
 )
+from opcd.callbacks.folder import RunLogger
 from opcd.callbacks.slurm import started_again
 from opcd.changes import plain_config
 from opcd.checkpoints import BrokenCheckpoint, SafeCheckpointIO, check_checkpoint, newest_whole
 from opcd.data import ContextQueryDataModule, TeacherModels
+from opcd.disk import whole
 from opcd.errors import StepAbandoned, UserError
 from opcd.interruption import Interrupted
 from opcd.lazy import all_of
@@ -115,7 +117,7 @@ class Command(LightningCLI):
         config.trainer.strategy = chosen(config.trainer.strategy)
         if config.ckpt_path is None and self.subcommand == "fit" and started_again():
             config.ckpt_path = "last"
-        root = Path(config.trainer.default_root_dir)
+        root = whole(Path(config.trainer.default_root_dir))
         first = getattr(rank_zero_only, "rank", 0) == 0
         asked = config.ckpt_path
         path = self._claim(root, asked) if first else find_checkpoint(asked, root)
@@ -166,7 +168,7 @@ class Command(LightningCLI):
         """A trainer that writes into a folder of its own."""
         config = self._get(self.config_init, "trainer")
         # Rank 0 has claimed a folder; the others learn of it from Lightning, which broadcasts `trainer.log_dir`.
-        self.run_folder = self.claimed.path if self.claimed else Path(config["default_root_dir"])
+        self.run_folder = self.claimed.path if self.claimed else whole(Path(config["default_root_dir"]))
         callbacks = config["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         kwargs |= {
@@ -189,7 +191,7 @@ class Command(LightningCLI):
         if configured is False:
             return False
         chosen = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
-        return [CSVLogger(self.run_folder, name="", version="", flush_logs_every_n_steps=1), *chosen]
+        return [RunLogger(self.run_folder), *chosen]
 
     def _own_callbacks(self, configured: list[Callback], config: Any) -> list[Callback]:
         """Those that are always there; one that the config holds too is taken from there."""

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import set_parsing_settings
 
+from opcd import recipes  # noqa: F401  how it reads YAML
 from opcd.errors import UserError
 
 ALLOW = "--allow-imports"

@@ -17,6 +17,8 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from jsonargparse._actions import ActionConfigFile
 
+from opcd.safe_yaml import bounded
+
 NO_INPUT = ("class_path", "default_root_dir", "dirpath", "filename", "out", "save_dir")
 """Keys whose values are no files that are read."""
 PATH = re.compile(r"[^\n~/][^\n]*(/[^\n]*|\.\w+)")
@@ -88,7 +90,7 @@ def _from_here() -> Iterator[None]:
 
 
 def _load(text: str) -> Any:
-    value, working, folder = _read_yaml(text), _working.get(), Path.cwd()
+    value, working, folder = bounded(lambda: _read_yaml(text), text), _working.get(), Path.cwd()
     if working is None or folder == working or not isinstance(value, dict):
         return value
     return paths_taken(value, folder, working)

@@ -1,18 +1,15 @@
 """The folder of a run: version_N under trainer.default_root_dir, one run in each, and who is at work in it."""
 
-import fcntl
+import itertools
 import json
 import os
-import shlex
-import socket
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
+from opcd.disk import SCRATCH, open_own
 from opcd.errors import UserError
+from opcd.locks import lock, owner_of, seems_alive, sign, told
 
 METRICS, FORMER_METRICS = "metrics.csv", "metrics_before.csv"
 """What a run has measured, and what those that it went on from had."""
@@ -27,8 +24,8 @@ class RunFolder:
         path: the folder.
     """
 
-    def __init__(self, path: Path, stream: IO[str]) -> None:
-        self.path, self._stream = path, stream
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self._descriptor = path, descriptor
 
     @classmethod
     def claim(cls, root: Path) -> "RunFolder":
@@ -39,28 +36,22 @@ class RunFolder:
         """
         with _explained(root):
             root.mkdir(parents=True, exist_ok=True)
-            number = 0
-            while True:
+            for number in itertools.count():
+                path = root / f"version_{number}"
                 try:
-                    path = root / f"version_{number}"
                     path.mkdir()
-                    break
                 except FileExistsError:
-                    number += 1
-            stream = _lock_of(path).open("w")
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            command = shlex.join(["opcd", *sys.argv[1:]])
-            began = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            json.dump(
-                {"process": os.getpid(), "host": socket.gethostname(), "began": began, "command": command}, stream
-            )
-            stream.flush()
-        return cls(path, stream)
+                    continue
+                if (descriptor := _locked(path)) is not None:
+                    sign(descriptor)
+                    return cls(path, descriptor)
+        raise AssertionError  # numbers do not end
 
     def release(self) -> None:
         """Unlock the folder; nothing of the lock stays."""
-        _lock_of(self.path).unlink(missing_ok=True)
-        self._stream.close()
+        with suppress(OSError):  # the disk may be gone, and what is to be told is something else
+            _lock_of(self.path).unlink(missing_ok=True)
+        os.close(self._descriptor)
 
 
 @contextmanager
@@ -68,9 +59,10 @@ def one_at_a_time(root: Path) -> Iterator[None]:
     """Nobody else claims a folder under `root` within the block, or looks what is there to go on from."""
     with _explained(root):
         root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root, os.O_RDONLY)
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with _explained(root):
+            lock(descriptor, root / "version_N")
         yield
     finally:
         os.close(descriptor)
@@ -80,20 +72,53 @@ def refuse_living(root: Path) -> None:
     """Refuse to go on from runs of which one has not ended; clear away what dead ones have half-written.
 
     Raises:
-        UserError: names the run that lives.
+        UserError: names the run that lives, or a lock file that somebody planted.
     """
-    for lock in sorted(root.glob(".version_*.lock")):
-        run = root / lock.name.removeprefix(".").removesuffix(".lock")
-        with suppress(FileNotFoundError), lock.open("r+") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+    for file in sorted(root.glob(".version_*.lock")):
+        run = root / file.name.removeprefix(".").removesuffix(".lock")
+        try:
+            descriptor = open_own(file, os.O_RDWR)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"ckpt_path: last: {file}: {error.strerror}; remove it") from error
+        try:
+            owner = owner_of(descriptor)
+            if not _has_ended(descriptor, file):
                 raise UserError(
-                    f"ckpt_path: last: the run in {run} has not ended ({_who(lock)}); wait for it or end it, or choose "
-                    "another trainer.default_root_dir"
-                ) from error
-            for left in (*run.glob("checkpoints/.*-being-written"), lock):
-                left.unlink(missing_ok=True)
+                    f"ckpt_path: last: the run in {run} has not ended ({told(owner)}); wait for it or end it, or "
+                    "choose another trainer.default_root_dir"
+                )
+            left = run.glob("checkpoints/.*-being-written")
+            for path in (*(path for path in left if SCRATCH.fullmatch(path.name)), file):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def _has_ended(descriptor: int, file: Path) -> bool:
+    try:
+        return lock(descriptor, file, wait=False) or not seems_alive(owner_of(descriptor))
+    except BlockingIOError:
+        return False
+
+
+def _locked(path: Path) -> int | None:
+    """The descriptor of the locked lock file of a new folder; without the folder, None where a run lives whose own
+    folder of this name somebody has removed."""
+    try:
+        descriptor = open_own(_lock_of(path), os.O_RDWR)
+        try:
+            lock(descriptor, _lock_of(path), wait=False)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        path.rmdir()
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return descriptor
 
 
 def former_run(folder: Path) -> Path | None:
@@ -110,17 +135,19 @@ def _lock_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _who(lock: Path) -> str:
-    try:
-        who = json.loads(lock.read_text())
-        return f"process {who['process']} on {who['host']} since {who['began']}: {who['command']}"
-    except (OSError, ValueError, KeyError):
-        return "its lock does not say whose it is"
-
-
 @contextmanager
 def _explained(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"trainer.default_root_dir: cannot write to {root.resolve()}: {error.strerror}") from error
+        where = f" ({error.filename})" if error.filename and Path(error.filename) != root else ""
+        raise UserError(
+            f"trainer.default_root_dir: cannot write to {_resolved(root)}: {error.strerror}{where}"
+        ) from error
+
+
+def _resolved(root: Path) -> Path:
+    try:
+        return root.resolve()
+    except OSError:
+        return root

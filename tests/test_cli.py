@@ -1,7 +1,10 @@
 """The command as users call it: what a run leaves, the four subcommands, and wrong input."""
 
 import csv
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opcd.callbacks import ExactResume
 from opcd.versions import VERSION
 from tests.conftest import ROWS
 
@@ -331,3 +335,50 @@ def test_help_and_a_wrong_word_do_not_wait_for_torch():
     for word in ("--help", "--version", "fti"):
         done = subprocess.run([sys.executable, "-c", check, word], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and (done.stdout or "did you mean fit?" in done.stderr), done.stderr
+
+
+@pytest.mark.case("E7")
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EIO])
+def test_what_the_system_refuses_is_one_message(opcd, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr("opcd.init.main", refuse)
+    code, text = opcd("init")
+    assert code == 2 and text == f"opcd: error: cannot read or write some/file: {os.strerror(number)}\n"
+
+
+@pytest.mark.case("E7")
+def test_a_file_where_a_folder_is_to_be_written(opcd, fit, tmp_path, rows):
+    before = rows.read_text()
+    for words in (
+        ("init", rows),
+        ("sweep", tmp_path / "sweep.yaml", "--out", rows),
+        ("fit", "--trainer.default_root_dir", rows),
+    ):
+        (tmp_path / "sweep.yaml").write_text("axes: {seed_everything: [0]}")
+        code, text = fit(*words[1:]) if words[0] == "fit" else opcd(*words)
+        assert code == 2 and text.count("\n") <= 2, text
+    assert rows.read_text() == before
+
+
+@pytest.mark.case("E10")
+def test_a_run_whose_folder_is_removed_goes_on_and_leaves_its_student(fit, tmp_path, monkeypatch):
+    """And the working folder with it."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    own = ExactResume.on_train_batch_start
+
+    def remove(self, trainer, *rest):
+        own(self, trainer, *rest)
+        if trainer.global_step == 1:
+            shutil.rmtree(tmp_path / "work")
+
+    monkeypatch.setattr(ExactResume, "on_train_batch_start", remove)
+    with pytest.warns(UserWarning, match=r"version_0 was removed while the run was at work") as told:
+        code, text = fit("--trainer.default_root_dir", "runs")
+    assert code == 0, text
+    assert sum("was removed" in str(warning.message) for warning in told) == 1
+    left = tmp_path / "work" / "runs" / "version_0"
+    assert {"metrics.csv", "samples.jsonl", "student", "checkpoints"} <= {file.name for file in left.iterdir()}
+    assert (left / "student" / "model.safetensors").is_file()

@@ -1,6 +1,7 @@
 """`opcd export`: what is written is what was trained, also in GGUF; what cannot be is refused before weights load."""
 
 import base64
+import errno
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 from peft.utils.integrations import dequantize_module_weight
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
@@ -414,6 +416,41 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Print nothing."""
+
+
+@pytest.mark.case("E6")
+@pytest.mark.parametrize(("to", "version"), [("gguf", 0), ("merged", 1), ("hf", 0)])
+def test_no_room_is_told_before_it_is_written(to, version, opcd, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 2**10))
+    out = tmp_path / "new" / ("student.gguf" if to == "gguf" else "student")
+    code, text = opcd("export", runs / f"version_{version}", "--to", to, "--out", out)
+    assert code == 2 and "no room for" in text, text
+    assert re.search(r"it takes 0\.\d MiB, and 0\.0 MiB are free", text)
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.case("E6")
+@pytest.mark.parametrize(("to", "writer"), [("gguf", "write_gguf"), ("hf", "Student.save")])
+def test_a_disk_that_fills_while_it_is_written(to, writer, opcd, runs, tmp_path, monkeypatch):
+    def full(*args, **_):
+        if to == "hf":
+            Path(args[1]).mkdir()
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"opcd.export.command.{writer}", full)
+    code, text = opcd("export", runs / "version_0", "--to", to, "--out", tmp_path / "student.gguf")
+    assert code == 2 and re.search(r"no room for .*: it takes .* MiB, and .* MiB are free; free some room", text), text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.case("E7")
+def test_a_place_that_cannot_be_written_is_told_before_weights_load(opcd, runs, tmp_path, no_weights):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file" / "student.gguf", "/proc/student.gguf"):
+        code, text = opcd("export", runs / "version_0", "--to", "gguf", "--out", out)
+        assert code == 2 and "--out: cannot write" in text, text
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.fixture

@@ -40,8 +40,10 @@ LAYERS = [
         "refusals",
         "signatures",
     },
-    {"extras", "folders"},
-    {"activity", "did_you_mean", "errors", "lazy", "output", "recipes", "versions"},
+    {"recipes"},
+    {"extras", "folders", "locks", "safe_yaml"},
+    {"disk"},
+    {"activity", "did_you_mean", "errors", "lazy", "output", "versions"},
 ]
 """Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
 runs by its name (`COMMANDS` of opcd/commands.py) stands below it like everything else."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from gguf import GGUFWriter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
 
@@ -75,6 +76,60 @@ def test_scaled_rotary_frequencies_of_a_gguf_are_refused(tmp_path, monkeypatch):
     writer.close()
     with pytest.raises(UserError, match=r"llama3\.gguf .*rotary frequencies are scaled .*Hugging Face folder"):
         gguf.converted(tmp_path / "llama3.gguf", "model.student")
+
+
+@pytest.fixture
+def small_gguf(tmp_path, monkeypatch):
+    """A file with one tensor, and the folder that it is converted into."""
+    monkeypatch.setenv("OPCD_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "small.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_tensor("output.weight", np.ones(2**20, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file, tmp_path / "cache" / "models" / f"small-{gguf._sha256(file)[:16]}-{gguf.FORMAT}"
+
+
+@pytest.mark.case("E6")
+def test_no_room_for_a_converted_gguf(small_gguf, monkeypatch):
+    file, target = small_gguf
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(gguf, "read", full)
+    needed = r"model\.student: cannot convert .*small\.gguf: no room for .*: it takes 2\.0 MiB, and .* MiB are free"
+    with pytest.raises(UserError, match=needed):
+        gguf.converted(file, "model.student")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 2**20))
+    monkeypatch.setattr(gguf, "read", None)
+    with pytest.raises(UserError, match=needed):
+        gguf.converted(file, "model.student")
+    assert [entry.name for entry in target.parent.iterdir()] == [f"{target.name}.lock"]
+
+
+@pytest.mark.case("E1")
+def test_files_of_others_in_the_cache_are_kept(small_gguf, monkeypatch):
+    file, target = small_gguf
+    target.mkdir(parents=True)
+    (target / "thesis.txt").write_text("years")
+    monkeypatch.setattr(gguf, "read", None)
+    with pytest.raises(UserError, match=r"cannot convert .*did not write there \(thesis\.txt\)"):
+        gguf.converted(file, "model.student")
+    assert (target / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.case("A6")
+def test_a_planted_lock_of_the_cache_is_not_written_through(small_gguf, tmp_path, monkeypatch):
+    file, target = small_gguf
+    target.parent.mkdir(parents=True)
+    target.with_name(f"{target.name}.lock").symlink_to(tmp_path / "victim")
+    monkeypatch.setattr(gguf, "read", None)
+    with pytest.raises(UserError, match="a link, a pipe or a device has its name"):
+        gguf.converted(file, "model.student")
+    assert not (tmp_path / "victim").exists()
 
 
 def test_a_file_that_is_no_gguf(tmp_path, monkeypatch):

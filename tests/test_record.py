@@ -1,13 +1,16 @@
 """`opcd record` and a run from its record: the same weights as with the teacher at hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from opcd.errors import UserError
 from opcd.losses import Head
-from opcd.modules.record import INDEX
+from opcd.modules.record import INDEX, Origin, Record, RecordWriter
 from opcd.record import _likeliest
 
 TOP = "{class_path: opcd.losses.TopK, init_args: {inner: {class_path: opcd.losses.ForwardKL}, k: 16, support: teacher}}"
@@ -117,3 +120,37 @@ def test_what_cannot_be_recorded(opcd, words, recorded, tmp_path):
     assert code == 2 and "--k must be at least 1" in output
     code, output = opcd("fit", *from_record(words, tmp_path / "nothing"))
     assert code == 2 and "no record in" in output
+
+
+ORIGIN = Origin("teacher", "t", "c", rows=1, samples=1, temperature=1.0, k=1, sampling={}, seed=0)
+
+
+@pytest.mark.case("E1")
+def test_a_folder_with_other_files_is_refused_and_kept(tmp_path):
+    (tmp_path / "shard-00000.safetensors").write_text("weights of mine")
+    with pytest.raises(UserError, match=r"--out: .*did not write there \(shard-00000\.safetensors\)"):
+        RecordWriter(tmp_path, ORIGIN)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["weights of mine"]
+
+
+@pytest.mark.case("E1")
+def test_a_record_that_was_killed_before_its_first_shard_goes_on_also_as_another(tmp_path):
+    RecordWriter(tmp_path, ORIGIN)
+    (tmp_path / ".shard-00000.safetensors.0123456789abcdef-being-written").write_text("half")
+    writer = RecordWriter(tmp_path, replace(ORIGIN, k=2))
+    tokens = torch.zeros(1, 2, dtype=torch.long)
+    writer.add([torch.tensor([1])], [torch.tensor([2])], tokens, torch.zeros(1, 2))
+    assert Record(tmp_path, "key").origin.k == 2
+    assert sorted(file.name for file in tmp_path.iterdir()) == [INDEX, "shard-00000.safetensors"]
+
+
+@pytest.mark.case("E6")
+def test_a_full_disk_while_a_shard_is_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    writer = RecordWriter(tmp_path, ORIGIN)
+    monkeypatch.setattr("opcd.modules.record.save_file", full)
+    with pytest.raises(UserError, match=r"no room for .*shard-00000\.safetensors: it takes .*MiB are free"):
+        writer.add([torch.tensor([1])], [torch.tensor([2])], torch.zeros(1, 1).long(), torch.zeros(1, 1))
+    assert [file.name for file in tmp_path.iterdir()] == [INDEX]

@@ -187,7 +187,7 @@ class Plan:
         if fit is not None:
             known.pop("model.name")
         config = {"model": known, "evaluation": what, "fit": fit.config if fit else None}
-        return Job(name, words, config, "results.json", (fit.name,) if fit else ())
+        return Job(name, words, config, "results.json", (fit.name,) if fit else (), (f"{measure.name}.jsonl",))
 
     def _check_evaluations(self) -> None:
         """Parse what will be asked, and read rows and context once each with a model that is there already."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.arms import BASE, IN_CONTEXT, SAMPLES, TRAINED, Measure, Plan
-from opcd.data.files import write_whole
+from opcd.disk import write_whole
 from opcd.errors import UserError
 from opcd.evaluation.intervals import wilson
 from opcd.evaluation.results import Metric, difference, summarise

@@ -195,7 +195,8 @@ def metrics(root: Path) -> list[tuple[int, dict[str, str]]]:
     """(step, what was measured, as written) of every step's line of all runs under `root`."""
     found = []
     for file in sorted(root.glob("version_*/metrics.csv")):
-        rows = [row for row in csv.DictReader(file.read_text().splitlines()) if None not in row.values()]  # cut lines
+        with file.open(newline="") as stream:
+            rows = [row for row in csv.DictReader(stream) if None not in row.values()]  # cut lines
         rows = [row for row in rows if row["train/divergence"]]
         found += [(int(row["step"]), {name: row[f"train/{name}"] for name in COMPARED}) for row in rows]
     return found

@@ -7,9 +7,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from opcd.callbacks.folder import run_folder
+from opcd.callbacks.folder import run_folder, still_there
 from opcd.callbacks.slurm import requeue
-from opcd.checkpoints import DiskFull
+from opcd.disk import DiskError, DiskFull
 from opcd.errors import StepAbandoned
 from opcd.interruption import Interrupted
 
@@ -72,20 +72,23 @@ class SaveCheckpoints(Checkpoint):
 
         Raises:
             DiskFull: there is no room, and `disk_full` says stop.
+            DiskError: the system refuses.
         """
         if self._state == _state(trainer) or getattr(trainer, "fast_dev_run", False):
             return self.saved[-1] if self.saved else None
-        path, problem = self._folder / f"step={trainer.global_step}.ckpt", None
+        path, problem = self._folder / f"step={trainer.global_step}.ckpt", ("", False)
         try:
+            if trainer.is_global_zero:
+                still_there(self._folder.parent)
             trainer.save_checkpoint(path, weights_only=False)  # said, so that Lightning does not say it
-        except DiskFull as error:  # on the rank that writes; the others wait for it
-            problem = str(error)
+        except DiskError as error:  # on the rank that writes; the others wait for it
+            problem = str(error), isinstance(error, DiskFull)
             trainer.strategy.barrier("Trainer.save_checkpoint")
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            if self.disk_full == "stop":
-                raise DiskFull(problem)
-            rank_zero_warn(f"{problem}. Training goes on without it (disk_full: go_on)")
+        message, full = trainer.strategy.broadcast(problem)
+        if message:
+            if not full or self.disk_full == "stop":
+                raise (DiskFull if full else DiskError)(message)
+            rank_zero_warn(f"{message}. Training goes on without it (disk_full: go_on)")
             return None
         self._state = _state(trainer)
         self.saved = [*(other for other in self.saved if other != path), path]

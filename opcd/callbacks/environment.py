@@ -8,7 +8,7 @@ import time
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opcd.callbacks.folder import run_folder
-from opcd.data.files import write_whole
+from opcd.disk import write_whole
 from opcd.environment import FILE, machine, versions
 from opcd.output import masked
 

@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from opcd.callbacks.folder import run_folder
+from opcd.callbacks.folder import run_folder, still_there
 from opcd.card import Facts, model_card
 from opcd.data import ContextQueryDataModule
+from opcd.disk import require_own, whole_folder
 from opcd.errors import UserError
 from opcd.export.merge import write_merged
 from opcd.models import architecture
@@ -45,6 +46,8 @@ class ExportStudent(Callback):
         assert isinstance(pl_module, Distiller)
         if self.merge and pl_module.adapter is None:
             raise UserError("ExportStudent.merge: there is no model.adapter to merge; remove it")
+        if stage == "fit" and trainer.is_global_zero:
+            require_own(self._folder / "student", "ExportStudent")
         if self.dtype != "auto" and pl_module.adapter is not None and not self.merge:
             raise UserError("ExportStudent.dtype has no effect on an adapter; remove it, or set merge")
 
@@ -74,17 +77,15 @@ class ExportStudent(Callback):
         return why
 
     def _write_folder(self, trainer: Trainer, pl_module: Distiller, student: Student, name: str) -> str | None:
+        still_there(self._folder)
         target = self._folder / name
-        scratch = target.with_name(f".{name}-being-written")
-        shutil.rmtree(scratch, ignore_errors=True)
-        why = self._write_weights(pl_module, student, scratch)
-        adapter = pl_module.adapter is not None and (not self.merge or why is not None)
-        facts = facts_of(trainer, pl_module)
-        facts.write(scratch)
-        card = model_card(facts, adapter, shlex.join(["opcd", *sys.argv[1:]]))
-        (scratch / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
+        with whole_folder(target, "ExportStudent") as scratch:
+            why = self._write_weights(pl_module, student, scratch)
+            adapter = pl_module.adapter is not None and (not self.merge or why is not None)
+            facts = facts_of(trainer, pl_module)
+            facts.write(scratch)
+            card = model_card(facts, adapter, shlex.join(["opcd", *sys.argv[1:]]))
+            (scratch / "README.md").write_text(card, encoding="utf-8")
         rank_zero_info(f"student written to {target}")
         return why and f"ExportStudent.merge: {why}; {target} holds the adapter instead, which peft and opcd read"
 

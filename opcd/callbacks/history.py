@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opcd.callbacks.folder import run_folder
-from opcd.data.files import write_whole
+from opcd.disk import write_whole
 from opcd.run_folder import FORMER_METRICS, FROM, METRICS
 
 ANSWERS = re.compile(r"step=(\d+)-.+\.jsonl")

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from opcd.callbacks.folder import run_folder
+from opcd.callbacks.folder import run_folder, still_there
 from opcd.data import ContextQueryDataModule, ExampleSource
 from opcd.errors import UserError
 from opcd.evaluation import Evaluation, Evaluator
@@ -141,6 +141,7 @@ class LMEval(Callback):
                 if name in main and value.low is not None and value.high is not None:
                     metrics |= {name + "_low": value.low, name + "_high": value.high}
         if trainer.is_global_zero:
+            still_there(self._folder.parent)
             self._folder.mkdir(exist_ok=True)
             for task, result in results.items():
                 write_rows(self._folder / f"step={trainer.global_step}-{task}.jsonl", result.rows)

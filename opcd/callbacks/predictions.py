@@ -7,7 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from opcd.callbacks.folder import run_folder
+from opcd.callbacks.folder import run_folder, still_there
+from opcd.disk import append_lines
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -29,8 +30,8 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Write the rows of one batch."""
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+        still_there(self._file.parent)
+        append_lines(self._file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the answers are."""

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opcd.callbacks.folder import run_folder
+from opcd.callbacks.folder import run_folder, still_there
 from opcd.data import Batch, ContextQueryDataModule
+from opcd.disk import append_lines
 from opcd.errors import UserError
 from opcd.matching import right
 from opcd.modules import Distiller
@@ -114,8 +115,8 @@ class AnswerSamples(Callback):
 
     def _write(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
         if rows and trainer.is_global_zero:
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            still_there(self._file.parent)
+            append_lines(self._file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def query_text(query: str | list[dict[str, str]]) -> str:

@@ -1,11 +1,10 @@
 """A checkpoint file and its manifest.
 
-How a checkpoint is written: `.NAME-being-written` beside the target, flushed and fsynced; then the manifest, which
-accepts the new file and, where one of the same name is there, that too; then the name. Whenever the process or the
-machine dies, what has the name is whole, and the manifest says so. Nothing is removed before.
+How a checkpoint is written: `.NAME.RANDOM-being-written` beside the target, flushed and fsynced; then the manifest,
+which accepts the new file and, where one of the same name is there, that too; then the name. Whenever the process or
+the machine dies, what has the name is whole, and the manifest says so. Nothing is removed before.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,16 +19,11 @@ from typing import IO, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opcd.data.files import fsync_folder, write_whole
+from opcd.disk import DiskFull, create, explained, put_in_place, removed_on_failure, scratch_beside, write_whole
 from opcd.errors import UserError
 
 SPARE = 4 * 2**20
 """Bytes for what a checkpoint holds beside its tensors."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class DiskFull(UserError):
-    """There is no room for a checkpoint. What was saved before is untouched."""
 
 
 class BrokenCheckpoint(UserError):
@@ -41,21 +35,17 @@ def manifest_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def scratch_of(path: Path) -> Path:
-    """Where a checkpoint lies until it is whole."""
-    return path.with_name(f".{path.name}-being-written")
-
-
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint of Lightning's so that it is whole or not there, also after a crash of the machine.
 
     Raises:
         DiskFull: before anything is written where that can be known.
+        DiskError: the system refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(checkpoint, path)
-    scratch = scratch_of(path)
-    with _explained(scratch, path):
+    scratch = scratch_beside(path)
+    with _explained(path), removed_on_failure(scratch):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(checkpoint, path)
         digest = _write(checkpoint, scratch)
         former = []
         with suppress(BrokenCheckpoint, FileNotFoundError):
@@ -64,8 +54,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         manifest = {"accepts": [digest, *former], "step": step, "config": config}
         whole = {"manifest": manifest, "sha256": _own_digest(manifest)}
         write_whole(manifest_of(path), json.dumps(whole, indent=1))
-        scratch.replace(path)
-        fsync_folder(path.parent)
+        put_in_place(scratch, path)
 
 
 def read_checkpoint(path: Path, verified: bool = False) -> dict[str, Any]:
@@ -116,9 +105,14 @@ def verify(path: Path) -> dict[str, Any]:
         BrokenCheckpoint: it is not, or has no manifest.
     """
     manifest = read_manifest(path)
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        found = {"bytes": stream.tell(), "sha256": digest}
+    if not path.is_file():
+        raise BrokenCheckpoint(f"{path} is no file")
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            found = {"bytes": stream.tell(), "sha256": digest}
+    except OSError as error:
+        raise BrokenCheckpoint(f"{path} cannot be read: {error.strerror}") from error
     if found not in manifest["accepts"]:
         written = manifest["accepts"][0]["bytes"]
         why = "its SHA-256 differs" if written == found["bytes"] else f"{found['bytes']} bytes, not {written}"
@@ -156,7 +150,7 @@ class _Hashing:
 
 
 def _write(checkpoint: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    with scratch.open("wb") as stream:
+    with create(scratch) as stream:
         hashing = _Hashing(stream)
         torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it writes and flushes, no more
         if hashing.error is not None:
@@ -167,15 +161,16 @@ def _write(checkpoint: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(scratch: Path, path: Path) -> Iterator[None]:
-    """Leave nothing half-written behind, and say what a full disk is."""
+def _explained(path: Path) -> Iterator[None]:
+    """Say what a full disk is, and that what was saved before is still there."""
     try:
-        yield
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        if error.errno in FULL:
-            raise DiskFull(_no_room(path, f"{error.strerror} while it was written")) from error
-        raise
+        with explained(path):
+            yield
+    except DiskFull as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise DiskFull(_no_room(path, f"{cause.strerror} while it was written")) from error
 
 
 def _check_space(checkpoint: dict[str, Any], path: Path) -> None:
@@ -217,11 +212,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = whole["manifest"]
         if whole["sha256"] != _own_digest(manifest):
             raise ValueError("its SHA-256 is not that of what was written")
+        _check_manifest(manifest)
     except FileNotFoundError as error:
         raise BrokenCheckpoint(f"{path} has no manifest ({manifest_of(path).name})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise BrokenCheckpoint(f"{manifest_of(path)} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BrokenCheckpoint(f"{manifest_of(path)} is broken: {error}") from error
     return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Refuse a manifest of other types: it may be somebody else's. ValueError, KeyError or TypeError."""
+    accepts, step, config = (manifest[name] for name in ("accepts", "step", "config"))
+    plain = isinstance(accepts, list) and all(
+        isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in accepts
+    )
+    if not plain or not accepts:
+        raise ValueError("`accepts` is no list of files")
+    if not isinstance(step, int | None) or not isinstance(config, dict | None):
+        raise ValueError("`step` or `config` is of another type")
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:

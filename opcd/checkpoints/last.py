@@ -27,6 +27,7 @@ FREE = (
     *("data.val", "data.test", "data.predict", "data.eval_batch_size", "data.num_workers"),
 )
 """Settings that may change when a run goes on: they change what is shown, or rounding."""
+NUMBERED = re.compile(r"version_(?P<number>[0-9]{1,18})")
 SERVED = re.compile(r"model\.teacher\..*\.?init_args\.(base_url|api_key_env|concurrency|timeout|patience)")
 """So may where a teacher is served, and how patiently it is asked."""
 
@@ -173,7 +174,8 @@ def _shaping(config: dict[str, Any]) -> dict[str, Any]:
 
 def _newest_first(root: Path) -> Iterator[Path]:
     """Checkpoints of the newest run first, in each the one of the most steps."""
-    runs = [(int(number), path) for path in root.glob("version_*") if (number := path.name[8:]).isdigit()]
+    named = [(NUMBERED.fullmatch(path.name), path) for path in root.glob("version_*") if path.is_dir()]
+    runs = [(int(found["number"]), path) for found, path in named if found]
     for _, run in sorted(runs, reverse=True):
         yield from _of_run(run)
 
@@ -185,5 +187,7 @@ def _of_run(run: Path) -> Iterator[Path]:
 def _age(path: Path) -> tuple[int, int]:
     step = sys.maxsize  # one without a readable manifest is named, not passed over in silence
     with suppress(BrokenCheckpoint):
-        step = read_manifest(path)["step"]
-    return step, path.stat().st_mtime_ns
+        step = read_manifest(path)["step"] or 0
+    with suppress(OSError):
+        return step, path.lstat().st_mtime_ns
+    return step, 0

@@ -1,13 +1,13 @@
-"""Files of the user's, read with messages that say which file, which line and which config key; and files of ours."""
+"""Files of the user's, read with messages that say which file, which line and which config key."""
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from opcd.did_you_mean import beside
+from opcd.disk import write_whole as write_whole
 from opcd.errors import UserError
 from opcd.recipes import elsewhere
 
@@ -145,37 +145,13 @@ def check_text(text: str, where: str) -> None:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has {twice!r} twice")
+    value: dict[str, object] = {}
+    for name, each in pairs:
+        if name in value:
+            raise ValueError(f"an object has {name!r:.200} twice")
+        value[name] = each
     return value
 
 
 def _no_number(name: str) -> object:
     raise ValueError(f"{name} is no number")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is whole or not there, also after a crash of the machine."""
-    scratch = path.with_name(f".{path.name}-being-written")
-    try:
-        with scratch.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Let the names in a folder survive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -52,7 +52,7 @@ def main(args: list[str]) -> int:
     others = _other_rows(output.against, evaluation.tasks)
     device = torch_device(output.device)
     if output.out is not None:
-        refuse_results(Path(output.out), "out")
+        refuse_results(Path(output.out), "out", [task.name for task in evaluator.tasks])
     student = Student(load_model(model, key="model", device=device).to(device), load_tokenizer(model, "model"))  # type: ignore[arg-type]
     results = _evaluate(evaluator, student)
     differences = _differences(results, others)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from opcd.data.files import write_whole
+from opcd.disk import write_whole
 from opcd.errors import UserError
 from opcd.evaluation.results import Metric, Results, Row
 from opcd.output import plain
@@ -19,10 +19,13 @@ PACKAGES = ("opcd", "lm-eval", "math-verify", "torch", "transformers")
 SUMMARY = "results.json"
 
 
-def refuse_results(folder: Path, key: str) -> None:
-    """UserError where a folder holds results, or cannot be written."""
-    if (folder / SUMMARY).exists():
-        raise UserError(f"{key}: {folder.resolve()} holds results already; name another folder, or remove it")
+def refuse_results(folder: Path, key: str, tasks: Iterable[str]) -> None:
+    """UserError where a folder holds results or a file of their names, or cannot be written."""
+    there = [name for name in (SUMMARY, *(f"{task}.jsonl" for task in tasks)) if (folder / name).exists()]
+    if there:
+        raise UserError(
+            f"{key}: {folder.resolve()} holds {there[0]} already, which would be overwritten; name another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

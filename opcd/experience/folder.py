@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from opcd.changes import changed_keys
-from opcd.data.files import read_json, write_whole
+from opcd.data.files import read_json
+from opcd.disk import require_own, write_whole
 from opcd.errors import UserError
 
 IDENTITY = "run.json"
@@ -24,11 +25,12 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         identity: what the files of the run depend on.
 
     Raises:
-        UserError: the folder holds a run of another config; names the keys that differ.
+        UserError: the folder holds a run of another config, or files that are no run's; names the keys that differ.
     """
     new = json.loads(json.dumps(identity))
     file = folder / IDENTITY
     if not file.exists():
+        require_own(folder, "out", (".lock",))
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
         return

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from opcd.disk import append_lines, explained, open_own
 from opcd.errors import UserError
 
 Record = dict[str, Any]
@@ -38,10 +39,9 @@ class Journal:
     def append(self, records: Sequence[Record]) -> None:
         """Add a batch, and wait until the disk has it."""
         batch = [{**record, "batch": [place, len(records)]} for place, record in enumerate(records)]
-        with self.path.open("ab") as stream:
-            stream.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in batch).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_lines(
+            self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in batch), lasting=True
+        )
         self.records += map(self._kept, batch)
 
     def _kept(self, record: Record) -> Record:
@@ -50,7 +50,7 @@ class Journal:
     def _read(self) -> None:
         whole, read = 0, 0
         found: list[Record] = []
-        with self.path.open("r+b") as stream:
+        with explained(self.path), os.fdopen(open_own(self.path, os.O_RDWR), "r+b") as stream:
             for number, line in enumerate(stream, start=1):
                 if not line.endswith(b"\n"):
                     break

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from opcd.data.files import write_whole
+from opcd.disk import write_whole
 from opcd.errors import UserError
 from opcd.experience.config import Experience, StageName
 from opcd.experience.folder import (

@@ -16,8 +16,9 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from opcd.data.files import refuse_existing, write_whole
+from opcd.data.files import refuse_existing
 from opcd.did_you_mean import beside
+from opcd.disk import DiskError, write_whole
 from opcd.errors import UserError
 from opcd.experience.folder import ATTEMPTS, CONTEXT, EXTRACTIONS, IDENTITY, LISTS, SCORES, SELECTION, VALIDATION
 from opcd.experience.selection import Score, best_of_each
@@ -66,8 +67,8 @@ def main(args: list[str]) -> int:
         ) from error
     try:
         write_whole(page, text)
-    except OSError as error:
-        raise UserError(f"--page: cannot write {page.resolve()}: {error.strerror}") from error
+    except DiskError as error:
+        raise UserError(f"--page: {error}") from error
     print(f"page: {page}")
     return 0
 

@@ -6,7 +6,6 @@ RUN is a run's folder (runs/version_N: its student/, or else its newest whole ch
 """
 
 import argparse
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +15,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from opcd.card import Facts, model_card
-from opcd.data.files import fsync_folder, refuse_existing
+from opcd.data.files import refuse_existing
+from opcd.disk import explained, fsync_folder, removed_on_failure, require_room, require_writable, scratch_beside
 from opcd.errors import UserError
 from opcd.export.check import Behaviour, behaviour, check_same, round_weights
 from opcd.export.gguf_file import ROUNDED, check_architecture, read_gguf, splitting_rule, write_gguf
@@ -113,20 +113,12 @@ def _check_source(source: Source, options: argparse.Namespace) -> None:
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """Where to write so that `out` is whole or not there."""
-    scratch = out.with_name(f".{out.name}-being-written")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove(scratch)
-    try:
+    require_writable(out, "--out")
+    scratch = scratch_beside(out)
+    with explained(out), removed_on_failure(scratch):
         yield scratch
         scratch.rename(out)
-    except BaseException:
-        _remove(scratch)
-        raise
-    fsync_folder(out.parent)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        fsync_folder(out.parent)
 
 
 def _write_folder(source: Source, out: Path, dtype: torch.dtype, merge: bool, publish: bool = False) -> None:
@@ -138,7 +130,8 @@ def _write_folder(source: Source, out: Path, dtype: torch.dtype, merge: bool, pu
     else:
         model = replace(model, quantization="none")
         student, expected = _rounded(source, student, dtype, 1)
-    student.save(out, None if adapter else dtype)
+    with _room(student, out, None if adapter else dtype):
+        student.save(out, None if adapter else dtype)
     _describe(facts.published() if publish else facts, out, adapter)
     del student
     _compare(expected, load_folder(model))
@@ -147,9 +140,20 @@ def _write_folder(source: Source, out: Path, dtype: torch.dtype, merge: bool, pu
 def _write_gguf(source: Source, out: Path, dtype: torch.dtype, run: Path) -> None:
     student, facts = source.load()
     student, expected = _rounded(source, student, dtype, ROUNDED)
-    write_gguf(student, out, dtype, f"{Path(facts.base).name} {run.name}")
+    with _room(student, out, dtype):
+        write_gguf(student, out, dtype, f"{Path(facts.base).name} {run.name}")
     del student
     _compare(expected, read_gguf(out))
+
+
+@contextmanager
+def _room(student: Student, out: Path, dtype: torch.dtype | None) -> Iterator[None]:
+    """Refuse what does not fit on the disk, before and while it is written; an adapter is small (no `dtype`)."""
+    weights = {weight.data_ptr(): weight for weight in student.model.parameters()}.values() if dtype else ()
+    needed = sum(weight.numel() * dtype.itemsize for weight in weights) if dtype else 0
+    require_room(out, needed)
+    with explained(out, needed):
+        yield
 
 
 def _rounded(source: Source, student: Student, dtype: torch.dtype, dimensions: int) -> tuple[Student, Behaviour]:

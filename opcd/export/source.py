@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedConfig
 
 from opcd.card import Facts
@@ -28,6 +27,7 @@ from opcd.models import (
 )
 from opcd.modules.adapters import Lora, keep_differentiable
 from opcd.modules.student import Student
+from opcd.safe_yaml import load_yaml
 
 KEY = "RUN"
 
@@ -147,10 +147,7 @@ def _from_checkpoint(run: Path, trust: Trust) -> Source:
 
 
 def _read_config(file: Path) -> Any:
-    try:
-        return yaml.safe_load(read_text(file, KEY))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{KEY}: {file} is not valid YAML: {str(error).splitlines()[0]}") from error
+    return load_yaml(read_text(file, KEY), f"{KEY}: {file}")
 
 
 def _student_config(config: Any, file: Path, trust: Trust) -> ModelConfig:

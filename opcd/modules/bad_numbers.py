@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from opcd.data import Batch
-from opcd.data.files import write_whole
+from opcd.disk import write_whole
 from opcd.errors import StepAbandoned
 from opcd.modules.trajectories import Trajectories
 

@@ -17,7 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from opcd.data.files import fsync_folder, read_json, write_whole
+from opcd.data.files import read_json
+from opcd.disk import (
+    clear_scratch,
+    explained,
+    put_in_place,
+    removed_on_failure,
+    require_own,
+    scratch_beside,
+    write_whole,
+)
 from opcd.errors import UserError
 
 INDEX = "record.json"
@@ -65,7 +74,7 @@ class RecordWriter:
         origin: what it is made from.
 
     Raises:
-        UserError: there is a record of something else in the folder.
+        UserError: there is a record of something else in the folder, or files that are no record's.
     """
 
     def __init__(self, folder: Path, origin: Origin) -> None:
@@ -73,10 +82,15 @@ class RecordWriter:
         self.shards: list[dict[str, Any]] = []
         if (folder / INDEX).exists():
             there, self.shards = _read_index(folder)
-            if there != origin:
+            if there != origin and self.shards:
                 differ = [name for name, value in asdict(origin).items() if asdict(there)[name] != value]
                 raise UserError(f"{folder} holds a record with another {', '.join(differ)}; give --out a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        else:
+            require_own(folder, "--out")
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            clear_scratch(folder)
+        self._write_index()  # before any shard: it tells that the folder is a record's
 
     @property
     def rows(self) -> int:
@@ -92,14 +106,17 @@ class RecordWriter:
             "tokens": tokens.to("cpu", torch.int32),
             "log_probs": log_probs.to("cpu", torch.float32),
         }
-        scratch = self.folder / f".{name}-being-written"
-        save_file(values, scratch, {"prompts": json.dumps([prompt_hash(prompt) for prompt in prompts])})
-        with scratch.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())  # the index, which is, must not outlive it
-        scratch.replace(self.folder / name)
-        fsync_folder(self.folder)
+        scratch, needed = scratch_beside(self.folder / name), sum(value.nbytes for value in values.values())
+        with explained(self.folder / name, needed), removed_on_failure(scratch):
+            save_file(values, scratch, {"prompts": json.dumps([prompt_hash(prompt) for prompt in prompts])})
+            with scratch.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())  # the index, which is, must not outlive it
+            put_in_place(scratch, self.folder / name)
         self.shards.append({"file": name, "rows": len(responses), "sha256": digest})
+        self._write_index()
+
+    def _write_index(self) -> None:
         write_whole(self.folder / INDEX, json.dumps({"origin": asdict(self.origin), "shards": self.shards}, indent=1))
 
 

@@ -1,6 +1,5 @@
 """vLLM as a server beside the trainer: it reads the student's weights from a folder that both see."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
+from opcd.disk import DiskError, claim_folder, explained, put_in_place, removed_on_failure, require_own, scratch_beside
 from opcd.errors import StepAbandoned, UserError
 from opcd.modules.engine import Completion, Engine, named_weights
 from opcd.modules.student import Student
@@ -15,6 +15,7 @@ from opcd.serving import START, Card, Server, ServerError, find
 from opcd.serving.shapes import Shape, completion
 
 COMPLETIONS, RPC, PREFIXES = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
+WEIGHTS, KEY = "model.safetensors", "weights of VLLMServer"
 
 
 class VLLMServer(Engine):
@@ -27,7 +28,7 @@ class VLLMServer(Engine):
         base_url: of the server, without /v1: http://localhost:8000.
         name: of the model, as the server lists it (--served-model-name).
         weights: a folder for the weights that trainer and server both see under this path, best in memory
-            (/dev/shm/opcd); it is overwritten.
+            (/dev/shm/opcd): a new or an empty one, or one that a former run has made. Others are refused.
         api_key_env: environment variable that holds the server's key; where it is not set, no key is sent.
         concurrency: requests in flight at a time, of each rank.
         timeout: seconds that one request may take.
@@ -56,6 +57,7 @@ class VLLMServer(Engine):
 
     def connect(self) -> None:
         """Ask whether the server has the model, and takes weights (UserError); for ten seconds."""
+        require_own(self.weights, KEY)
         try:
             self._card = find(self._server, self.name, START)
             self._forget(START)
@@ -68,24 +70,25 @@ class VLLMServer(Engine):
         Sharded weights are gathered there first, on the CPU.
 
         Raises:
-            StepAbandoned: the server does not take them.
+            StepAbandoned: they cannot be written, or the server does not take them.
         """
         self._vocabulary = int(student.model.config.get_text_config().vocab_size)
         if student.is_sharded:
             student = student.plain(dtype, torch.device("meta" if getattr(rank_zero_only, "rank", 0) else "cpu"))
         try:
             self._hand_over(student, dtype)
-        except ServerError as error:
+        except (ServerError, DiskError) as error:
             raise _abandoned(str(error)) from error
 
     @rank_zero_only
     def _hand_over(self, student: Student, dtype: torch.dtype) -> None:
-        scratch = self.weights.with_name(f".{self.weights.name}-being-written")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        save_file(dict(named_weights(student, dtype)), scratch / "model.safetensors", {"format": "pt"})
-        shutil.rmtree(self.weights, ignore_errors=True)
-        scratch.rename(self.weights)
+        claim_folder(self.weights, [WEIGHTS], KEY)
+        file = self.weights / WEIGHTS
+        scratch = scratch_beside(file)
+        weights = dict(named_weights(student, dtype))
+        with explained(file, sum(weight.nbytes for weight in weights.values())), removed_on_failure(scratch):
+            save_file(weights, scratch, {"format": "pt"})
+            put_in_place(scratch, file)
         self._develop(RPC, {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}})
         self._forget()
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 from markupsafe import Markup
 
-from opcd.data.files import refuse_existing, write_whole
+from opcd.data.files import refuse_existing
+from opcd.disk import DiskError, write_whole
 from opcd.errors import UserError
 from opcd.pages import render
 from opcd.parsing import Parser
@@ -35,8 +36,8 @@ def main(args: list[str]) -> int:
     text = page(runs)
     try:
         write_whole(options.out, text)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {options.out.resolve()}: {error.strerror}") from error
+    except DiskError as error:
+        raise UserError(f"--out: {error}") from error
     for folder in options.runs:
         if folder not in [run.folder for run in runs]:
             print(f"{folder}: another of these runs went on from it, and shows it as its beginning")

@@ -11,13 +11,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from opcd.data.files import write_whole
 from opcd.did_you_mean import did_you_mean
+from opcd.disk import write_whole
 from opcd.errors import UserError
 from opcd.lightning_cli import fit_parser
 from opcd.parsing import Parser
+from opcd.safe_yaml import load_yaml
 from opcd.sweep.checkpoints import keep_the_best
 from opcd.sweep.checks import ConfigChecker
 from opcd.sweep.engine import Engine, explain, locked
@@ -80,7 +79,7 @@ def with_dotted(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argpa
             own = [option[2:] for action in parser._actions for option in action.option_strings]
             meant = did_you_mean(key.removeprefix("--"), own)
             parser.error(f"{key}: neither an option nor a dotted config key with a value (--data.train FILE){meant}")
-        dotted[key[2:]] = yaml.safe_load(value)
+        dotted[key[2:]] = load_yaml(value, key)
     return options, dotted
 
 

@@ -1,6 +1,5 @@
 """Runs jobs beside and after one another, and goes on where a former run of the same folder stopped."""
 
-import fcntl
 import os
 import signal
 import threading
@@ -11,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from opcd.disk import explained, open_own, require_own
 from opcd.errors import UserError
+from opcd.locks import lock, owner_of, seems_alive, sign, told
 from opcd.sweep.jobs import Job, JobFolder
 from opcd.sweep.launchers import Launcher, Running
 from opcd.sweep.table import LiveTable
 
 Status = Literal["waiting", "running", "finished", "failed", "not run"]
 POLL_SECONDS = 0.5
+LOCK = ".lock"
+"""Of a folder of jobs: it is held while one of them runs, and says whose it is."""
 
 
 @dataclass
@@ -43,25 +46,36 @@ def locked(folder: Path) -> Iterator[int]:
     """The folder for this process and those it starts; gives the file descriptor that holds the lock.
 
     The lock is gone when the last of them is, so a sweep that was killed cannot be started again over a run that it
-    left behind.
+    left behind. The lock file also tells that the folder is one of this program's.
 
     Raises:
-        UserError: the folder cannot be made, or somebody has the lock.
+        UserError: the folder cannot be made, holds other files, or somebody has the lock.
     """
-    try:
+    file = folder / LOCK
+    if not file.exists():
+        require_own(folder, "--out")
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {folder.resolve()}: {error.strerror}") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        descriptor = open_own(file, os.O_RDWR)
+    try:
+        owner = owner_of(descriptor)
+        if not _taken(descriptor, file, owner):
             raise UserError(
-                f"{folder} is in use: by another sweep or experience run, or by what a killed one has left behind; "
-                f"wait for it or end it, or choose another --out"
-            ) from error
-        yield stream.fileno()
+                f"--out: {folder} is in use: by another sweep or experience run, or by what a killed one has left "
+                f"behind ({told(owner)}); wait for it or end it, or choose another --out"
+            )
+        sign(descriptor)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _taken(descriptor: int, file: Path, owner: dict[str, Any]) -> bool:
+    """Whether this process has the folder now."""
+    try:
+        return lock(descriptor, file, wait=False) or not seems_alive(owner)
+    except BlockingIOError:
+        return False
 
 
 class Engine:
@@ -90,7 +104,9 @@ class Engine:
         for job in jobs:
             task = Task(job, JobFolder(self.root, job))
             seconds = task.folder.seconds()
-            if seconds is not None:
+            if seconds is None:
+                task.folder.check()
+            else:
                 task.status, task.seconds, task.before = "finished", seconds, True
             added.append(task)
         self.tasks |= {task.job.name: task for task in added}
@@ -145,6 +161,7 @@ class Engine:
             self.on_finish()
         else:
             task.status = "failed"
+            task.folder.close()
 
     def _with(self, *statuses: Status) -> list[Task]:
         return [task for task in self.tasks.values() if task.status in statuses]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -11,9 +10,12 @@ from typing import Any
 
 from opcd import parsing
 from opcd.changes import changed_keys
-from opcd.data.files import write_whole
+from opcd.data.files import read_json
+from opcd.disk import MANIFEST, explained, remove_own, require_own, write_manifest, write_whole
 from opcd.errors import UserError
 
+OWN = ("job.json", "log.txt", "submitted.json", "finished.json")
+"""What is written into a job's folder beside what its process writes."""
 RUN = "runs/version_0"  # where `opcd` writes in a job's folder: the former attempt is gone before it starts
 
 
@@ -31,6 +33,8 @@ class Job:
     """A path in its folder that exists once the work is done."""
     after: tuple[str, ...] = ()
     """Names of jobs that must finish before."""
+    leaves: tuple[str, ...] = ("runs",)
+    """Files and folders that its process makes in its folder, the proof apart."""
 
     @property
     def command(self) -> list[str]:
@@ -60,29 +64,51 @@ class JobFolder:
         """
         if not self._finished.exists():
             return None
-        try:
-            then = json.loads((self.path / "job.json").read_text(encoding="utf-8"))["config"]
-            seconds = float(json.loads(self._finished.read_text(encoding="utf-8"))["seconds"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{self.job.name}: job.json or finished.json in {self.path} cannot be read ({error!r}); delete the "
-                "folder to run it anew"
-            ) from error
+        then, seconds = self._noted("job.json", "config", dict), self._noted("finished.json", "seconds", int | float)
         if changed := changed_keys(then, json.loads(json.dumps(self.job.config))):
             shown = ", ".join(changed[:3]) + ", ..." * (len(changed) > 3)
             raise UserError(
                 f"{self.job.name} finished with another config ({shown}); "
                 f"choose another --out, or delete {self.path} to run it anew"
             )
-        return seconds
+        return float(seconds)
+
+    def _noted(self, name: str, key: str, kind: Any) -> Any:
+        """A value of one of the files that `begin` and `finish` write. UserError where there is none."""
+        note = read_json(self.path / name, self.job.name) if (self.path / name).is_file() else None
+        value = note.get(key) if isinstance(note, dict) else None
+        if not isinstance(value, kind):
+            raise UserError(f"{self.path / name} holds no {key}; delete {self.path} to run {self.job.name} anew")
+        return value
+
+    def check(self) -> None:
+        """Refuse a folder with files that no former attempt has written: they would be removed.
+
+        Raises:
+            UserError: names the folder.
+        """
+        if self.path.is_symlink():
+            raise UserError(f"{self.job.name}: {self.path} is a link; name a new --out")
+        require_own(self.path, self.job.name, self._own())
+
+    def _own(self) -> tuple[str, ...]:
+        """What a former attempt may have left that was ended before `close`; without job.json there was none."""
+        begun, noted = (self.path / "job.json").is_file(), (self.path / MANIFEST).is_file()
+        return (*OWN, Path(self.job.proof).parts[0], *self.job.leaves) if begun and not noted else ()
 
     def begin(self) -> None:
         """An empty folder, less job.json: nothing of a former attempt stays."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
+        self.check()
+        with explained(self.path):
+            remove_own(self.path, self._own())
+            self.path.mkdir(parents=True)
         write_whole(
             self.path / "job.json", json.dumps({"command": self.job.command, "config": self.job.config}, indent=1)
         )
+
+    def close(self) -> None:
+        """Note what a failed attempt has left, so that nothing else is removed before the next one."""
+        write_manifest(self.path)
 
     def finish(self, seconds: float) -> None:
         """Mark the job as finished."""

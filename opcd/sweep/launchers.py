@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from opcd.data.files import write_whole
+from opcd.disk import write_whole
 from opcd.errors import UserError
 from opcd.extras import require
 from opcd.sweep.jobs import JobFolder
@@ -75,6 +75,7 @@ class LocalLauncher(Launcher):
     def start(self, folder: JobFolder, slot: int) -> Running:
         """Start a process."""
         environment = os.environ | shares(slot, self.jobs, self.gpus, os.cpu_count() or 1)
+        environment["OPCD_ENDS_WITH"] = str(os.getpid())
         with folder.log.open("wb") as log:
             process = subprocess.Popen(
                 folder.job.command,

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -16,6 +16,7 @@ from opcd.data.files import read_text, require_file
 from opcd.did_you_mean import or_all
 from opcd.errors import UserError
 from opcd.recipes import paths_taken
+from opcd.safe_yaml import load_yaml
 
 LONGEST_NAME = 120
 
@@ -94,10 +95,7 @@ def parse_yaml(path: Path, schema: type[Any], what: str) -> Any:
         UserError: the file is missing, is no YAML, names a key twice, or does not fit the dataclass.
     """
     text = read_text(require_file(str(path), what), what)
-    try:
-        value = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+    value = load_yaml(text, str(path), _UniqueKeys)
     value = paths_taken(value, path.absolute().parent, Path.cwd())
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a mapping, not {type(value).__name__}")
@@ -141,10 +139,14 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that is there already."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        seen: set[Any] = set()
         for place, key in enumerate(keys):
-            if key in keys[:place]:
+            if not isinstance(key, Hashable):
+                break  # the loader refuses it
+            if key in seen:
                 line = node.value[place][0].start_mark.line + 1
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice, again in line {line}")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 

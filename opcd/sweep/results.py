@@ -12,12 +12,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
+from opcd.data.files import read_text
 from opcd.did_you_mean import beside
 from opcd.errors import UserError
 from opcd.matching import right
 from opcd.run_folder import FORMER_METRICS, METRICS
+from opcd.safe_yaml import load_yaml
 
 Series = dict[str, list[tuple[int, float]]]
 """Name -> (step, value), in the order in which they were logged."""
@@ -30,8 +30,6 @@ GREATEST = 1e300
 
 LAST = 10**12
 """A step beyond it is none."""
-NODES, DEPTH = 100_000, 40
-"""Values of a config, with all that its aliases repeat, and how deep they may lie."""
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -45,17 +43,9 @@ def read_config(run: Path) -> dict[str, Any]:
         raise UserError(f"no folder {run.absolute()}{beside(run)}")
     if not file.is_file():
         raise UserError(f"{run.resolve()} holds no run of `opcd fit`: it has no config.yaml")
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{file}{line}: not valid YAML: {error.problem}") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
+    config = load_yaml(read_text(file, "RUN"), str(file))
     if not isinstance(config, dict):
         raise UserError(f"{file}: no config of a run, but {type(config).__name__}")
-    if not _is_bounded(config):
-        raise UserError(f"{file}: no config of a run: more than {NODES} values, or more than {DEPTH} deep")
     return config
 
 
@@ -197,19 +187,6 @@ def _add_metrics(series: Series, file: Path, problems: list[str]) -> None:
                 series.setdefault(name, []).append((int(step), value))
             elif text:
                 problems.append(f"{file.name}:{line}: left out: {name} is no number, but {text[:40]!r}")
-
-
-def _is_bounded(config: object) -> bool:
-    """Whether a YAML value stays small where its aliases, which may hold themselves, are written out."""
-    left, count = [(config, 0)], 0
-    while left:
-        value, depth = left.pop()
-        count += 1
-        if count > NODES or depth > DEPTH:
-            return False
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        left += [(one, depth + 1) for one in inside]
-    return True
 
 
 def _bytes(file: Path, problems: list[str]) -> bytes:

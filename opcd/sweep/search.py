@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from opcd.changes import changed_keys
-from opcd.data.files import write_whole
+from opcd.data.files import read_json
 from opcd.did_you_mean import or_all
+from opcd.disk import write_whole
 from opcd.errors import UserError
 from opcd.extras import require
 from opcd.sweep.plan import Arm, Search, SweepFile, label
@@ -79,16 +80,13 @@ class ArmSearch:
         of = {"axes": sweep.axes, **{key: value for key, value in vars(sweep.search).items() if key != "trials"}}
         if not file.exists():
             return {"search": of, "asked": []}
-        try:
-            known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            asked = known["asked"]
-            if not isinstance(asked, list) or not all(isinstance(params, dict) for params in asked):
-                raise TypeError("asked is no list of settings")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{file} cannot be read ({error!r}); delete it, or choose another --out") from error
-        if changed := changed_keys(known.get("search"), json.loads(json.dumps(of))):
+        known: Any = read_json(file, "--out")
+        asked = known.get("asked") if isinstance(known, dict) else None
+        if not isinstance(asked, list) or not all(isinstance(one, dict) for one in asked) or "search" not in known:
+            raise UserError(f"{file} is no list of a search's trials; choose another --out")
+        if changed := changed_keys(known["search"], json.loads(json.dumps(of))):
             raise UserError(f"{file} is of another search ({', '.join(changed[:3])} changed); choose another --out")
-        return known
+        return dict(known)
 
     def _ask(self, number: int) -> Any:
         """The trial of this number: as a former run asked for it, or a new one, written down before it runs."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opcd.data.files import write_whole
+from opcd.disk import write_whole
 from opcd.output import csv_cell, markdown
 from opcd.sweep.engine import Task
 from opcd.sweep.plan import Arm

@@ -1,6 +1,9 @@
 """Checkpoint files: whole or not there, verified, without code, and of the same config."""
 
+import errno
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +15,6 @@ from opcd.checkpoints import (
     DiskFull,
     SafeCheckpointIO,
     check_config,
-    files,
     newest_whole,
     read_checkpoint,
 )
@@ -60,7 +62,6 @@ def test_a_name_that_is_written_again_is_good_before_and_after(tmp_path, monkeyp
 
     for step in (2, 3):  # a save that dies before the name, and another
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(files, "fsync_folder", lambda folder: None)
             patch.setattr(
                 Path, "replace", lambda self, to, own=Path.replace: die(self, to) if to == path else own(self, to)
             )
@@ -97,6 +98,94 @@ def test_broken_files_are_named(runs):
         read_checkpoint(path)
     with pytest.raises(UserError, match="no checkpoint"):
         read_checkpoint(path.with_name("step=9.ckpt"))
+
+
+@pytest.mark.case("E4")
+@pytest.mark.parametrize("kind", ["dangling", "dangling without a manifest", "folder", "pipe", "link in a circle"])
+def test_a_newest_one_that_is_no_file_is_passed_over(runs, kind):
+    newest = runs / "version_1/checkpoints/step=3.ckpt"
+    newest.unlink()
+    if "dangling" in kind:
+        newest.symlink_to(runs / "nothing")
+    elif kind == "folder":
+        newest.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(newest)
+    else:
+        newest.symlink_to(newest)
+    if kind.endswith("manifest"):
+        manifest_of(newest).unlink()
+    with pytest.warns(UserWarning, match=r"step=3\.ckpt .*Going on from .*step=2\.ckpt \(step 2\)"):
+        assert newest_whole(runs) == runs / "version_0/checkpoints/step=2.ckpt"
+
+
+WRONG = [
+    [],
+    "text",
+    None,
+    {"accepts": []},
+    {"accepts": None},
+    {"accepts": [3]},
+    {"accepts": [{}]},
+    {"accepts": {"a": 1}},
+]
+WRONG += [{"step": "3"}, {"step": [1]}, {"config": []}, {"config": "model"}]
+
+
+@pytest.mark.case("E4")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_manifest_of_wrong_types_is_a_broken_checkpoint(runs, wrong):
+    """Its own SHA-256 is right: somebody else has written it."""
+    newest = runs / "version_1/checkpoints/step=3.ckpt"
+    manifest = json.loads(manifest_of(newest).read_text())["manifest"]
+    manifest = manifest | wrong if isinstance(wrong, dict) else wrong
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    manifest_of(newest).write_text(json.dumps({"manifest": manifest, "sha256": digest}))
+    with pytest.raises(BrokenCheckpoint, match=r"step=3\.ckpt\.json is broken"):
+        verify(newest)
+    with pytest.warns(UserWarning, match=r"Going on from .*step=2\.ckpt"):
+        assert newest_whole(runs) == runs / "version_0/checkpoints/step=2.ckpt"
+
+
+@pytest.mark.case("E4")
+@pytest.mark.parametrize("text", ["", "[]", "3", "[" * 10**5, "9" * 5000, '{"manifest": {}, "sha256": 3}', "\udc80"])
+def test_a_manifest_that_is_none(runs, text):
+    newest = runs / "version_1/checkpoints/step=3.ckpt"
+    manifest_of(newest).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.warns(UserWarning, match=r"step=3\.ckpt\.json is broken.*Going on from .*step=2\.ckpt"):
+        assert newest_whole(runs) == runs / "version_0/checkpoints/step=2.ckpt"
+    manifest_of(newest).unlink()
+    manifest_of(newest).mkdir()
+    with pytest.raises(BrokenCheckpoint, match="cannot be read: Is a directory"):
+        verify(newest)
+
+
+@pytest.mark.case("E4")
+def test_odd_names_beside_runs_are_passed_over(runs):
+    (runs / "version_²").mkdir()
+    (runs / ("version_" + "9" * 200)).mkdir()
+    (runs / "version_-1").mkdir()
+    (runs / "version_7").mkdir()
+    (runs / "version_7" / "checkpoints").write_text("a file")
+    (runs / "version_8").write_text("a file")
+    (runs / "version_9").symlink_to(runs / "nothing")
+    assert newest_whole(runs) == runs / "version_1/checkpoints/step=3.ckpt"
+
+
+@pytest.mark.case("E5")
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EIO, errno.EBUSY, errno.ESTALE])
+def test_a_disk_that_refuses_is_one_message_and_what_was_saved_is_there(tmp_path, monkeypatch, number):
+    write_checkpoint(checkpoint(1), tmp_path / "a.ckpt")
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("opcd.disk.Path.replace", refuse)
+        with pytest.raises(UserError, match=f"cannot write .*{os.strerror(number)}"):
+            write_checkpoint(checkpoint(2), tmp_path / "a.ckpt")
+    assert read_checkpoint(tmp_path / "a.ckpt")["global_step"] == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.json"]
 
 
 def test_a_checkpoint_of_somebody_elses(tmp_path):

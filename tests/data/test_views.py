@@ -316,7 +316,8 @@ def test_thoughts_in_the_middle_may_be_left_out(thinker, example):
     thoughts = [*THOUGHTS[:1], {"role": "assistant", "content": "So: <think>hm</think>four."}, *THOUGHTS[2:]]
     thinker.chat_template = FORGETS.replace(
         "{{ m.content.split('</think>')[-1].lstrip('\n') }}",
-        "{{ m.content.split('<think>')[0] + m.content.split('</think>')[-1] if '<think>' in m.content else m.content }}",
+        "{{ m.content.split('<think>')[0] }}"
+        "{% if '<think>' in m.content %}{{ m.content.split('</think>')[-1] }}{% endif %}",
     )
     assert "assistant\nSo: four.<" in thinker.decode(Views(thinker, thinker).student_prompt(example(thoughts)))
 

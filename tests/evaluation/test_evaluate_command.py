@@ -154,8 +154,16 @@ def test_results_are_not_overwritten(evaluate, tmp_path):
     assert evaluate("--out", tmp_path / "out")[0] == 0
     before = (tmp_path / "out" / "results.json").read_bytes()
     code, text = evaluate("--out", tmp_path / "out", "--seed", 5)
-    assert code == 2 and "holds results already" in text
+    assert code == 2 and "holds results.json already, which would be overwritten" in text
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+@pytest.mark.case("E1")
+def test_rows_of_the_users_with_the_name_of_a_task_are_kept(evaluate, tmp_path):
+    (tmp_path / "dapo_math.jsonl").write_text("my rows")
+    code, text = evaluate("--out", tmp_path)
+    assert code == 2 and "holds dapo_math.jsonl already, which would be overwritten" in text
+    assert (tmp_path / "dapo_math.jsonl").read_text() == "my rows"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from opcd.errors import UserError
+from opcd.experience.folder import claim
 from opcd.experience.journal import Journal
 from opcd.experience.lessons import Growth, LessonList, read_lessons
 from opcd.experience.prompts import Prompt
@@ -137,3 +138,13 @@ def test_the_prompts_of_the_package():
     bare = extract(transcript="T", outcome=None, lessons=[], marker="LESSON:")
     assert "How it went" not in bare and "known already" not in bare and "\n\n\n" not in bare
     assert json.dumps(bare)
+
+
+@pytest.mark.case("E1")
+@pytest.mark.parametrize("name", ["context.txt", "attempts.jsonl"])
+def test_a_folder_with_other_files_is_refused_and_kept(tmp_path, name):
+    """Such as the folder of `opcd init`, whose context.txt would be overwritten."""
+    (tmp_path / name).write_text("mine, without a line break")
+    with pytest.raises(UserError, match=f"out: .*did not write there .{name}"):
+        claim(tmp_path, {"seed": 0})
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine, without a line break"]

@@ -231,6 +231,36 @@ def test_a_server_that_is_not_vllms_is_one_message(tiny, monkeypatch, tmp_path):
             engine.complete([[5, 6]], settings, [0])
 
 
+@pytest.mark.case("E1")
+def test_a_folder_of_the_users_is_refused_and_kept(tiny, monkeypatch, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "model.safetensors").write_text("mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    student = Student.load(ModelConfig(name=tiny))
+    for place in ("~", tmp_path / "work"):
+        engine = VLLMServer("http://127.0.0.1:9", "student", str(place))
+        with pytest.raises(UserError, match=r"weights of VLLMServer: .* holds files that opcd did not write there"):
+            engine.connect()
+        with pytest.raises(UserError, match="did not write there"):
+            engine.renew(student, torch.float32)
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["work", "work/model.safetensors"]
+    assert (tmp_path / "work" / "model.safetensors").read_text() == "mine"
+
+
+@pytest.mark.case("E1")
+def test_weights_take_the_place_of_former_ones_only(tiny, monkeypatch, tmp_path):
+    engine = VLLMServer("http://127.0.0.1:9", "student", str(tmp_path / "weights"))
+    monkeypatch.setattr(engine, "_develop", lambda *args: {"success": True})
+    student = Student.load(ModelConfig(name=tiny))
+    engine.renew(student, torch.float32)
+    engine.renew(student, torch.bfloat16)
+    assert load_file(tmp_path / "weights" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    (tmp_path / "weights" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="notes"):
+        engine.renew(student, torch.float32)
+    assert len(list((tmp_path / "weights").iterdir())) == 3
+
+
 def test_a_server_that_cannot_write_is_told_before_a_model_loads(opcd, tiny, rows, context, monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("opcd.modules.vllm_server.START", 0.1)

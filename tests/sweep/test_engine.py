@@ -1,5 +1,6 @@
 """Jobs as processes: what is run again, what is not, and what is left when the sweep is ended."""
 
+import errno
 import json
 import os
 import re
@@ -36,7 +37,7 @@ class Script(Job):
 @pytest.fixture
 def script(tmp_path):
     def make(name: str, code: str, after: tuple[str, ...] = (), **config: object) -> Script:
-        return Script(name, [code], config, "done", after, folder=str(tmp_path / name))
+        return Script(name, [code], config, "done", after, ("pid",), folder=str(tmp_path / name))
 
     return make
 
@@ -103,6 +104,43 @@ def test_a_folder_serves_one_sweep(tmp_path):
         pass
 
 
+@pytest.mark.case("E1")
+@pytest.mark.parametrize("command", ["sweep", "job"])
+def test_files_of_the_users_in_a_sweeps_folder_are_kept(tmp_path, script, command):
+    folder = tmp_path / "a" if command == "job" else tmp_path
+    if command == "job":
+        run(tmp_path, [script("b", DONE)])
+    folder.mkdir(exist_ok=True)
+    (folder / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match=r"did not write there \(thesis\.txt\)"):
+        run(tmp_path, [script("a", DONE)])
+    assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.case("E1")
+def test_notes_beside_a_failed_attempt_are_kept(tmp_path, script):
+    jobs = [script("a", "os.makedirs('runs/version_0'); open('runs/version_0/x', 'w'); sys.exit(3)")]
+    run(tmp_path, jobs)
+    (tmp_path / "a/runs/version_0/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"a: .*did not write there \(runs/version_0/notes\.txt\)"):
+        run(tmp_path, jobs)
+    (tmp_path / "a/runs/version_0/notes.txt").unlink()
+    assert statuses(run(tmp_path, [script("a", DONE)])) == {"a": "finished"}
+    assert not (tmp_path / "a/runs").exists()
+
+
+@pytest.mark.case("E1")
+def test_a_job_folder_that_is_a_link_is_not_emptied(tmp_path, script):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "job.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").symlink_to(other)
+    with pytest.raises(UserError, match="is a link"):
+        JobFolder(tmp_path / "out", script("a", DONE)).begin()
+    assert [file.name for file in other.iterdir()] == ["job.json"]
+
+
 LONG = """
 import sys
 sys.path.insert(0, {root!r})
@@ -129,6 +167,68 @@ def test_an_ended_sweep_and_the_process_it_started(tmp_path, script, kind):
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not alive(pid))
     assert statuses(run(tmp_path, [script("a", DONE)])) == {"a": "finished"}
+
+
+@pytest.mark.case("E4")
+@pytest.mark.parametrize("name", ["job.json", "finished.json"])
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"config": 3, "seconds": "1"}', "[" * 10**5])
+def test_notes_of_wrong_types_are_one_message(tmp_path, script, name, text):
+    run(tmp_path, [script("a", DONE)])
+    (tmp_path / "a" / name).write_text(text)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        run(tmp_path, [script("a", DONE)])
+
+
+ARM = "from opcd.__main__ import _end_with_the_sweep as end; end(); import os, time; print(os.getpid(), flush=True); "
+SWEEP = """
+import os, subprocess, sys, time
+environment = os.environ | {{"OPCD_ENDS_WITH": {owner}}}
+subprocess.Popen([sys.executable, "-c", {arm!r}], env=environment, start_new_session=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.case("E11")
+def test_an_arm_ends_with_its_sweep_also_after_sigkill(tmp_path):
+    text = SWEEP.format(
+        owner="str(os.getpid())", arm=ARM + "assert 'OPCD_ENDS_WITH' not in os.environ; time.sleep(120)"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", text], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with sweep:
+        arm = int(sweep.stdout.readline())
+        assert alive(arm)
+        sweep.kill()
+    wait_for(lambda: not alive(arm))
+
+
+@pytest.mark.case("E11")
+def test_an_arm_whose_sweep_was_gone_before_does_not_begin(tmp_path):
+    environment = os.environ | {"OPCD_ENDS_WITH": "1"}
+    done = subprocess.run([sys.executable, "-c", ARM], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.returncode == 143 and done.stdout == b""
+
+
+@pytest.mark.case("E11")
+def test_arms_know_their_sweep_and_the_lock_names_it(tmp_path, script):
+    code = "open('done', 'w').write(os.environ['OPCD_ENDS_WITH'])"
+    run(tmp_path, [script("a", code)])
+    assert (tmp_path / "a" / "done").read_text() == str(os.getpid())
+    with locked(tmp_path), pytest.raises(UserError, match=rf"in use.*process {os.getpid()} on "), locked(tmp_path):
+        pass
+
+
+@pytest.mark.case("E5")
+def test_without_locks_the_process_in_the_lock_file_is_asked(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("opcd.locks.fcntl.flock", refuse)
+    with locked(tmp_path):
+        assert "without file locks" in capsys.readouterr().err
+    owner = json.loads((tmp_path / ".lock").read_text())
+    (tmp_path / ".lock").write_text(json.dumps(owner | {"process": os.getppid()}))
+    with pytest.raises(UserError, match=f"in use.*process {os.getppid()}"), locked(tmp_path):
+        pass
 
 
 def wait_for(condition, seconds: float = 60):
