@@ -23,13 +23,13 @@ def test_lines_end_at_a_line_feed_alone(tmp_path):
     file.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     assert [row for _, row in read_jsonl(file, "key")] == rows
     assert read_rows_of_a_run(file) == rows
-    assert list(_first_records(file, 100)) == rows
+    assert _first_records(file, {"answer": str}, []) == rows
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append(rows)
     assert [row["answer"] for row in Journal(tmp_path / "journal.jsonl").records] == [row["answer"] for row in rows]
     one = asdict(Round(1, 0.0, 0.0, 0.0, 1, 1, None, 0.0, 1))
     (tmp_path / TABLE).write_text(json.dumps(one) + "\n" + json.dumps(one) + "\n")
-    assert len(read_rounds(tmp_path)) == 2
+    assert len(read_rounds(tmp_path, [])) == 2
 
 
 class Counted(str):
