@@ -8,7 +8,7 @@ import pytest
 from opcd.data.files import parse_json, read_jsonl
 from opcd.errors import UserError
 from opcd.experience.journal import Journal
-from opcd.experience.show import _first_records
+from opcd.experience.show import EXAMPLES, _first_records
 from opcd.experience.table import TABLE, Round, read_rounds
 from opcd.sweep.results import read_jsonl as read_rows_of_a_run
 
@@ -23,7 +23,7 @@ def test_lines_end_at_a_line_feed_alone(tmp_path):
     file.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     assert [row for _, row in read_jsonl(file, "key")] == rows
     assert read_rows_of_a_run(file) == rows
-    assert _first_records(file, {"answer": str}, []) == rows
+    assert _first_records(file, {"answer": str}, []) == rows[:EXAMPLES]
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append(rows)
     assert [row["answer"] for row in Journal(tmp_path / "journal.jsonl").records] == [row["answer"] for row in rows]
