@@ -154,7 +154,8 @@ def test_other_settings_begin_from_the_student(again, finished):
         shutil.rmtree(folder / "runs/version_0/student")
     code, text = run("--data.batch_size", 4, "--model.optimizer.lr", 0.01)
     assert code == 2 and "these keys differ: model.optimizer.init_args.lr, data.batch_size" in text
-    named = "--model.student.name runs/version_0/student" if finished else "`opcd export runs/version_0 --to merged"
+    own = folder / "runs/version_0"
+    named = f"--model.student.name {own}/student" if finished else f"`opcd export {own} --to merged"
     assert named in text
 
 
