@@ -306,7 +306,8 @@ def ends_by_ctrl_c(tiny: str) -> bool:
     if (code := chat.wait(30)) == -signal.SIGKILL:
         return False
     assert code == 130
-    assert b"Traceback" not in said and said.rstrip().endswith(b"\x1b[?25h")  # the cursor is there again
+    screen, cursor, last = said.rpartition(b"\x1b[?25h")  # the cursor is there again
+    assert cursor and b"Traceback" not in screen and last.startswith(b"opcd: SIGINT: ") and last.count(b"\n") == 1
     return True
 
 
