@@ -198,3 +198,16 @@ def test_the_map_shows_every_part():
     assert [entry for entry in entries if not (ROOT / entry).exists()] == []
     shown = {entry.removeprefix("opcd/").rstrip("/").removesuffix(".py") for entry in entries if "opcd/" in entry}
     assert shown == units() - {"__main__"}
+
+
+def test_every_case_is_listed_with_its_tests():
+    listed = {}
+    for line in (ROOT / "tests" / "cases.md").read_text(encoding="utf-8").splitlines():
+        if row := re.match(r"\| ([A-Z]\d+) \|", line):
+            listed[row[1]] = set(re.findall(r"`([\w/]+\.py)`", line))
+    marked: dict[str, set[str]] = {}
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for names in re.findall(r"mark\.case\(([^)]*)\)", file.read_text(encoding="utf-8")):
+            for name in re.findall(r'"([A-Z]\d+)"', names):
+                marked.setdefault(name, set()).add(file.relative_to(ROOT / "tests").as_posix())
+    assert listed == marked
