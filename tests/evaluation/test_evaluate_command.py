@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from opcd.evaluation import Evaluation, Evaluator
+from opcd.evaluation.intervals import wilson
 from opcd.extras import install_hint
 from opcd.models import ModelConfig
 from opcd.precision import fast_dtype
@@ -108,11 +109,12 @@ def test_several_answers_and_a_difference(evaluate, tmp_path):
     assert len({row["response"] for row in rows if row["index"] == 0}) > 1
     assert {"avg@3", "pass@1", "pass@2", "pass@3"} < metrics.keys()
     code, text = evaluate("--samples", 3, "--against", tmp_path / "one", "--out", tmp_path / "two")
-    assert code == 0 and "+0.000 0.000 to 0.000" in text
+    share = wilson(0, 4)[1]  # of questions with another answer, none of which was seen
+    assert code == 0 and f"+0.000 {-share:.3f} to {share:.3f}" in text
     written = json.loads((tmp_path / "two" / "results.json").read_text())
     assert written["against"] == str(tmp_path / "one")
     difference = written["tasks"]["dapo_math"]["difference"]
-    assert difference["accuracy"] == {"value": 0.0, "low": 0.0, "high": 0.0}, difference
+    assert difference["accuracy"] == pytest.approx({"value": 0.0, "low": -share, "high": share}), difference
 
 
 def test_a_template_without_a_system_role(evaluate, tiny, tmp_path, context):
