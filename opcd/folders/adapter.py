@@ -20,6 +20,8 @@ WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 LAYER = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.base_layer)*\.lora_(?:A\.weight|embedding_A)")
 PLAIN = re.compile(r"[\w.\\^$-]{1,500}")
 """A name, or a pattern that is matched in linear time."""
+PATTERN = re.compile(r"(?:\.\*\\\.)?" + PLAIN.pattern)
+"""One that may begin with any parents, as peft writes those of fused experts: squared time, of one short name."""
 INITIAL = re.compile(r"gaussian|orthogonal|olora|eva|loftq|pissa(_niter_\d{1,2})?")
 PASSED_OVER = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "loftq_config", "megatron_core", "peft_type"),
@@ -41,7 +43,7 @@ def _names(value: object) -> bool:
 
 
 def _by_name(value: object, check: Callable[[object], bool]) -> bool:
-    return isinstance(value, dict) and all(PLAIN.fullmatch(name) and check(each) for name, each in value.items())
+    return isinstance(value, dict) and all(PATTERN.fullmatch(name) and check(each) for name, each in value.items())
 
 
 def _flag(value: object) -> bool:

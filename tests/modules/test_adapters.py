@@ -1,5 +1,7 @@
 """Adapters: what learns, the base under them as a teacher, checkpoints, folders, and quantized weights."""
 
+import json
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -113,6 +115,21 @@ def test_an_adapter_folder_loads_by_its_name(tiny, tmp_path):
         load_model(ModelConfig(str(tmp_path / "adapter")))
 
 
+@pytest.mark.parametrize("setting", ["alpha_pattern", "rank_pattern"])
+@pytest.mark.parametrize(("name", "right"), [(r".*\.q_proj", True), (r"(a+)+", False), (r".*\.a*b", False)])
+def test_patterns_of_an_adapter_take_no_endless_time(setting, name, right, tiny, tmp_path):
+    """What peft writes itself is read, with the parents of a name; no other repetition is."""
+    folder = tmp_path / "adapter"
+    Student.load(ModelConfig(tiny), adapter=Lora(rank=4)).save(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {setting: {name: 4}}))
+    if right:
+        load_model(ModelConfig(str(folder)))
+    else:
+        with pytest.raises(UserError, match=f"{setting} must be"):
+            load_model(ModelConfig(str(folder)))
+
+
 def test_an_adapter_answers_but_is_not_trained_on(tiny, rows, context, tmp_path, opcd):
     folder = tmp_path / "adapter"
     Student.load(ModelConfig(tiny), adapter=Lora(rank=4)).save(folder)
@@ -128,7 +145,7 @@ def distiller(tiny, teacher, **options):
     return Distiller(
         ModelConfig(tiny, **options),
         teacher,
-        rollout=StudentRollout(Sampling(4), dtype="float32" if "dtype" in options else "bfloat16"),
+        rollout=StudentRollout(Sampling(4), dtype="float32" if "dtype" in options else "auto"),
         adapter=Lora(rank=4),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
     )
@@ -144,7 +161,7 @@ def steps(tmp_path, data, module, count=2, **options):
 def test_a_run_changes_the_adapter_alone(quantization, tiny, data, tmp_path):
     options = {"quantization": quantization, **({"dtype": "float32"} if quantization == "none" else {})}
     module = steps(tmp_path, data, distiller(tiny, BaseTeacher(), **options))
-    plain = load_model(ModelConfig(tiny, **options), torch.bfloat16)
+    plain = load_model(ModelConfig(tiny, **options), module.student.model.dtype)  # auto is this machine's
     use_cpu_attention(plain)  # as the student has it
     base, student = logits(module.teacher.model), logits(module.student.model)
     scale = 0.03 if quantization == "4bit" else 0
@@ -289,6 +306,7 @@ def lora_run(experts, rows, context, tmp_path, opcd):
             *("--data.context", context, "--data.batch_size", 2, "--model.answer.max_new_tokens", 4),
             *("--model.rollout", "{class_path: StudentRollout, init_args: {sampling: {max_new_tokens: 4}}}"),
             *("--trainer.max_steps", 1, "--trainer.precision", "32-true", "--model.student.dtype", "float32"),
+            *("--model.shared_prefix", "never"),  # recurrent layers share none, and auto warns
             *("--trainer.default_root_dir", tmp_path, "--trainer.callbacks+", MERGE),
         )
 
