@@ -155,7 +155,8 @@ def test_show_names_a_folder_that_holds_something_else(opcd, tmp_path, name):
     shutil.copytree(SHIPPED, run)
     (run / name).write_text('{"number": ["a"]}\n' if name != "run.json" else "{")
     code, text = opcd("show", run)
-    assert code == 2 and "Traceback" not in text and str(run) in text, text
+    assert "Traceback" not in text and f"{name}:" in text.replace("\n", " ")
+    assert code == 0, text  # the rest is shown
 
 
 @pytest.mark.case("C19")

@@ -342,7 +342,7 @@ def test_training_lowers_the_divergence(tmp_path, rows, context, tiny, tiny_teac
     "arguments", [{"temperature": 0.0}, {"micro_batch_tokens": 0}, {"max_nats": -1.0}, {"gradient_clip_val": 0.0}]
 )
 def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match=f"model.{next(iter(arguments))} must be greater than 0"):
+    with pytest.raises(ValueError, match=f"model.{next(iter(arguments))} must be a finite number greater than 0"):
         Distiller(**arguments)
 
 
@@ -388,8 +388,8 @@ def test_a_biased_sampled_reverse_kl_is_refused(loss, rollout, message):
 
 
 def test_options_of_generate_are_honoured(tiny, batch):
-    student = Student.load(ModelConfig(name=tiny))
-    for options, once in (({}, False), ({"no_repeat_ngram_size": 1}, True)):
+    student, ends = Student.load(ModelConfig(name=tiny)), set(range(0, 49152, 2))
+    for options, ended in (({}, True), ({"min_new_tokens": 24}, False)):
         sampling = Sampling(24, temperature=0.0, options=options)
-        (response,) = generate(student.model, batch.student_prompts[:1], sampling, {7}, student.pad_id)
-        assert (len(set(response.tolist())) == len(response)) is once
+        (response,) = generate(student.model, batch.student_prompts[:1], sampling, ends, student.pad_id)
+        assert (len(response) < 24) is ended
