@@ -24,6 +24,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -71,7 +72,7 @@ def hostile(runs: int, folder: Path) -> Outcome:
             shutil.copytree(good[case.kind], copy, symlinks=True)
             problem, code, said = _judge(case, copy, canary)
             outcome.add(problem and f"{case.kind}: {case.what}: {problem}")
-            table.add_row(case.kind, case.what, str(code), said[-150:])
+            table.add_row(case.kind, Text(case.what), str(code), Text(said[-150:]))
             shutil.rmtree(copy)
         Console(width=160, file=sys.stderr).print(table)
     return outcome
