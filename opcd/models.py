@@ -160,6 +160,7 @@ def load_tokenizer(config: ModelConfig, key: str = "model.student") -> PreTraine
             revision=None if config.tokenizer else config.revision,
             trust_remote_code=trusted,
         )
+        tokenizer.decode(tokenizer("a").input_ids)  # settings of the wrong kind fail only where they are used
     if tokenizer.eos_token_id is None:
         raise UserError(f"{key}.name: the tokenizer of {name} has no end-of-sequence token; set one in its folder")
     if tokenizer.pad_token_id is None:
