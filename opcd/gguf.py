@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGUFReader
 from tqdm.auto import tqdm
@@ -132,10 +133,9 @@ class _Reader(GGUFReader):
     """gguf's reader, which ends where the file ends: a header may announce more than there is, without end."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        found = super()._get(offset, dtype, count, override_order)
-        if len(found) < int(count):
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError("the file ends within its header or its weights")
-        return found
+        return super()._get(offset, dtype, count, override_order)
 
 
 def _header(file: Path) -> GGUFReader:
