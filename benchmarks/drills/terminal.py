@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import random
 import re
 import shlex
@@ -77,6 +78,18 @@ class _Terminal(io.StringIO):
         return self.terminal
 
 
+class _Now:
+    """Standard error as it is now; a logger's handler keeps the stream that there was when its library was imported."""
+
+    def write(self, text: str) -> int:
+        """Hand it on."""
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Hand on what is buffered."""
+        sys.stderr.flush()
+
+
 def terminal(runs: int, folder: Path) -> Outcome:
     """Nothing that was planted reaches standard output or error as it is, and all of it can be seen escaped."""
     outcome, draw = Outcome(), random.Random(0)
@@ -126,6 +139,8 @@ def _shown(case: Case, text: str, is_terminal: bool, where: Path) -> tuple[str, 
             (sys, "argv", ["opcd"]),
         ):
             stack.enter_context(patch.object(owner, name, value))
+        for handler in _handlers():
+            stack.enter_context(patch.object(handler, "stream", _Now()))
         if is_terminal:
             stack.enter_context(patch.dict("os.environ", {"TERM": "xterm-256color", "COLUMNS": "200"}))
         answers: Callable[..., list[str]] = Distiller.answers
@@ -140,6 +155,13 @@ def _shown(case: Case, text: str, is_terminal: bool, where: Path) -> tuple[str, 
         except Exception as error:  # a traceback in the command itself
             return f"{out.getvalue()}{type(error).__name__}: {error!a}", 70
     return out.getvalue(), code
+
+
+def _handlers() -> list[logging.StreamHandler[Any]]:
+    """What loggers print with."""
+    loggers = [logging.root, *(logging.getLogger(name) for name in sorted(logging.root.manager.loggerDict))]
+    found = [handler for logger in loggers for handler in logger.handlers]
+    return [handler for handler in found if type(handler) is logging.StreamHandler]
 
 
 def _cases(where: Path, text: str, address: str) -> Iterator[Case]:
