@@ -142,12 +142,11 @@ def _nothing(good: dict[str, Path]) -> Iterator[Planted]:
 
 
 def _runs(good: dict[str, Path]) -> Iterator[Planted]:
-    def config(**student: Any) -> Callable[[Path], Path]:
+    def config(code: bool = True, **student: Any) -> Callable[[Path], Path]:
         def plant(copy: Path) -> Path:
             values = {"model": {"student": {"name": str(copy / "student")} | student}, "data": {"placement": "system"}}
             (copy / "config.yaml").write_text(json.dumps(values))
-            needs_code(copy / "student")
-            return copy
+            return needs_code(copy / "student") and copy if code else copy
 
         return plant
 
@@ -168,7 +167,8 @@ def _runs(good: dict[str, Path]) -> Iterator[Planted]:
         ):
             yield Planted("run", f"a config that is {name}", text(value), (2,), "config", command)
         yield Planted("run", "a context's place that is none", text(_placed(good, [1])), (0, 2), "", command)
-    yield Planted("run", "a template without end", config(chat_template="/dev/zero"), (2,), "")
+        endless = config(False, chat_template="/dev/zero")
+        yield Planted("run", "a template without end", endless, (0, 2), "/dev/zero", command)
 
 
 def _placed(good: dict[str, Path], placement: object) -> str:
@@ -200,6 +200,7 @@ def _models() -> Iterator[Planted]:
         for file in ("config.json", "generation_config.json"):
             yield Planted("model", f"{file}: {field}: {value}", _field(file, field, value), (2,), field)
     yield Planted("model", "a template that is a number", _field("tokenizer_config.json", "chat_template", 5), (2,))
+    yield Planted("model", "a length that is an object", _field("tokenizer_config.json", "model_max_length", {}), (2,))
 
 
 def _adapters(good: dict[str, Path]) -> Iterator[Planted]:
@@ -329,12 +330,12 @@ def _ggufs() -> Iterator[Planted]:
 
     yield Planted("gguf", "code beside it", beside, (0,))
     yield Planted("gguf", "an adapter beside it", adapter, (0,))
-    yield Planted("gguf", "2^60 tensors", counted(8), (2,), "model.gguf")
-    yield Planted("gguf", "2^60 settings", counted(16), (2,), "model.gguf")
+    yield Planted("gguf", "2^60 tensors", counted(8), (2,), "the file ends")
+    yield Planted("gguf", "2^60 settings", counted(16), (2,), "the file ends")
     for name in (b"block_count", b"embedding_length", b"feed_forward_length"):
         yield Planted("gguf", f"{name.decode()}: 2^31", number(name, 2**31), (2,), "model.gguf")
     for size in (0, 3, 20, 500, 60_000):
-        yield Planted("gguf", f"cut after {size} bytes", cut(size), (2,), "model.gguf")
+        yield Planted("gguf", f"cut after {size} bytes", cut(size), (2,), "the file ends" if size else "empty file")
 
 
 def at_random(good: dict[str, Path], runs: int) -> Iterator[Planted]:
