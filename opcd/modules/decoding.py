@@ -21,6 +21,7 @@ from transformers import (
     MinNewTokensLengthLogitsProcessor,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from opcd.interruption import check
 
@@ -86,7 +87,10 @@ def _can_leave(inputs: dict[str, Any], rows: int) -> bool:
     cache = inputs.get(CACHE)
     tensors = [value for name, value in inputs.items() if isinstance(value, Tensor)]
     return (
-        isinstance(cache, DynamicCache) and not any(cache.is_linear) and all(len(tensor) == rows for tensor in tensors)
+        isinstance(cache, DynamicCache)
+        # `is_linear` leaves out layers that keep both, a state and keys and values (FalconH1's)
+        and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+        and all(len(tensor) == rows for tensor in tensors)
     )
 
 

@@ -17,6 +17,7 @@ from opcd.modules.decoding import draw
 from opcd.modules.generation import Sampling, generate, own_precision
 from opcd.modules.packed_linear import FEWEST_STEPS, _Joined, packed_linears
 from opcd.precision import has_bfloat16
+from tests.families import make
 
 PAD, STEPS = 2, 24
 ENDS = set(range(0, 49152, 12))
@@ -99,6 +100,19 @@ def test_rows_that_cannot_leave_end_the_loop_once_all_have_ended(model, prompts,
     sizes, found = batch_sizes(model, lambda: generate(model, prompts, sampling, ends, PAD))
     assert sizes == [len(prompts)] * longest
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its slower kernels
+def test_no_row_leaves_layers_that_keep_a_state_beside_keys_and_values():
+    """transformers would take the row out of the keys and values alone."""
+    torch.manual_seed(0)
+    hybrid, ends = make("FalconH1"), set(range(0, 97, 4))
+    prompts = [torch.randint(3, 97, (length,)) for length in (5, 9, 3, 7)]
+    sampling = Sampling(STEPS, temperature=0.0)
+    sizes, found = batch_sizes(hybrid, lambda: generate(hybrid, prompts, sampling, ends, 0))
+    assert len({len(response) for response in found}) > 1 and set(sizes) == {len(prompts)}
+    for prompt, response in zip(prompts, found, strict=True):
+        assert torch.equal(generate(hybrid, [prompt], sampling, ends, 0)[0], response)
 
 
 def test_a_rank_that_is_done_runs_on_until_all_are(model, prompts, monkeypatch):
