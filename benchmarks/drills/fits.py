@@ -197,7 +197,7 @@ def metrics(root: Path) -> list[tuple[int, dict[str, str]]]:
     for file in sorted(root.glob("version_*/metrics.csv")):
         with file.open(newline="") as stream:
             rows = [row for row in csv.DictReader(stream) if None not in row.values()]  # cut lines
-        rows = [row for row in rows if row["train/divergence"]]
+        rows = [row for row in rows if row.get("train/divergence")]  # a run with no step left has none
         found += [(int(row["step"]), {name: row[f"train/{name}"] for name in COMPARED}) for row in rows]
     return found
 

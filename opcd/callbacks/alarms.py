@@ -7,6 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from opcd.errors import StepAbandoned
+from opcd.interruption import Interrupted
+
 
 class Alarms(Callback):
     """Warns, once each, of what the means over a window of steps say. Nothing is changed: look at samples.jsonl.
@@ -38,9 +41,26 @@ class Alarms(Callback):
         self._recent: deque[dict[str, float]] = deque(maxlen=window)
         self._first: dict[str, float] = {}
         self._rung: list[str] = []
+        self._looked = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """A step begins that has not been looked at."""
+        self._looked = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Look at a step that is done, where a callback before this one was left after it (`LMEval`).
+
+        The checkpoint that is saved then goes on after that step.
+        """
+        if self._looked or trainer.state.fn != "fit" or not isinstance(exception, Interrupted | StepAbandoned):
+            return
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if batches.completed < batches.processed:
+            self.on_train_batch_end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Look at the last window."""
+        self._looked = True
         self._look_at_gap(trainer)
         names = ("ended", "repetition", "student_entropy", "response_tokens")
         measured = {name: float(trainer.callback_metrics[f"train/{name}"]) for name in names}

@@ -1,11 +1,13 @@
 """Alarms on the means of a window, once each."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from opcd.callbacks import Alarms
+from opcd.interruption import Interrupted
 from opcd.modules.meters import repetition
 
 GOOD = {"ended": 0.9, "repetition": 0.1, "student_entropy": 2.0, "response_tokens": 20.0}
@@ -63,3 +65,25 @@ def test_repetition():
     assert repetition([said_once]) == 0
     assert repetition([again]) == pytest.approx(1 - 4 / 9)
     assert repetition([said_once, again, torch.tensor([2])]) == pytest.approx((1 - 4 / 9) / 3)
+
+
+@pytest.mark.case("E2")
+@pytest.mark.parametrize(
+    ("processed", "looked", "seen"),
+    [(1, False, 1), (0, False, 0), (1, True, 1)],
+    ids=["left after the step, by a callback before", "left within the step", "left by a callback after"],
+)
+def test_a_step_that_is_done_counts_where_the_run_is_left_after_it(processed, looked, seen):
+    alarms = Alarms(window=2)
+    current = SimpleNamespace(processed=processed, completed=0)
+    trainer = SimpleNamespace(
+        callback_metrics={f"train/{name}": value for name, value in GOOD.items()},
+        global_step=1,
+        state=SimpleNamespace(fn="fit"),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=current))),
+    )
+    alarms.on_train_batch_start(trainer, None)
+    if looked:
+        alarms.on_train_batch_end(trainer, None)
+    alarms.on_exception(trainer, None, Interrupted(signal.SIGTERM))
+    assert alarms.state_dict()["recent"] == [GOOD] * seen
