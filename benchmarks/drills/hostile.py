@@ -196,7 +196,12 @@ def _models() -> Iterator[Planted]:
     for field in ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads"):
         for value in (LARGE, 5000, 0, -1, "2", [], 2.5):
             yield Planted("model", f"config.json: {field}: {value}", _field("config.json", field, value))
-    for field, value in (("eos_token_id", "x"), ("eos_token_id", [[1]]), ("pad_token_id", {}), ("eos_token_id", 1.5)):
+    for field, value in (
+        ("eos_token_id", "x"),
+        ("eos_token_id", [[1]]),
+        ("pad_token_id", {"a": 1}),
+        ("eos_token_id", 1.5),
+    ):
         for file in ("config.json", "generation_config.json"):
             yield Planted("model", f"{file}: {field}: {value}", _field(file, field, value), (2,), field)
     yield Planted("model", "a template that is a number", _field("tokenizer_config.json", "chat_template", 5), (2,))

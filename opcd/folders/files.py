@@ -36,21 +36,20 @@ def read_object(file: Path, key: str) -> dict[str, Any]:
         raise UserError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{where} must hold an object, not {kind(value)}")
-    if any(depth > DEEPEST for depth, _, _ in leaves(value)):
+    if any(depth > DEEPEST for depth, _, _ in values_in(value)):
         raise UserError(f"{where} is nested too deeply")
     return value
 
 
-def leaves(value: dict[str, Any]) -> Iterator[tuple[int, str, Any]]:
-    """(depth, field, value) of everything in an object but the objects that hold some; a list, then what is in it."""
+def values_in(value: dict[str, Any]) -> Iterator[tuple[int, str, Any]]:
+    """(depth, field, value) of everything in an object: an object or a list itself, then what is in it."""
     rest: list[tuple[int, str, Any]] = [(0, "", value)]
     while rest:
         depth, field, inner = rest.pop()
-        if isinstance(inner, dict) and inner:
+        yield depth, field, inner
+        if isinstance(inner, dict):
             above = f"{field}." if field else ""
             rest.extend((depth + 1, f"{above}{name}"[-200:], each) for name, each in inner.items())
-            continue
-        yield depth, field, inner
         if isinstance(inner, list):
             rest.extend((depth + 1, field, each) for each in inner)
 

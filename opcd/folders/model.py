@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from opcd.errors import UserError
-from opcd.folders.files import kind, leaves, read_object, shapes
+from opcd.folders.files import kind, read_object, shapes, values_in
 from opcd.folders.limits import SPARE, Budget, oversized
 
 CONFIG = "config.json"
@@ -50,13 +50,13 @@ def check_model_folder(folder: Path, key: str, trusted: bool = False) -> None:
 
 
 def _check_fields(values: dict[str, Any], where: str, file: str) -> None:
-    for _, name, value in leaves(values):
+    for _, name, value in values_in(values):
         last = name.rpartition(".")[2]
         if file == CONFIG and (problem := oversized(name, value)):
             raise UserError(f"{where}: {problem}")
         if file == CONFIG and last in SIZES and value is not None and not (_whole(value) and value > 0):
             raise UserError(f"{where}: {name} must be a whole number greater than 0, not {_shown(value)}")
-        if file == CONFIG and last.endswith(NUMBERS) and isinstance(value, str | dict):
+        if file == CONFIG and last.endswith(NUMBERS) and (isinstance(value, str) or value == {}):
             raise UserError(f"{where}: {name} must be a number, not {_shown(value)}")
         if last in IDS and file != "tokenizer_config.json" and not _ids(value):
             raise UserError(f"{where}: {name} must be a token id or a list of them, not {_shown(value)}")
