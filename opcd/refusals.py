@@ -27,7 +27,10 @@ ALTERNATIVES = re.compile(
     r"\s*Given value type: .*\n\s*Given value: .*"
 )
 OTHER_KIND = re.compile(r"\s*- Expected a .*\n")
-OTHER_CLASS = re.compile(r"\n\s*- Import path \S+ does not correspond to a subclass of \w+")
+OTHER_CLASS = re.compile(
+    r"\n\s*- (Import path \S+ does not correspond to a subclass of \w+"
+    r"|Not a valid subclass of \w+.*\n\s*Subclass types expect one of:(\n\s*- a .*){4})"
+)
 LIBRARIES = ("torch.optim", "torch.optim.lr_scheduler", "opcd.callbacks", "lightning.pytorch.callbacks")
 """Where a class may lie whose key does not name what it must be."""
 EXTRAS = {"bitsandbytes": "bitsandbytes"}
