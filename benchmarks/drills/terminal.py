@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -117,7 +118,7 @@ def terminal(runs: int, folder: Path) -> Outcome:
                     )
                     if case.code not in (None, code):
                         problem = f"exit code {code}: {reached[-300:]!r}"
-                    if case.page and CONTROL.search(case.page.read_text(encoding="utf-8")):
+                    if case.page and code == 0 and CONTROL.search(case.page.read_text(encoding="utf-8")):
                         problem = f"{case.page.name} holds it"
                     kind = "terminal" if is_terminal else "pipe"
                     outcome.add(problem and f"{case.place}, {case.words[0]}, {kind}: {problem}")
@@ -132,6 +133,8 @@ def _shown(case: Case, text: str, is_terminal: bool, where: Path) -> tuple[str, 
     if case.page:
         case.page.unlink(missing_ok=True)
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("default")  # printed, also where tests make errors of them
         for owner, name, value in (
             (sys, "stdout", out),
             (sys, "stderr", out),

@@ -55,10 +55,23 @@ def test_control_tokens_in_rows_and_contexts(tmp_path):
     assert outcome.problems == [] and outcome.tried >= 1000
 
 
+@pytest.mark.slow
 @pytest.mark.case("A7")
 def test_a_terminal_stays_clean(tmp_path):
     outcome = terminal.terminal(1, tmp_path)
     assert outcome.problems == [] and outcome.tried >= 30
+
+
+@pytest.mark.case("A7")
+def test_a_terminal_stays_clean_where_nothing_is_trained(tmp_path, monkeypatch):
+    cases, begin = (
+        terminal._cases,
+        ("a query, its reference, an answer", "the name of a file of rows", "a server's words"),
+    )
+    short = lambda *given: (case for case in cases(*given) if case.place not in begin)  # noqa: E731
+    monkeypatch.setattr(terminal, "_cases", short)
+    outcome = terminal.terminal(1, tmp_path)
+    assert outcome.problems == [] and outcome.tried >= 24
 
 
 @pytest.mark.case("A7")
