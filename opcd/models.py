@@ -364,6 +364,8 @@ def quantization_config(config: ModelConfig, dtype: torch.dtype, key: str) -> Bi
     """
     if config.quantization == "none":
         return None
+    if (method := own_quantization(config, key)) is not None:
+        raise UserError(f"{key}.quantization: {config.name} is quantized already ({method}); remove the key")
     require("bitsandbytes", "bitsandbytes", f"{key}.quantization")
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
