@@ -103,8 +103,9 @@ def test_the_student_goes_on_where_the_teacher_stops(tiny, tiny_teacher, batch):
     for prompt, start, response in zip(batch.student_prompts, starts, found, strict=True):
         assert torch.equal(response[:2], start) and len(response) == 5
         begun = torch.cat([prompt, response])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            likeliest = rollout.rollout._copy(begun[None]).logits[0].argmax(-1)
+        writer = rollout.rollout._copy or student.model
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=writer.dtype == torch.bfloat16):
+            likeliest = writer(begun[None]).logits[0].argmax(-1)
         assert torch.equal(likeliest[len(prompt) + 1 : -1], response[2:])
 
 

@@ -56,10 +56,13 @@ def test_every_file_that_a_recipe_names_is_here(recipe):
         if re.search(r"(^|\.)(train|val|test|predict|context|data|ifeval|config)$", key) or "/data/" in text
     ]
     hub = opcd.data.sources.HUB_ID
-    missing = [(key, text) for key, text in named if not (ROOT / text).is_file() and not hub.fullmatch(text)]
-    assert missing == []
+
+    def is_here(text: str) -> bool:
+        return (ROOT / text).is_file() or (recipe.parent / text).is_file()
+
+    assert [(key, text) for key, text in named if not is_here(text) and not hub.fullmatch(text)] == []
     local = [(key, text) for key, text in named if text.endswith((".txt", ".jsonl", ".json", ".yaml"))]
-    assert [(key, text) for key, text in local if not (ROOT / text).is_file()] == []
+    assert [(key, text) for key, text in local if not is_here(text)] == []
 
 
 def test_the_lessons_of_the_recipe_are_those_that_the_run_selected():
