@@ -25,7 +25,7 @@ def read_whole(answer: Any, prompt: list[int], response: list[int], k: int) -> V
         ServerError: it has not, or not with k tokens, or what they say are no log-probabilities.
     """
     SCORED(answer, "answer")
-    tables = answer["choices"][0]["prompt_logprobs"]
+    tables = answer["choices"][0].get("prompt_logprobs")
     if tables is None:
         raise ServerError("it gives no prompt_logprobs; vLLM does")
     if len(tables) != len(prompt) + len(response):
