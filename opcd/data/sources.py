@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from opcd.data.examples import ACCEPTED, Example, OnBadRow, parse_rows
 from opcd.data.files import LONGEST, jsonl_lines, raising, read_json, read_text, require_file, suffix_of
 from opcd.errors import UserError
@@ -172,6 +170,7 @@ def _parquet_rows(path: Path, key: str) -> Rows:
 
 def _hub_rows(name: str, config: str | None, split: str, key: str) -> Rows:
     import datasets
+    from lightning.pytorch.utilities import rank_zero_info  # seconds, that others need not wait
 
     source = f"{name}/{config}:{split}" if config else f"{name}:{split}"
     if not hub_reachable():
