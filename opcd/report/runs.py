@@ -153,7 +153,8 @@ def questions(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Each sample query, with what every run answered before, after, and with the context."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
-        steps = [row["step"] for row in run.samples if not row["context"]]
+        # Of a damaged run, the answers without the context may all be gone.
+        steps = [row["step"] for row in run.samples if not row["context"]] or [0]
         for row in run.samples:
             if not row["context"] and row["step"] not in (min(steps), max(steps)):
                 continue

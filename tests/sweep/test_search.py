@@ -79,4 +79,4 @@ def test_a_metric_that_no_arm_has_and_the_best_arm(tmp_path):
         chosen.value(results[0])
     assert best(results, Search("loss")).startswith("best: 1.0 ")
     assert best(results, Search("loss", "maximize")).startswith("best: 3.0 ")
-    assert best([], Search("loss")) == "no trial has finished"
+    assert best([], Search("loss")) == "no trial has finished with a finite loss"

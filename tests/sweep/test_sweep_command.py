@@ -70,15 +70,14 @@ def test_dotted_options_go_over_the_base(opcd, sweep_file, tmp_path):
     assert code == 2 and "'trainer.max_stepz' is no config key; did you mean trainer.max_steps?" in text
     code, text = opcd("sweep", file, "--trainer.max_steps", "three", *out)
     assert code == 2 and "trainer.max_steps" in text
-    with pytest.raises(SystemExit):
-        opcd("sweep", file, "--trainer.max_steps", *out[:1])
+    code, text = opcd("sweep", file, "--trainer.max_steps", *out[:1])
+    assert code == 2 and "Traceback" not in text
 
 
 def test_wrong_numbers_of_jobs(opcd, sweep_file):
     for jobs in ("0", "-1", "two"):
-        with pytest.raises(SystemExit) as stopped:
-            opcd("sweep", sweep_file(axes={"model.loss": ["JSD"]}), "--jobs", jobs)
-        assert stopped.value.code == 2
+        code, text = opcd("sweep", sweep_file(axes={"model.loss": ["JSD"]}), "--jobs", jobs)
+        assert code == 2 and "--jobs" in text
 
 
 @pytest.mark.slow
