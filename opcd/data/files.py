@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from opcd.did_you_mean import beside
-from opcd.disk import write_whole as write_whole
 from opcd.errors import UserError
 from opcd.recipes import elsewhere
 
