@@ -21,6 +21,9 @@ MOST_BYTES = 2 * 2**30
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers of one module that mostly read the same states."""
 
+ROWS = 16
+"""The rows that oneDNN is told to expect. For one it keeps the usual layout on some CPUs; for 4 or more it packs."""
+
 FEWEST_STEPS = 16
 """Packing takes as long as two or three decode steps; shorter generations do without."""
 
@@ -84,8 +87,7 @@ def _packed(layers: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor
     weights = [layer.weight.detach().to(dtype) for layer in layers]
     biases = [layer.bias.detach().to(dtype) for layer in layers if layer.bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # of one it would be a copy
-    rows = 1  # a hint of how many will be multiplied, which makes no difference
-    return torch.ops.mkldnn._reorder_linear_weight(weight, rows), torch.cat(biases) if biases else None
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS), torch.cat(biases) if biases else None
 
 
 def _product(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
