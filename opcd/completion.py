@@ -46,7 +46,7 @@ def recipe_schema() -> dict[str, Any]:
     """JSON schema (2020-12) of what `opcd fit --config` reads."""
     from opcd.lightning_cli import fit_parser  # seconds, that --help does not wait for
 
-    schema: dict[str, Any] = _Recipes().generate(fit_parser())  # type: ignore[no-untyped-call]
+    schema: dict[str, Any] = _Recipes().generate(fit_parser(described=True))  # type: ignore[no-untyped-call]
     return schema
 
 

@@ -1,5 +1,6 @@
 """Lightning's fit, validate, test and predict, with the project's defaults and one folder a run."""
 
+import re
 import shutil
 import signal
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -54,6 +55,8 @@ DEFAULT_OPTIMIZER = f"{default_optimizer.__module__}.{default_optimizer.__name__
 PARSER = {"exit_on_error": False, "allow_abbrev": False}
 for _package in ("opcd.data", "opcd.callbacks"):  # a config may name any class by its last name
     all_of(_package)
+ASKS = re.compile(r"^-h$|help|comments")
+"""Words that ask what keys are for: --help, --model.loss.help, --print_config=comments."""
 SOURCES = ("data.train", "data.val", "data.test", "data.predict")
 
 
@@ -84,6 +87,12 @@ class Command(LightningCLI):
     """The run's folder, on rank 0."""
     going_on: dict[str, Any] | None = None
     """What a checkpoint that the run goes on from says of its data."""
+    asked = "fit"
+    """The subcommand that is run."""
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that is run: the parsers of the other three take longer than all that is read."""
+        return {self.asked: LightningCLI.subcommands()[self.asked]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults that are classes, and what data must know of the models."""
@@ -255,8 +264,9 @@ def run(args: list[str]) -> None:
     """Parse `args` and run one of Lightning's subcommands. UserError for the user's mistakes."""
     sys.argv[1:] = args  # where Lightning looks, also when it starts the other ranks
     command = Command.__new__(Command)
+    command.asked = args[0]
     try:
-        command.__init__(**_settings())  # type: ignore[misc]
+        command.__init__(**_settings(args[0], described=any(ASKS.search(word) for word in args)))  # type: ignore[misc]
     except (UserError, MisconfigurationException, ArgumentError) as error:  # a crash keeps what was written
         if not isinstance(error, StepAbandoned):  # its batch is kept for a look
             _remove_unused_folder(command)
@@ -270,11 +280,11 @@ def run(args: list[str]) -> None:
             command.claimed.release()
 
 
-def fit_parser() -> LightningArgumentParser:
-    """The parser of `opcd fit`, for those who check a config without running it."""
+def fit_parser(described: bool = False) -> LightningArgumentParser:
+    """The parser of `opcd fit`, for those who check a config without running it, or read what its keys are for."""
     command = _ParserOnly.__new__(_ParserOnly)
     with suppress(_ParsersStand):
-        command.__init__(**_settings())  # type: ignore[misc]
+        command.__init__(**_settings("fit", described))  # type: ignore[misc]
     return command._subcommand_parsers["fit"]
 
 
@@ -290,8 +300,9 @@ class _ParserOnly(Command):
         raise _ParsersStand
 
 
-def _settings() -> dict[str, Any]:
-    """What the command tells LightningCLI."""
+def _settings(subcommand: str, described: bool) -> dict[str, Any]:
+    """What the command tells LightningCLI. `described`: with the docstrings below attributes, which take a second."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=described)
     return {
         "parser_class": _Parser,
         "model_class": Distiller,
@@ -305,7 +316,7 @@ def _settings() -> dict[str, Any]:
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "load_from_checkpoint_support": False,
-        "parser_kwargs": PARSER | dict.fromkeys(LightningCLI.subcommands(), PARSER),
+        "parser_kwargs": PARSER | {subcommand: PARSER},
     }
 
 

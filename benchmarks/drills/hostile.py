@@ -84,7 +84,9 @@ def _good(folder: Path) -> dict[str, Path]:
     kinds = {name: folder / name for name in ("model", "adapter", "run", "checkpoint", "gguf")}
     with warnings.catch_warnings():  # peft reads an attribute that transformers renames
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules=["q_proj"]))
+        adapted = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules=["q_proj"])
+        )
     adapted.save_pretrained(str(kinds["adapter"]))
     for file in [*model.glob("tokenizer*"), *model.glob("chat_template*")]:
         shutil.copy(file, kinds["adapter"])
