@@ -2,7 +2,8 @@
 
 How it works: `generate` prepares cache, logits processors and stopping criteria as ever. A row that has ended leaves
 the batch, so that the others go on without it, and a token is drawn with one random number a row, where
-`torch.multinomial` takes one a token of the vocabulary: on a CPU 8 ms for 8 rows of 49,152 (docs/log.md).
+`torch.multinomial` takes one a token of the vocabulary: on a CPU 8 ms for 8 rows of 49,152 (docs/log.md). The keys and
+values of a token are written behind those of the others, where transformers copies all of them for every token.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from transformers import (
     MinNewTokensLengthLogitsProcessor,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from opcd.interruption import check
 
@@ -53,6 +54,7 @@ def decode(
     going, done, step = torch.ones_like(rows, dtype=torch.bool), False, 0
     processors = LogitsProcessorList(NoEndBefore.of(processor) for processor in logits_processor)
     outputs = model._prefill(input_ids, generation_config, inputs)
+    give_room(outputs.get(CACHE))
     while True:
         inputs = model._update_model_kwargs_for_generation(outputs, inputs)
         scores = processors(input_ids, outputs.logits[:, -1].float())
@@ -72,6 +74,41 @@ def decode(
             return torch.cat([prompts, written[:, :step]], dim=1)
         model_inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)
         outputs = model(**model_inputs, return_dict=True)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, heads, T, D] with room behind them, which those of the next tokens are written into."""
+
+    MORE = 64
+    """Tokens that there is room for after a copy."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._memory = [keys, values]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add those of new tokens [B, heads, t, D]; the result is all of them."""
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self._behind(0, self.keys, key_states), self._behind(1, self.values, value_states)
+        return self.keys, self.values
+
+    def _behind(self, number: int, old: Tensor, new: Tensor) -> Tensor:
+        memory, had, length = self._memory[number], old.shape[-2], old.shape[-2] + new.shape[-2]
+        if memory.data_ptr() != old.data_ptr() or memory.shape[-2] < length:  # rows that were selected lie elsewhere
+            memory = new.new_empty(*new.shape[:2], length + self.MORE, new.shape[-1])
+            memory[..., :had, :] = old
+            self._memory[number] = memory
+        memory[..., had:length, :] = new
+        return memory[..., :length, :]
+
+
+def give_room(cache: Any) -> None:
+    """Let the plain layers of a cache grow in place; those with a window or a state of their own stay."""
+    for number, layer in enumerate(cache.layers if isinstance(cache, DynamicCache) else ()):
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[number] = RoomyLayer(layer.keys, layer.values)
 
 
 def draw(scores: Tensor) -> Tensor:

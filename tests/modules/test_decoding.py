@@ -7,13 +7,16 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    MistralConfig,
     TemperatureLogitsWarper,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from opcd.modules import decoding
-from opcd.modules.decoding import draw
+from opcd.modules.decoding import RoomyLayer, draw, give_room
 from opcd.modules.generation import Sampling, generate, own_precision
 from opcd.modules.packed_linear import FEWEST_STEPS, _Joined, packed_linears
 from opcd.precision import has_bfloat16
@@ -128,6 +131,42 @@ def test_a_rank_that_is_done_runs_on_until_all_are(model, prompts, monkeypatch):
     found = generate(model, prompts, sampling, ENDS, PAD)
     assert calls[-5:] == [True] * 5
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("steps", [3, 3 * RoomyLayer.MORE])
+def test_a_cache_that_grows_in_place_holds_what_transformers_holds(steps):
+    """Also where rows leave, where the last tokens are taken back, and where the room is used up."""
+    torch.manual_seed(0)
+    plain, roomy = DynamicCache(), DynamicCache()
+    for cache in (plain, roomy):
+        cache.update(torch.arange(60.0).view(3, 2, 5, 2), torch.arange(60.0).view(3, 2, 5, 2) + 0.5, 0)
+    given = roomy.layers[0].keys
+    give_room(roomy)
+    assert isinstance(roomy.layers[0], RoomyLayer)
+    places = set()
+    for step in range(steps):
+        if step == steps // 3:
+            for cache in (plain, roomy):
+                cache.batch_select_indices(torch.tensor([0, 2]))
+        if step == steps // 2:
+            for layer in (plain.layers[0], roomy.layers[0]):
+                layer.crop(-2)
+        new = torch.randn(2, len(plain.layers[0].keys), 2, 1, 2)
+        expected, found = (cache.update(new[0], new[1], 0) for cache in (plain, roomy))
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one, other)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+        places.add(found[0].data_ptr())
+    assert torch.equal(given, torch.arange(60.0).view(3, 2, 5, 2))  # what was given may be kept elsewhere
+    assert len(places) <= 2 + steps // RoomyLayer.MORE
+
+
+def test_layers_with_a_window_stay_as_they_are():
+    cache = DynamicCache(config=MistralConfig(sliding_window=4, num_hidden_layers=2))
+    for number in range(2):
+        cache.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), number)
+    give_room(cache)
+    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer] * 2
 
 
 def test_draws_follow_the_distribution():
