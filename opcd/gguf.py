@@ -15,10 +15,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from gguf import GGUFReader
@@ -94,7 +95,7 @@ def read(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTok
 def _read(file: Path, dtype: torch.dtype, header: GGUFReader) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # Nothing is stored in less than a bit; a layer has several tensors.
     budget = Budget(8 * file.stat().st_size + 2**27, 1000 + 100 * len(header.tensors), str(file))
-    with _alone(file) as folder:
+    with _alone(file) as folder, _read_once(header):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=NAME, trust_remote_code=False)
         with budget, _without_bar():
             model = AutoModelForCausalLM.from_pretrained(
@@ -122,6 +123,18 @@ def _without_bar() -> Iterator[None]:
 
 
 @contextmanager
+def _read_once(header: GGUFReader) -> Iterator[None]:
+    """transformers reads the header for config, tokenizer and weights, and makes a table of names for every module."""
+    reader, table = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = lambda path: header  # type: ignore[misc,assignment]
+    gguf.get_tensor_name_map = cache(table)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, table  # type: ignore[misc]
+
+
+@contextmanager
 def _alone(file: Path) -> Iterator[str]:
     """A folder that holds the file as `NAME`, and nothing else."""
     with tempfile.TemporaryDirectory(prefix="opcd-gguf-") as folder:
@@ -133,6 +146,7 @@ class _Reader(GGUFReader):
     """gguf's reader, which ends where the file ends: a header may announce more than there is, without end."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        self.data: Any = self.data.view(np.ndarray)  # of the mapping: a slice of a `memmap` takes twice as long
         if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError("the file ends within its header or its weights")
         return super()._get(offset, dtype, count, override_order)
