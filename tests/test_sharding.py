@@ -71,6 +71,7 @@ def assert_same(one: dict, other: dict, atol: float) -> None:
     assert_close(other_optimizer["state"], one_optimizer["state"], rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_one_and_two_takes_the_steps_of_one(fit, opcd, tmp_path):
     whole, parts = (tmp_path / name for name in ("whole", "parts"))
     assert opcd(*fit, "--trainer.default_root_dir", whole, "--trainer.max_steps", 5)[0] == 0

@@ -152,6 +152,7 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(opcd, words, callback, 
     assert not list((tmp_path / "runs").glob("*"))
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_each_their_share(words, tmp_path):
     """Greedy, in float64: the answers of one rank, each question once."""
     config = {"at_start": True, "evaluation": {"limit": 3, "greedy": True}}

@@ -18,12 +18,25 @@ from opcd.data.literal import TextEncoder
 
 @pytest.mark.parametrize(
     ("names", "runs"),
-    [("saves damage", 8), ("killed", 1), ("signals", 2), ("numbers", 3), ("folder requeue secrets", 1), ("beside", 2)],
+    [
+        ("beside", 2),
+        *(
+            pytest.param(*drill, marks=pytest.mark.slow)
+            for drill in (
+                ("saves damage", 8),
+                ("killed", 1),
+                ("signals", 2),
+                ("numbers", 3),
+                ("folder requeue secrets", 1),
+            )
+        ),
+    ],
 )
 def test_a_drill(names, runs):
     drill(*names.split(), runs=runs)
 
 
+@pytest.mark.slow
 @pytest.mark.case("E2")
 def test_a_signal_within_an_evaluation():
     drill("evaluations", runs=3)

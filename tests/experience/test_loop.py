@@ -114,6 +114,7 @@ def test_another_seed_draws_other_items(scripted):
     assert numbers(scripted("--seed=1", out="other")) != numbers(scripted())
 
 
+@pytest.mark.slow
 def test_kill_9_at_every_stage_and_resume(scripted, words, tmp_path):
     """Killed seven times, in every stage and in the middle of files, the run ends with the same bytes."""
     expected = scripted()
