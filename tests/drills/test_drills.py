@@ -16,21 +16,10 @@ from opcd.data import examples, files
 from opcd.data.literal import TextEncoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "runs"),
-    [
-        ("beside", 2),
-        *(
-            pytest.param(*drill, marks=pytest.mark.slow)
-            for drill in (
-                ("saves damage", 8),
-                ("killed", 1),
-                ("signals", 2),
-                ("numbers", 3),
-                ("folder requeue secrets", 1),
-            )
-        ),
-    ],
+    [("saves damage", 8), ("killed", 1), ("signals", 2), ("numbers", 3), ("folder requeue secrets", 1), ("beside", 2)],
 )
 def test_a_drill(names, runs):
     drill(*names.split(), runs=runs)
@@ -42,6 +31,7 @@ def test_a_signal_within_an_evaluation():
     drill("evaluations", runs=3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk of its own is mounted by root only")
 def test_a_full_disk():
     drill("disk", runs=2)
