@@ -65,7 +65,7 @@ def test_what_a_run_leaves(fit, tmp_path, tiny, tiny_teacher):
     assert [(s["step"], s["context"]) for s in samples] == [(0, False)] * 6 + [(0, True)] * 6 + [(2, False)] * 6
     assert "without context, before: " in " ".join(text.split())
     card = (run / "student" / "README.md").read_text()
-    assert "| optimizer | AdamW |" in card and "| learning rate | 0.0001 |" in card  # C16
+    assert "| optimizer | AdamW |" in card and "| learning rate | 7e-05 |" in card  # C16
     assert "| batch size | 8 |" in card and "| precision | " in card
     assert f"| base | {tiny} |" in card and "| steps | 2 |" in card and "JSD(beta=0.5)" in card and tiny_teacher in card
 

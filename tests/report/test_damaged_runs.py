@@ -61,7 +61,7 @@ DAMAGE = {
     "a huge step": ("metrics.csv", METRICS + "0,1e300,1,1\n", "it has no step"),
     "huge numbers": ("metrics.csv", METRICS + "0,3,1e308,1e308\n0,4,1e308,1e308\n", "is 1e+308 at step 3"),
     "cells too many": ("metrics.csv", METRICS + "0,3,1,1,1,1\n", "metrics.csv:5: left out"),
-    "a huge cell": ("metrics.csv", METRICS + '0,3,"' + "x" * 200_000 + '",1\n', "field larger than field limit"),
+    "a huge cell": ("metrics.csv", METRICS + '0,3,"' + "x" * 200_000 + '",1\n', "metrics.csv:5: left out"),
     "bytes in metrics": ("metrics.csv", METRICS.encode() + b"\0\xff\n", "metrics.csv:5: left out"),
     "metrics that are a folder": ("metrics.csv/x", "", None),
     "a sample cut": ("samples.jsonl", SAMPLES + SAMPLES[:50], "samples.jsonl:5: left out: no JSON object"),

@@ -67,7 +67,7 @@ def test_a_wrong_arm_is_refused(checker, settings, message):
 def test_a_resolved_config_is_the_whole_of_it(checker):
     config = checker.resolve({"model.loss": "opcd.losses.JSD", "seed_everything": 7}, "arm x")
     assert config["model"]["loss"] == {"class_path": "opcd.losses.JSD", "init_args": {"beta": 0.5}}
-    assert config["seed_everything"] == 7 and config["trainer"]["max_steps"] == 60
+    assert config["seed_everything"] == 7 and config["trainer"]["max_steps"] == 36
     assert "default_root_dir" not in config["trainer"]
 
 
