@@ -89,7 +89,7 @@ def _all_commands() -> argparse.ArgumentParser:
 
     root = argparse.ArgumentParser(prog="opcd", description="On-policy context distillation.")
     commands = root.add_subparsers()
-    fit = fit_parser()
+    fit = fit_parser(described=True)
     for name, text in TRAINER.items():
         _copy(fit, commands.add_parser(name, help=text, add_help=False))
     for name, (module, text) in COMMANDS.items():

