@@ -24,10 +24,10 @@ from opcd.data import ContextQueryDataModule
 from opcd.losses import JSD, Divergence, ForwardKL, ReverseKL
 from opcd.models import ModelConfig
 from opcd.modules import Sampling
-from opcd.modules.generation import generate
+from opcd.modules.lm.generation import generate
 from opcd.modules.student import Student
-from opcd.sweep.plots import drawn
-from opcd.sweep.results import read_metrics, right_over_steps
+from opcd.results.plots import drawn
+from opcd.results.run_files import read_metrics, right_over_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

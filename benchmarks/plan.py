@@ -90,8 +90,8 @@ def main() -> None:
         folder = Path(name)
         peaks = all_measured(cells, folder, options.measured)
         # Only now: what this process has once been would count as the peak of those that it starts.
+        from opcd.cli.plan import read
         from opcd.planning import parts, peak
-        from opcd.planning.command import read
 
         print("| run | predicted MiB | phase | measured MiB | ratio |\n|---|---|---|---|---|")
         process = None

@@ -76,7 +76,7 @@ def fit(folder: Path, context: str, seed: int, precision: str | None, others: li
 
 def counted(folder: Path) -> dict[str, Any]:
     """Right answers before and after, and seconds, of a cell."""
-    from opcd.matching import right
+    from opcd.results.matching import right
 
     rows = [json.loads(line) for line in (folder / "version_0/samples.jsonl").read_text().split("\n") if line]
     last = max(row["step"] for row in rows)
@@ -138,7 +138,7 @@ class Measure:
         return prompts, self._written(prompts, GENERAL_TOKENS)
 
     def _written(self, prompts: list[Any], tokens: int) -> list[Any]:
-        from opcd.modules.generation import generate
+        from opcd.modules.lm.generation import generate
 
         greedy = self._sampling(tokens, temperature=0.0)
         return generate(self.base.model, prompts, greedy, self.base.eos_ids, self.base.pad_id)

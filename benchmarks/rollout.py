@@ -18,9 +18,9 @@ import torch
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import ColocatedVLLM, FrozenTeacher, Sampling, StudentRollout, VLLMRollout
-from opcd.modules.drift import Drift
-from opcd.modules.rollouts import Rollout
-from opcd.modules.scoring import States, head_of, last_hidden
+from opcd.modules.lm.hidden_states import States, head_of, last_hidden
+from opcd.modules.rollouts.plain_rollouts import Rollout
+from opcd.modules.step.rollout_mismatch import Drift
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories
 

@@ -19,13 +19,13 @@ from comparison.report import report
 from comparison.results import collect, write_tables
 from jsonargparse import ArgumentError
 
-from opcd.disk import write_whole
-from opcd.errors import UserError
-from opcd.lightning_cli import fit_parser
-from opcd.sweep.checks import ConfigChecker
-from opcd.sweep.command import INTERRUPTED, add_engine_options, engine_for, with_dotted
-from opcd.sweep.engine import explain, locked
-from opcd.sweep.plan import parse_yaml
+from opcd.cli.fit import fit_parser
+from opcd.cli.sweep import INTERRUPTED, add_engine_options, engine_for, with_dotted
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import write_whole
+from opcd.sweep.arm_checks import ConfigChecker
+from opcd.sweep.job_engine import explain, locked
+from opcd.sweep.sweep_plan import parse_yaml
 
 
 def main(args: list[str]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from opcd.callbacks import SaveCheckpoints
-from opcd.cli import main
+from opcd.cli.main import main
 from opcd.modules import Distiller
 
 CADENCE, QUICKSTART = 100, 60

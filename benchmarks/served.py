@@ -20,7 +20,7 @@ import torch
 
 from opcd.models import ModelConfig, load_tokenizer
 from opcd.serving import ServedModel, Server
-from opcd.serving.model import Row
+from opcd.serving.served_model import Row
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def logged_steps(distiller: Any, data: Any, folder: Path, steps: int) -> list[di
     from lightning import Trainer
     from lightning.pytorch.loggers import CSVLogger
 
-    from opcd.precision import trainer_precision
+    from opcd.accel.precision import trainer_precision
 
     trainer = Trainer(
         max_steps=steps,
@@ -75,7 +75,7 @@ def logged_steps(distiller: Any, data: Any, folder: Path, steps: int) -> list[di
 
 def opcd_side(options: argparse.Namespace) -> dict[str, Any]:
     """Steps of opcd's Distiller."""
-    from opcd.memory import keep_freed_blocks
+    from opcd.accel.cpu.heap import keep_freed_blocks
 
     keep_freed_blocks()
     from opcd.data import ContextQueryDataModule
@@ -163,8 +163,8 @@ def plain_side(options: argparse.Namespace) -> dict[str, Any]:
     """The parts of a step in plain transformers."""
     import torch
 
+    from opcd.accel.precision import fast_dtype
     from opcd.models import ModelConfig, load_model, load_tokenizer
-    from opcd.precision import fast_dtype
 
     fast, tokenizer = fast_dtype(), load_tokenizer(ModelConfig(options.model), "model")
     tokenizer.padding_side = "left"
@@ -210,7 +210,7 @@ def child(options: argparse.Namespace) -> None:
     found = {"opcd": opcd_side, "trl": trl_side, "plain": plain_side}[options.side](options)
     import torch
 
-    from opcd.modules.meters import peak_memory_mib
+    from opcd.modules.step.metrics import peak_memory_mib
 
     found["peak_mib"] = peak_memory_mib(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print("\n" + json.dumps(found))

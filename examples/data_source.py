@@ -8,7 +8,7 @@ import csv
 from pathlib import Path
 
 from opcd.data import Example, ExampleSource, OnBadRow, parse_rows
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 
 
 class Csv(ExampleSource):

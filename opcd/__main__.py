@@ -12,8 +12,8 @@ def main() -> int:
     """Run the command with the arguments of this process; returns its exit code, 130 after Ctrl-C."""
     try:
         _end_with_the_sweep()
-        from opcd.cli import main as command
-        from opcd.output import install
+        from opcd.cli.main import main as command
+        from opcd.runtime.output import install
 
         install()  # for as long as the process lives: a traceback is cleaned too
         return command()

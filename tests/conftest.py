@@ -58,7 +58,7 @@ def batch(rows, context):
 @pytest.fixture
 def opcd(monkeypatch, capsys):
     """Run the command in this process; returns the exit code and what it printed."""
-    from opcd.cli import main
+    from opcd.cli.main import main
 
     def run(*args: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["opcd"])

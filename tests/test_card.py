@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from opcd.card import FACTS, Facts, model_card
+from opcd.models.model_card import FACTS, Facts, model_card
 
 EVIL = "<script>x</script> `a` | b\n| c | d |\n# h [l](javascript:x) *e* \x1b[2J\u202e --- !"
 FACTS_OF_A_RUN = Facts(base="org/name", teacher={"FrozenTeacher": None}, loss="JSD(beta=0.5, top_k=3)", steps=3)

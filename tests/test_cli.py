@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opcd.callbacks import ExactResume
-from opcd.versions import VERSION
+from opcd.runtime.versions import VERSION
 from tests.conftest import ROWS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -338,7 +338,7 @@ def test_version(opcd):
 
 
 def test_help_and_a_wrong_word_do_not_wait_for_torch():
-    check = "import sys; from opcd.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    check = "import sys; from opcd.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     for word in ("--help", "--version", "fti"):
         done = subprocess.run([sys.executable, "-c", check, word], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and (done.stdout or "did you mean fit?" in done.stderr), done.stderr
@@ -350,7 +350,7 @@ def test_what_the_system_refuses_is_one_message(opcd, monkeypatch, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number), "some/file")
 
-    monkeypatch.setattr("opcd.init.main", refuse)
+    monkeypatch.setattr("opcd.cli.init.main", refuse)
     code, text = opcd("init")
     assert code == 2 and text == f"opcd: error: cannot read or write some/file: {os.strerror(number)}\n"
 

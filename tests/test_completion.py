@@ -9,11 +9,11 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from opcd.commands import COMMANDS, TRAINER
-from opcd.completion import main, recipe_schema
+from opcd.cli import COMMANDS, TRAINER
+from opcd.cli.completion import main, recipe_schema
 from tests.test_house import ROOT
 
-RECIPES = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("opcd/starter/*/recipe.yaml")]
+RECIPES = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("opcd/cli/starter/*/recipe.yaml")]
 RECIPES = [file for file in RECIPES if not file.name.startswith("experience_")]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from opcd.disk import (
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import (
     MANIFEST,
     SCRATCH,
     DiskError,
@@ -24,7 +25,6 @@ from opcd.disk import (
     whole_folder,
     write_whole,
 )
-from opcd.errors import UserError
 
 
 def all_files(folder: Path) -> dict[str, str]:
@@ -64,7 +64,7 @@ def test_a_planted_link_is_not_written_through(tmp_path, name):
 @pytest.mark.case("A6")
 def test_names_of_scratch_files_cannot_be_known_before(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("opcd.disk.put_in_place", lambda scratch, path: seen.append(scratch.name))
+    monkeypatch.setattr("opcd.runtime.files.disk.put_in_place", lambda scratch, path: seen.append(scratch.name))
     for _ in range(3):
         write_whole(tmp_path / "x", "")
     assert len(set(seen)) == 3 and all(SCRATCH.fullmatch(name) for name in seen)
@@ -179,7 +179,9 @@ def test_what_the_system_refuses_is_one_message_and_leaves_nothing(tmp_path, mon
     def refuse(*_):
         raise OSError(number, os.strerror(number), "page")
 
-    monkeypatch.setattr("opcd.disk.os.fsync" if call == "fsync" else "opcd.disk.Path.replace", refuse)
+    monkeypatch.setattr(
+        "opcd.runtime.files.disk.os.fsync" if call == "fsync" else "opcd.runtime.files.disk.Path.replace", refuse
+    )
     with pytest.raises(DiskError, match=f"cannot write .*page: {os.strerror(number)}"):
         write_whole(tmp_path / "page", "after")
     assert all_files(tmp_path) == {"page": "before"}
@@ -194,7 +196,7 @@ def test_a_disk_that_cannot_fsync_folders_is_no_reason_to_stop(tmp_path, monkeyp
             raise OSError(errno.EINVAL, "Invalid argument")
         fsync(descriptor)
 
-    monkeypatch.setattr("opcd.disk.os.fsync", only_files)
+    monkeypatch.setattr("opcd.runtime.files.disk.os.fsync", only_files)
     write_whole(tmp_path / "page", "text")
     assert (tmp_path / "page").read_text() == "text"
 

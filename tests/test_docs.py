@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import opcd.losses
-from opcd import gguf
-from opcd.cli import main
-from opcd.commands import TRAINER
-from opcd.lightning_cli import fit_parser
+from opcd.cli import TRAINER
+from opcd.cli.fit import fit_parser
+from opcd.cli.main import main
+from opcd.models import gguf_folder as gguf
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,8 +138,8 @@ def only_parse(monkeypatch):
     def read(*_: object) -> None:
         raise Parsed
 
-    monkeypatch.setattr("opcd.sweep.command.read_sweep", read)
-    monkeypatch.setattr("opcd.record.fit_parser", PARSER)
+    monkeypatch.setattr("opcd.cli.sweep.read_sweep", read)
+    monkeypatch.setattr("opcd.cli.record.fit_parser", PARSER)
 
 
 LIGHTNINGS = [command for command in commands() if command.split()[0] in TRAINER]

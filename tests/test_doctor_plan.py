@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from opcd.errors import UserError
-from opcd.lightning_cli import fit_parser
+from opcd.accel.cpu.onednn_linear import FEWEST_STEPS
+from opcd.cli.fit import fit_parser
+from opcd.cli.plan import size
 from opcd.models import ModelConfig, load_model
 from opcd.modules import (
     Distiller,
@@ -27,16 +28,15 @@ from opcd.modules import (
     TeacherRollout,
     distiller,
 )
-from opcd.modules.adapters import add_lora
-from opcd.modules.packed_linear import FEWEST_STEPS
+from opcd.modules.lm.adapters import add_lora
 from opcd.planning import Setting, Shape, Weights, parts, peak, shape_of
 from opcd.planning.activations import kept_of_pass
-from opcd.planning.command import size
 from opcd.planning.levers import until_it_fits, ways
 from opcd.planning.reading import _kept, _optimizer, _unpacked
 from opcd.planning.roles import teacher_of, writers_of
 from opcd.planning.setting import UNPACKED, adapter_weights
 from opcd.planning.sizes import casts
+from opcd.runtime.errors import UserError
 
 LAYER = (("q", 8, 8), ("k", 8, 4), ("v", 8, 4), ("o", 8, 8), ("gate", 8, 16), ("up", 8, 16), ("down", 16, 8))
 # Two layers of 64 + 32 + 32 + 64 + 3 x 128 = 576, an embedding of 32 x 8 that is the head too, five norms of 8.
@@ -395,7 +395,7 @@ def test_sizes_are_read(text, number):
 @pytest.fixture
 def plan(opcd, monkeypatch):
     """Run `opcd doctor --plan`."""
-    monkeypatch.setattr("opcd.planning.command.fit_parser", PARSER)
+    monkeypatch.setattr("opcd.cli.plan.fit_parser", PARSER)
     return partial(opcd, "doctor", "--plan")
 
 

@@ -32,16 +32,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from opcd import cli
-from opcd.card import FACTS
-from opcd.errors import UserError
-from opcd.export import command, gguf_file
-from opcd.export.check import prompt_ids
-from opcd.export.gguf_file import splitting_rule
+from opcd.cli import export as command
+from opcd.cli import main as cli
+from opcd.export import gguf_writer as gguf_file
+from opcd.export.export_check import prompt_ids
+from opcd.export.gguf_writer import splitting_rule
 from opcd.export.source import Trust, find_source
 from opcd.models import PACKAGED, ModelConfig, load_model
-from opcd.modules.adapters import Lora, trainable
+from opcd.models.model_card import FACTS
+from opcd.modules.lm.adapters import Lora, trainable
 from opcd.modules.student import Student
+from opcd.runtime.errors import UserError
 from tests.conftest import CONTEXT, ROWS, write_rows
 
 IDS = torch.tensor([[5, 17, 33, 8, 90, 300, 120, 7]])
@@ -438,7 +439,7 @@ def test_a_disk_that_fills_while_it_is_written(to, writer, opcd, runs, tmp_path,
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"opcd.export.command.{writer}", full)
+    monkeypatch.setattr(f"opcd.cli.export.{writer}", full)
     code, text = opcd("export", runs / "version_0", "--to", to, "--out", tmp_path / "student.gguf")
     assert code == 2 and re.search(r"no room for .*: it takes .* MiB, and .* MiB are free; free some room", text), text
     assert not list(tmp_path.iterdir())

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from opcd import extras
-from opcd.errors import UserError
-from opcd.versions import VERSION, installed_version
+from opcd.runtime import extras
+from opcd.runtime.errors import UserError
+from opcd.runtime.versions import VERSION, installed_version
 
 ROOT = Path(__file__).parent.parent
 SOMEBODY_ELSES = re.compile(r"(?<![\w./-])opcd\[|pip3? install [^\n|&;]*?(?<![\w./-])opcd(?![\w./-])")

@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,38 +16,21 @@ FILES = sorted((ROOT / "opcd").rglob("*.py"))
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"completion"},
-    {"chat", "experience", "report"},
-    {"doctor", "record", "sweep"},
-    {"planning"},
-    {"lightning_cli", "precheck"},
-    {"callbacks"},
-    {"environment", "evaluation", "export"},
-    {"checkpoints", "games", "init", "tasks"},
-    {"modules"},
+    {"experience", "planning"},
+    {"callbacks", "chat", "sweep"},
+    {"results"},
+    {"evaluation"},
+    {"export", "games"},
+    {"config", "modules", "tasks"},
     {"data", "serving"},
-    {"changes", "losses", "models", "parsing", "run_folder"},
-    {
-        "card",
-        "commands",
-        "gguf",
-        "hub",
-        "interruption",
-        "machine",
-        "matching",
-        "memory",
-        "pages",
-        "precision",
-        "refusals",
-        "signatures",
-    },
-    {"recipes"},
-    {"extras", "folders", "locks", "safe_yaml"},
-    {"disk"},
-    {"activity", "did_you_mean", "errors", "lazy", "output", "versions"},
+    {"checkpoints", "models"},
+    {"accel", "losses", "runtime"},
 ]
-"""Modules and packages of opcd, from the command down: each imports from layers below its own only. What the command
-runs by its name (`COMMANDS` of opcd/commands.py) stands below it like everything else."""
+"""The folders of opcd, from the command down: each imports from layers below its own only. What the command runs by its
+name (`COMMANDS` of opcd/cli/__init__.py) stands below it like everything else."""
+
+MOST_FILES = 15
+"""Of a folder: one subject, which a reader can keep in mind."""
 
 PUBLIC = {
     "callbacks": [
@@ -86,7 +70,7 @@ def parsed(file: Path) -> ast.Module:
 
 
 def unit(module: str) -> str:
-    """The part of opcd that a module belongs to: opcd.data.files -> data."""
+    """The part of opcd that a module belongs to: opcd.runtime.files.user_files -> data."""
     return module.split(".")[1]
 
 
@@ -121,6 +105,16 @@ def test_imports_run_one_way():
             if unit(module) != own and layer[unit(module)] <= layer.get(own, 0):
                 wrong.append(f"{file.relative_to(ROOT)}:{line} imports {module}, which is not below {own}")
     assert wrong == []
+
+
+def test_a_folder_has_one_subject():
+    folders = {file.parent: len(list(file.parent.glob("*.py"))) for file in FILES}
+    assert {str(folder.relative_to(ROOT)): n for folder, n in folders.items() if n > MOST_FILES} == {}
+
+
+def test_no_two_files_have_one_name():
+    names = [file.name for file in FILES if file.name not in ("__init__.py", "base.py")]
+    assert [name for name, n in Counter(names).items() if n > 1] == []
 
 
 def test_data_knows_nothing_of_what_is_trained():

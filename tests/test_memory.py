@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opcd import memory
-from opcd.memory import let_go
+from opcd.accel.cpu import backward_memory
+from opcd.accel.cpu import heap as memory
+from opcd.accel.cpu.heap import let_go
 from opcd.models import ModelConfig
-from opcd.modules import Student, Trajectories, backward_memory, distiller, teachers
+from opcd.modules import Student, Trajectories, distiller
+from opcd.modules.teachers import model_teachers as teachers
 
 MIB = 2**20
 linux = pytest.mark.skipif(not memory.SMAPS.exists(), reason="a file of Linux's")
@@ -59,7 +61,7 @@ def test_memory_of_no_file_stays():
 
 HEAP = """
 import torch
-from opcd import memory
+from opcd.accel.cpu import heap as memory
 
 def mapped_apart():
     # MiB of a block of 64 that have a mapping of their own, which goes back to the kernel with the block

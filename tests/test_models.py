@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig, MambaForCausalLM
 
 from benchmarks.tiny import make_tiny
-from opcd import gguf
-from opcd.errors import UserError
+from opcd.accel.precision import fast_dtype
 from opcd.models import PACKAGED, ModelConfig, context_window, load_model, load_tokenizer, resolve
+from opcd.models import gguf_folder as gguf
 from opcd.modules.student import Student
-from opcd.precision import fast_dtype
+from opcd.runtime.errors import UserError
 
 
 def test_the_packaged_model_answers():

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from opcd import cli, output
-from opcd.output import CONTROL, Screen, clean_output, finish_output, hide, masked, plain, shown
+from opcd.cli import main as cli
+from opcd.runtime import output
+from opcd.runtime.output import CONTROL, Screen, clean_output, finish_output, hide, masked, plain, shown
 from tests.conftest import write_rows
 
 CLIPBOARD, CLEAR, CONCEAL = "\x1b]52;c;ZXZpbA==\x07", "\x1b[2J", "\x1b[8m"

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opcd.lightning_cli import fit_parser
-from opcd.precheck import checked
-from opcd.signatures import inner_keys, options
+from opcd.cli.fit import fit_parser
+from opcd.config.precheck import checked
+from opcd.config.signatures import inner_keys, options
 from tests.conftest import write_rows
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 UNSEEN = """import sys
-from opcd.cli import main
+from opcd.cli.main import main
 code = main(sys.argv[1:])
 sys.exit(99 if 'torch' in sys.modules else code)"""
 
@@ -112,7 +112,7 @@ def test_another_optimizer_takes_no_weight_decay_over(opcd, rows, capsys):
     ids=lambda value: " ".join(value)[:50].replace(str(ROOT), "") if isinstance(value, list) else "",
 )
 def test_what_was_meant_is_told(opcd, words, told, monkeypatch):
-    monkeypatch.setattr("opcd.lightning_cli.run", None)  # nothing is parsed a second time
+    monkeypatch.setattr("opcd.cli.fit.run", None)  # nothing is parsed a second time
     code, text = opcd(*words)
     assert code == 2 and told in text and text.count("opcd: error: ") == 1, text
 
@@ -152,7 +152,7 @@ def test_the_other_commands_tell_the_nearest_option_too(opcd, words, told):
 def test_a_mistake_in_a_recipe_names_the_file(tmp_path, recipe, told):
     from jsonargparse import ArgumentError
 
-    from opcd.errors import UserError
+    from opcd.runtime.errors import UserError
 
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe)
@@ -241,7 +241,7 @@ def test_the_short_forms_reach_the_config(opcd, rows, capsys):
 
 
 def test_wrong_rows_of_a_small_file_are_told_at_once_unless_they_are_skipped(tmp_path):
-    from opcd.errors import UserError
+    from opcd.runtime.errors import UserError
 
     file = write_rows(tmp_path / "rows.jsonl", [{"query": "a"}, {"qery": "b"}])
     with pytest.raises(UserError, match=r"rows.jsonl:2: unknown key 'qery'; did you mean query\?"):
@@ -250,7 +250,7 @@ def test_wrong_rows_of_a_small_file_are_told_at_once_unless_they_are_skipped(tmp
 
 
 def test_without_the_sources_nothing_is_refused(monkeypatch):
-    monkeypatch.setattr("opcd.precheck.options", lambda command: {}[command])
+    monkeypatch.setattr("opcd.config.precheck.options", lambda command: {}[command])
     assert checked("fit", ["--data.batchsize", "4"]) == ["--data.batchsize", "4"]
 
 
@@ -313,7 +313,7 @@ class TestPathsInARecipe:
 
     @pytest.mark.case("C14")
     def test_what_is_no_path_and_outputs_stay_as_they_are(self, tmp_path):
-        from opcd.recipes import paths_taken
+        from opcd.runtime.files.recipe_paths import paths_taken
 
         folder, here = tmp_path / "recipes", tmp_path / "here"
         for name in ("JSD", "opcd/losses", "out/runs", "data"):
@@ -332,7 +332,7 @@ class TestPathsInARecipe:
 
     @pytest.mark.case("C14")
     def test_a_sweeps_file_too(self, recipe, tmp_path, monkeypatch):
-        from opcd.sweep.plan import read_sweep
+        from opcd.sweep.sweep_plan import read_sweep
 
         sweep = recipe.parent / "sweep.yaml"
         sweep.write_text(yaml.safe_dump({"base": {"config": ["recipe.yaml"]}, "axes": {"data.batch_size": [1, 2]}}))

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from opcd import precision
+from opcd.accel import precision
 from opcd.models import ModelConfig, load_model
 from opcd.modules import FrozenTeacher, Lora, Sampling, Student, StudentRollout
 from opcd.planning import reading

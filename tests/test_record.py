@@ -8,10 +8,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from opcd.errors import UserError
+from opcd.cli.record import _likeliest
 from opcd.losses import Head
-from opcd.modules.record import INDEX, Origin, Record, RecordWriter
-from opcd.record import _likeliest
+from opcd.modules.teachers.record_folder import INDEX, Origin, Record, RecordWriter
+from opcd.runtime.errors import UserError
 
 TOP = "{class_path: opcd.losses.TopK, init_args: {inner: {class_path: opcd.losses.ForwardKL}, k: 16, support: teacher}}"
 
@@ -150,7 +150,7 @@ def test_a_full_disk_while_a_shard_is_written(tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     writer = RecordWriter(tmp_path, ORIGIN)
-    monkeypatch.setattr("opcd.modules.record.save_file", full)
+    monkeypatch.setattr("opcd.modules.teachers.record_folder.save_file", full)
     with pytest.raises(UserError, match=r"no room for .*shard-00000\.safetensors: it takes .*MiB are free"):
         writer.add([torch.tensor([1])], [torch.tensor([2])], torch.zeros(1, 1).long(), torch.zeros(1, 1))
     assert [file.name for file in tmp_path.iterdir()] == [INDEX]

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from opcd.extras import install_hint
+from opcd.runtime.extras import install_hint
 
 LOSSES = ("ForwardKL", "JSD", "Mixture", "ReverseKL", "SampledReverseKL", "SkewKL", "SkewReverseKL", "TopK")
 
@@ -36,7 +36,7 @@ def test_one_line_says_what_is_wrong_and_what_there_is(opcd, rows, words, told):
 
 
 def test_an_optimizer_whose_library_is_not_installed_names_the_extra(opcd, rows, monkeypatch):
-    monkeypatch.setattr("opcd.refusals.EXTRAS", {"nobodys_library": "adapters"})
+    monkeypatch.setattr("opcd.config.plain_errors.EXTRAS", {"nobodys_library": "adapters"})
     code, text = opcd("fit", "--data.train", rows, "--model.optimizer", "nobodys_library.Adam")
     assert code == 2 and "nobodys_library.Adam: no module nobodys_library; " + install_hint("adapters") in text
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from opcd import locks
-from opcd.errors import UserError
-from opcd.run_folder import RunFolder, one_at_a_time, refuse_living
+from opcd.runtime.errors import UserError
+from opcd.runtime.files import locks
+from opcd.runtime.files.run_folder import RunFolder, one_at_a_time, refuse_living
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from opcd.errors import UserError
-from opcd.safe_yaml import load_yaml
-from opcd.sweep.plan import read_sweep
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.safe_yaml import load_yaml
+from opcd.sweep.sweep_plan import read_sweep
 
 LAUGHS = "a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
 LONG_TEXTS = f"a: &a {'x' * 10**6}\nb: [{', '.join(['*a'] * 1000)}]\n"

@@ -13,10 +13,10 @@ from examples.data_source import Csv
 from examples.loss import Renyi
 from examples.rollout import TeacherStart
 from examples.teacher import SnapshotTeacher
-from opcd.errors import UserError
 from opcd.losses import ForwardKL
 from opcd.models import ModelConfig
 from opcd.modules import FrozenTeacher, Sampling, Student
+from opcd.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 DOORS = {

@@ -15,10 +15,10 @@ import yaml
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from opcd.errors import UserError
 from opcd.models import ModelConfig
 from opcd.modules import FrozenTeacher, RoutedTeachers, SelfTeacher, Student, StudentRollout, TeacherRollout
-from opcd.modules.checks import check_teacher_parts
+from opcd.modules.step.validation import check_teacher_parts
+from opcd.runtime.errors import UserError
 from tests.conftest import write_rows
 from tests.evaluation.conftest import math_rows
 from tests.test_ranks import run

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import opcd.data.sources
+import opcd.data.readers
 from opcd.data import parse_row, read_examples
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "benchmarks" / "configs").glob("*.yaml")])
@@ -55,7 +55,7 @@ def test_every_file_that_a_recipe_names_is_here(recipe):
         for key, text in values(config)
         if re.search(r"(^|\.)(train|val|test|predict|context|data|ifeval|config)$", key) or "/data/" in text
     ]
-    hub = opcd.data.sources.HUB_ID
+    hub = opcd.data.readers.HUB_ID
 
     def is_here(text: str) -> bool:
         return (ROOT / text).is_file() or (recipe.parent / text).is_file()
@@ -97,7 +97,7 @@ def hub(monkeypatch, tmp_path):
     datasets_load = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # set by a reader that finds no hub; put back here
-    monkeypatch.setattr(opcd.data.sources, "hub_reachable", lambda: True)
+    monkeypatch.setattr(opcd.data.readers, "hub_reachable", lambda: True)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return asked

@@ -6,15 +6,15 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from opcd.cli.evaluate import make_parser, parse
 from opcd.data import ExampleSource
-from opcd.data.files import require_file
-from opcd.errors import UserError
-from opcd.evaluation.command import make_parser, parse
-from opcd.evaluation.run import Evaluator
+from opcd.evaluation.evaluation_run import Evaluator
 from opcd.games import GameSeeds
-from opcd.sweep.checks import ConfigChecker
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.user_files import require_file
+from opcd.sweep.arm_checks import ConfigChecker
 from opcd.sweep.jobs import Job, fit_job
-from opcd.sweep.plan import Base, file_name, overrides
+from opcd.sweep.sweep_plan import Base, file_name, overrides
 
 SAMPLES = "samples"  # a task without a process of its own: the sample answers that every fit writes
 

@@ -1,7 +1,7 @@
 """The plots of a comparison, as SVG."""
 
 from comparison.results import Outcome
-from opcd.sweep.plots import bars, curves, drawn, points
+from opcd.results.plots import bars, curves, drawn, points
 
 
 def figures(outcome: Outcome) -> dict[str, str]:

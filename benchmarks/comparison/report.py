@@ -9,8 +9,8 @@ import yaml
 from markupsafe import Markup
 
 from comparison.results import Outcome, cells, header, notes
-from opcd.environment import machine, versions
-from opcd.pages import render
+from opcd.results.pages import render
+from opcd.runtime.system_info import machine, versions
 
 PACKAGES = ("opcd", "torch", "transformers", "lightning", "lm-eval", "math-verify", "matplotlib")
 SHOWN_QUESTIONS = 4

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from benchmarks.tiny import make_tiny
-from opcd.cli import main
+from opcd.cli.main import main
 
 STEPS, ROWS, BATCH = 20, 16, 2
 COMPARED = ("divergence", "gradient_norm", "response_tokens", "student_entropy", "teacher_entropy", "ended")

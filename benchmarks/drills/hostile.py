@@ -30,8 +30,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.drills.fits import Outcome
-from opcd.checkpoints.files import write_checkpoint
-from opcd.cli import main
+from opcd.checkpoints.checkpoint_files import write_checkpoint
+from opcd.cli.main import main
 
 SECONDS = 40
 """After which a command has no end."""

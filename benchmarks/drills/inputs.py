@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks.drills.fits import Outcome
 from opcd.data import read_examples
-from opcd.data.files import LONGEST
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.user_files import LONGEST
 
 GOOD = '{"query": "What is 1 + 1?", "context": "A sum.", "response": "2", "reference": 2}'
 FIELDS = ("query", "context", "response")

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.drills.fits import STEPS, Child, Fits, Outcome
 from opcd.modules import Distiller, FrozenTeacher
+from opcd.modules.lm.hidden_states import States
 from opcd.modules.objective import Objective
-from opcd.modules.scoring import States
 
 PLACES = ("loss", "teacher", "gradients")
 

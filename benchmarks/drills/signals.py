@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.drills.fits import STEPS, Child, Fits, Outcome, metrics, saving, unlike
-from opcd.checkpoints import files
+from opcd.checkpoints import checkpoint_files as files
 from opcd.evaluation import Evaluator
-from opcd.modules import Distiller, decoding
-from opcd.modules.teacher import ModelTeacher
+from opcd.modules import Distiller
+from opcd.modules.lm import decoding
+from opcd.modules.teachers.base import ModelTeacher
 
 # Where the signal comes, and about how often that place is passed in a run.
 PLACES: dict[str, tuple[Any, str, int]] = {

@@ -11,8 +11,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from benchmarks.drills.fits import Outcome
 from opcd.data import Example, Views
-from opcd.errors import UserError
 from opcd.models import ModelConfig, load_tokenizer
+from opcd.runtime.errors import UserError
 
 
 class Family(NamedTuple):

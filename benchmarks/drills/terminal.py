@@ -21,10 +21,10 @@ from rich.table import Table
 
 from benchmarks.drills.fits import Outcome
 from benchmarks.tiny import make_tiny
-from opcd import cli
-from opcd.chat.speakers import Speaker
+from opcd.chat.chat_models import Speaker
+from opcd.cli import main as cli
 from opcd.modules import Distiller
-from opcd.output import CONTROL, Screen, plain
+from opcd.runtime.output import CONTROL, Screen, plain
 
 PLANTED = "\x1b]52;c;cGxhbnRlZA==\x07\x1b[2J\x1b[8m\x9b2J\u202e\u2066\x08\x7f"
 """To the clipboard, a clear screen, hidden text, the same with C1, text turned around, a step back."""

@@ -3,20 +3,20 @@ checkpoints, exact resume, signals."""
 
 from typing import TYPE_CHECKING
 
-from opcd.lazy import lazily
+from opcd.runtime.lazy import lazily
 
 if TYPE_CHECKING:
     from opcd.callbacks.alarms import Alarms
-    from opcd.callbacks.checkpoints import SaveCheckpoints
-    from opcd.callbacks.environment import WriteEnvironment
-    from opcd.callbacks.export import ExportStudent
+    from opcd.callbacks.answer_samples import AnswerSamples
+    from opcd.callbacks.exact_resume import ExactResume
+    from opcd.callbacks.export_student import ExportStudent
     from opcd.callbacks.history import KeepHistory
     from opcd.callbacks.lm_eval import LMEval
     from opcd.callbacks.predictions import PredictionWriter
-    from opcd.callbacks.progress import StepProgress
-    from opcd.callbacks.resume import ExactResume
-    from opcd.callbacks.samples import AnswerSamples
+    from opcd.callbacks.save_checkpoints import SaveCheckpoints
     from opcd.callbacks.signals import LeaveOnSignal
+    from opcd.callbacks.step_progress import StepProgress
+    from opcd.callbacks.write_environment import WriteEnvironment
 
 __all__ = [
     "Alarms",

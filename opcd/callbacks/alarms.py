@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opcd.errors import StepAbandoned
-from opcd.interruption import Interrupted
+from opcd.runtime.errors import StepAbandoned
+from opcd.runtime.interruption import Interrupted
 
 
 class Alarms(Callback):

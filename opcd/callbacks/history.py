@@ -10,9 +10,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from opcd.callbacks.folder import run_folder
-from opcd.disk import write_whole
-from opcd.run_folder import FORMER_METRICS, FROM, METRICS
+from opcd.callbacks.log_folder import run_folder
+from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.run_folder import FORMER_METRICS, FROM, METRICS
 
 ANSWERS = re.compile(r"step=(\d+)-.+\.jsonl")
 

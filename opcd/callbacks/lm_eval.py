@@ -6,17 +6,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from opcd.callbacks.folder import run_folder, still_there
+from opcd.accel.cpu.heap import give_back
+from opcd.accel.precision import warn_if_emulated
+from opcd.callbacks.log_folder import run_folder, still_there
 from opcd.data import ContextQueryDataModule, ExampleSource
-from opcd.errors import UserError
 from opcd.evaluation import Evaluation, Evaluator
-from opcd.evaluation.report import write_rows
+from opcd.evaluation.result_files import write_rows
 from opcd.games import GameSeeds
-from opcd.memory import give_back
 from opcd.modules import Distiller
-from opcd.modules.generation import computing_dtype
+from opcd.modules.lm.generation import computing_dtype
 from opcd.modules.student import Student
-from opcd.precision import warn_if_emulated
+from opcd.runtime.errors import UserError
 
 
 class LMEval(Callback):

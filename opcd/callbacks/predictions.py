@@ -7,8 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from opcd.callbacks.folder import run_folder, still_there
-from opcd.disk import append_lines
+from opcd.callbacks.log_folder import run_folder, still_there
+from opcd.runtime.files.disk import append_lines
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from opcd import interruption
 from opcd.callbacks.slurm import requeue_signal
+from opcd.runtime import interruption
 
 SAME = 1.0
 """Seconds in which signals count as one: a process group, torchrun and rank 0 may all pass on the same."""

@@ -8,7 +8,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from opcd.interruption import Interrupted
+from opcd.runtime.interruption import Interrupted
 
 
 def started_again() -> bool:

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from opcd.chat.speakers import Speaker
-from opcd.modules.generation import Sampling
-from opcd.output import plain, shown
+from opcd.chat.chat_models import Speaker
+from opcd.modules.lm.generation import Sampling
+from opcd.runtime.output import plain, shown
 
 NARROW = 80
 """Columns of a terminal that is too narrow for answers side by side."""

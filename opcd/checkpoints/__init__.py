@@ -1,9 +1,9 @@
 """Checkpoints that cannot be lost: whole or not there, proven by a manifest, found again after a kill."""
 
-from opcd.checkpoints.files import BrokenCheckpoint, read_checkpoint, verify, write_checkpoint
-from opcd.checkpoints.io import SafeCheckpointIO
-from opcd.checkpoints.last import check_checkpoint, check_config, newest_of_run, newest_whole
-from opcd.disk import DiskFull
+from opcd.checkpoints.checkpoint_files import BrokenCheckpoint, read_checkpoint, verify, write_checkpoint
+from opcd.checkpoints.checkpoint_io import SafeCheckpointIO
+from opcd.checkpoints.newest import check_checkpoint, check_config, newest_of_run, newest_whole
+from opcd.runtime.files.disk import DiskFull
 
 __all__ = [
     "BrokenCheckpoint",

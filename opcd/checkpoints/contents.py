@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from opcd.checkpoints.files import BrokenCheckpoint
-from opcd.errors import UserError
+from opcd.checkpoints.checkpoint_files import BrokenCheckpoint
+from opcd.runtime.errors import UserError
 
 KINDS: dict[str, type | tuple[type, ...]] = {
     "state_dict": dict,

@@ -2,18 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from opcd.lazy import lazily
+from opcd.runtime.lazy import lazily
 
 if TYPE_CHECKING:
     from opcd.data.batch import Batch
     from opcd.data.contexts import ContextSource, context_hash, read_contexts
     from opcd.data.data_sets import DataSet, DataSets
-    from opcd.data.examples import Example, OnBadRow, parse_row, parse_rows
-    from opcd.data.module import ContextQueryDataModule
-    from opcd.data.sources import ExampleSource, read_examples, read_rows
-    from opcd.data.teachers import TeacherModels, nearest, teacher_key
+    from opcd.data.datamodule import ContextQueryDataModule
+    from opcd.data.example import Example, OnBadRow, parse_row, parse_rows
+    from opcd.data.readers import ExampleSource, read_examples, read_rows
+    from opcd.data.teacher_names import TeacherModels, check_same_vocabulary, nearest, teacher_key
     from opcd.data.views import Placement, Views
-    from opcd.data.vocabulary import check_same_vocabulary
 
 __all__ = [
     "Batch",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opcd.data.examples import Example
+from opcd.data.example import Example
 from opcd.data.views import Views
 
 

@@ -4,9 +4,9 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 
-from opcd.data.examples import Example
-from opcd.data.files import check_text, read_json, read_jsonl, read_text, require_file, suffix_of
-from opcd.errors import UserError
+from opcd.data.example import Example
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.user_files import check_text, read_json, read_jsonl, read_text, require_file, suffix_of
 
 
 def read_contexts(path: str, key: str = "data.context") -> list[str]:

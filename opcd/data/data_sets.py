@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from opcd.data.contexts import read_contexts
-from opcd.data.examples import Example, OnBadRow
-from opcd.data.sources import ExampleSource, read_examples
-from opcd.errors import UserError
+from opcd.data.example import Example, OnBadRow
+from opcd.data.readers import ExampleSource, read_examples
+from opcd.runtime.errors import UserError
 
 
 @dataclass

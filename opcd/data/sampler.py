@@ -5,7 +5,7 @@ from itertools import islice
 
 from torch.utils.data import Dataset, DistributedSampler
 
-from opcd.data.examples import Example
+from opcd.data.example import Example
 
 
 class ResumableSampler(DistributedSampler[Example]):

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opcd.data.examples import Example, OnBadRow
-from opcd.errors import UserError
+from opcd.data.example import Example, OnBadRow
+from opcd.runtime.errors import UserError
 
 
 def usable(

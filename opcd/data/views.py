@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from opcd.data.examples import Example, Message
-from opcd.data.literal import TextEncoder
-from opcd.data.rendering import MARK, ChatRenderer
-from opcd.errors import UserError
+from opcd.data.chat_template import MARK, ChatRenderer
+from opcd.data.example import Example, Message
+from opcd.data.safe_tokenizer import TextEncoder
+from opcd.runtime.errors import UserError
 
 Placement = Literal["system", "user", "raw"]
 """Where the teacher's context goes: `ContextQueryDataModule` explains each."""

@@ -5,12 +5,12 @@ Nothing here imports lm-eval before an evaluation is set up: `opcd` works withou
 
 from typing import TYPE_CHECKING
 
-from opcd.lazy import lazily
+from opcd.runtime.lazy import lazily
 
 if TYPE_CHECKING:
-    from opcd.evaluation.config import Evaluation
-    from opcd.evaluation.results import Metric, Results, TaskResult, difference
-    from opcd.evaluation.run import Evaluator
+    from opcd.evaluation.evaluation_config import Evaluation
+    from opcd.evaluation.evaluation_run import Evaluator
+    from opcd.evaluation.scores import Metric, Results, TaskResult, difference
 
 __all__ = ["Evaluation", "Evaluator", "Metric", "Results", "TaskResult", "difference"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opcd.disk import append_lines, explained, open_own
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import append_lines, explained, open_own
 
 Record = dict[str, Any]
 

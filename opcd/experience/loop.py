@@ -21,10 +21,8 @@ from typing import Any
 
 import torch
 
-from opcd.disk import write_whole
-from opcd.errors import UserError
-from opcd.experience.config import Experience, StageName
-from opcd.experience.folder import (
+from opcd.experience.experience_config import Experience, StageName
+from opcd.experience.experience_folder import (
     ATTEMPTS,
     CONTEXT,
     CONTEXTS,
@@ -38,10 +36,12 @@ from opcd.experience.folder import (
 from opcd.experience.journal import Journal, Record
 from opcd.experience.lessons import Growth, LessonList, read_lessons
 from opcd.experience.problems import Attempt
-from opcd.experience.progress import Progress
 from opcd.experience.prompts import Prompt
 from opcd.experience.selection import Score, best, best_of_each, to_score
+from opcd.experience.stage_progress import Progress
 from opcd.experience.writers import Writers
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import write_whole
 
 Place = tuple[int, int]
 """(number of a list, step), steps from 1."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from opcd.data.examples import Message
+from opcd.data.example import Message
 
 
 @dataclass(frozen=True)

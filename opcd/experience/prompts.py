@@ -6,8 +6,8 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from opcd.data.files import read_text, require_file
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.user_files import read_text, require_file
 
 FOLDER = Path(__file__).parent / "prompts"
 

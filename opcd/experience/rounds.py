@@ -10,15 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opcd.errors import UserError
-from opcd.experience.config import Experience
-from opcd.experience.folder import CONTEXT, CONTEXTS, write_records
+from opcd.experience.experience_config import Experience
+from opcd.experience.experience_folder import CONTEXT, CONTEXTS, write_records
 from opcd.experience.loop import Loop
-from opcd.experience.table import TABLE, Round
-from opcd.sweep.checks import ConfigChecker
-from opcd.sweep.engine import Engine, Task
+from opcd.experience.rounds_table import TABLE, Round
+from opcd.results.run_files import figures
+from opcd.runtime.errors import UserError
+from opcd.sweep.arm_checks import ConfigChecker
+from opcd.sweep.job_engine import Engine, Task
 from opcd.sweep.jobs import fit_job
-from opcd.sweep.results import figures
 
 TEACHER = "model.teacher.init_args.model"
 OWN = {"model.student.name": "student.name", "data.context": "the selected lists"}

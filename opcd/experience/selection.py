@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opcd.errors import UserError
 from opcd.evaluation.intervals import wilson
 from opcd.experience.lessons import LessonList
+from opcd.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

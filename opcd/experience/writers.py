@@ -7,16 +7,16 @@ from typing import Protocol
 import torch
 
 from opcd.data import Views
-from opcd.data.examples import Message
-from opcd.errors import UserError
-from opcd.evaluation.answering import prompt_ids
-from opcd.experience.config import Experience, StageName
+from opcd.data.example import Message
+from opcd.evaluation.batched_answers import prompt_ids
+from opcd.experience.experience_config import Experience, StageName
 from opcd.experience.problems import Writer, Written
 from opcd.models import ModelConfig, context_window, load_model, load_tokenizer
 from opcd.modules.answering import respond
-from opcd.modules.generation import Sampling
-from opcd.modules.prefix import SharedPrefix
+from opcd.modules.lm.generation import Sampling
+from opcd.modules.prefix.prefix_cache import SharedPrefix
 from opcd.modules.student import Student
+from opcd.runtime.errors import UserError
 
 STAGES: tuple[StageName, ...] = ("solve", "extract", "select")
 STUDENT: StageName = "student"

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from opcd.errors import UserError
-from opcd.export.check import logits_of, prompt_ids
+from opcd.export.export_check import logits_of, prompt_ids
 from opcd.models import ModelConfig, load_model
-from opcd.modules.adapters import merged
-from opcd.modules.generation import eval_mode
+from opcd.modules.lm.adapters import merged
+from opcd.modules.lm.generation import eval_mode
 from opcd.modules.student import Student
+from opcd.runtime.errors import UserError
 
 EXACT, LOW_PRECISION = 1e-3, 0.1
 """Most difference of logits (norm over norm) at half of the positions: float32, and what bfloat16 or quantized layers

@@ -7,14 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from opcd.card import Facts
 from opcd.checkpoints import newest_of_run, read_checkpoint
-from opcd.checkpoints.files import manifest_of
-from opcd.checkpoints.last import saved_config
-from opcd.data.files import read_text
-from opcd.did_you_mean import beside
-from opcd.errors import UserError
-from opcd.folders import ADAPTER, check_weights, explain
+from opcd.checkpoints.checkpoint_files import manifest_of
+from opcd.checkpoints.newest import saved_config
 from opcd.models import (
     PACKAGED,
     ModelConfig,
@@ -25,9 +20,14 @@ from opcd.models import (
     resolve,
     saved_model_config,
 )
-from opcd.modules.adapters import Lora, keep_differentiable
+from opcd.models.folders import ADAPTER, check_weights, explain
+from opcd.models.model_card import Facts
+from opcd.modules.lm.adapters import Lora, keep_differentiable
 from opcd.modules.student import Student
-from opcd.safe_yaml import load_yaml
+from opcd.runtime.did_you_mean import beside
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.safe_yaml import load_yaml
+from opcd.runtime.files.user_files import read_text
 
 KEY = "RUN"
 

@@ -2,9 +2,9 @@
 
 from opcd.games.arena import FrozenLake, Sokoban, TextArena
 from opcd.games.environment import Environment, Step
+from opcd.games.game_rollout import GameRollout
+from opcd.games.game_seeds import GameSeeds
 from opcd.games.play import Game, GameExample, Turn, last_action, play
-from opcd.games.rollout import GameRollout
-from opcd.games.seeds import GameSeeds
 
 __all__ = [
     "Environment",

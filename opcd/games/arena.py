@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from opcd.did_you_mean import did_you_mean
-from opcd.errors import UserError
-from opcd.extras import require
 from opcd.games.environment import Environment, Step
+from opcd.runtime.did_you_mean import did_you_mean
+from opcd.runtime.errors import UserError
+from opcd.runtime.extras import require
 
 # What textarena's games raise at wrong options, a wrong number of players, a missing package or an old Python.
 REFUSALS = (

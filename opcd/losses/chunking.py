@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from opcd.losses.checks import check_device, check_floating, check_positive
+from opcd.losses._chunked_autograd import Walk, with_gradient
+from opcd.losses._validation import check_device, check_floating, check_positive
 from opcd.losses.head import Head, Projection, as_head
 from opcd.losses.log_probs import log_probs, log_probs_
-from opcd.losses.walk import Walk, with_gradient
 
 LogProbsFunction = Callable[..., tuple[Tensor, ...]]
 """(student_log_probs [n, V], teacher_log_probs [n, V] where there is a teacher, then the rows of per_token) -> tensors

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from opcd.losses import kernels
-from opcd.losses.checks import check_alpha, check_beta, check_logits, check_positive
+from opcd.losses import _kernels as kernels
+from opcd.losses._validation import check_alpha, check_beta, check_logits, check_positive
 from opcd.losses.log_probs import log_probs
 
 

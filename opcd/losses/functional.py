@@ -9,9 +9,9 @@ KL(p ‖ q) is +inf where p > 0 and q = 0, as it is by definition, with a finite
 import torch
 from torch import Tensor
 
-from opcd.losses import kernels
+from opcd.losses import _kernels as kernels
 from opcd.losses import log_probs as measure
-from opcd.losses.checks import check_alpha, check_beta, check_floating, check_logits, check_positive
+from opcd.losses._validation import check_alpha, check_beta, check_floating, check_logits, check_positive
 from opcd.losses.log_probs import log_probs
 
 

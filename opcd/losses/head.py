@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from opcd.losses.checks import check_device, check_floating, check_positive
+from opcd.losses._accumulating_linear import AccumulatingProduct
+from opcd.losses._validation import check_device, check_floating, check_positive
 from opcd.losses.log_probs import at_least_float32
-from opcd.losses.product import AccumulatingProduct
 
 Projection = Tensor | nn.Module | Callable[[Tensor], Tensor]
 

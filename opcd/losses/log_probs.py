@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opcd.losses.kernels import blocks
+from opcd.losses._kernels import blocks
 
 NEVER = -math.inf
 """The log-probability of a token that cannot occur."""

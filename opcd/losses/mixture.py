@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from opcd.losses.checks import check_positive
+from opcd.losses._validation import check_positive
 from opcd.losses.divergences import Divergence
 
 

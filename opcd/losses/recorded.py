@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from opcd.losses.checks import check_device, check_floating
+from opcd.losses._validation import check_device, check_floating
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from opcd.losses.checks import check_device, check_floating, check_positive
+from opcd.losses._validation import check_device, check_floating, check_positive
 
 
 def sampled_reverse_kl(

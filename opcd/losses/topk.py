@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from opcd.losses._kernels import blocks
 from opcd.losses.divergences import Divergence
-from opcd.losses.kernels import blocks
 from opcd.losses.log_probs import NEVER, at_least_float32, log_total
 
 Support = Literal["student", "teacher", "union", "intersection"]

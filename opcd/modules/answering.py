@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from opcd.data import Views
-from opcd.modules.decoding import Told
-from opcd.modules.generation import Sampling, eval_mode, generate, own_precision
-from opcd.modules.prefix import SharedPrefix
+from opcd.modules.lm.decoding import Told
+from opcd.modules.lm.generation import Sampling, eval_mode, generate, own_precision
+from opcd.modules.prefix.prefix_cache import SharedPrefix
 from opcd.modules.student import Student
 
 

@@ -21,16 +21,24 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from opcd.activity import doing
+from opcd.accel.cpu.heap import LARGE, give_back, large_blocks_kept
+from opcd.accel.precision import warn_if_emulated
 from opcd.data import Batch, ContextQueryDataModule
-from opcd.errors import UserError
-from opcd.interruption import check, leaving_together
 from opcd.losses import Divergence, ReverseKL, SampledReverseKL
-from opcd.memory import LARGE, give_back, large_blocks_kept
 from opcd.models import ModelConfig
-from opcd.modules.adapters import Lora, trainable
-from opcd.modules.bad_numbers import FOLDER, BadNumbers, BadSteps, keep_batch, what_is_bad
-from opcd.modules.checks import (
+from opcd.modules.distributed.fsdp_strategy import check_strategy
+from opcd.modules.distributed.sharding import whole
+from opcd.modules.lm.adapters import Lora, trainable
+from opcd.modules.lm.generation import Sampling, computing_dtype, eval_mode, own_precision
+from opcd.modules.objective import Objective
+from opcd.modules.prefix.prefix_cache import Mode, SharedPrefix
+from opcd.modules.rollouts.plain_rollouts import Rollout, StudentRollout
+from opcd.modules.step.metrics import SHOWN, UNEVEN, Stopwatch, TokenMeans, step_metrics
+from opcd.modules.step.nonfinite import FOLDER, BadNumbers, BadSteps, keep_batch, what_is_bad
+from opcd.modules.step.oom import halving, naming_the_knob
+from opcd.modules.step.ranks import OnRanks
+from opcd.modules.step.rollout_mismatch import Drift
+from opcd.modules.step.validation import (
     check_adapter,
     check_data,
     check_engine,
@@ -44,21 +52,13 @@ from opcd.modules.checks import (
     check_weights,
     engines_of,
 )
-from opcd.modules.drift import Drift
-from opcd.modules.generation import Sampling, computing_dtype, eval_mode, own_precision
-from opcd.modules.meters import SHOWN, UNEVEN, Stopwatch, TokenMeans, step_metrics
-from opcd.modules.objective import Objective
-from opcd.modules.out_of_memory import halving, naming_the_knob
-from opcd.modules.prefix import Mode, SharedPrefix
-from opcd.modules.ranks import OnRanks
-from opcd.modules.rollouts import Rollout, StudentRollout
-from opcd.modules.sharding import whole
-from opcd.modules.strategies import check_strategy
 from opcd.modules.student import Student
-from opcd.modules.teacher import Teacher
-from opcd.modules.teachers import FrozenTeacher
+from opcd.modules.teachers.base import Teacher
+from opcd.modules.teachers.model_teachers import FrozenTeacher
 from opcd.modules.trajectories import Reduction, Trajectories, token_weights
-from opcd.precision import warn_if_emulated
+from opcd.runtime.activity import doing
+from opcd.runtime.errors import UserError
+from opcd.runtime.interruption import check, leaving_together
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from opcd.losses import Divergence, SampledReverseKL, TopK, chunked, clip_nats, top1_agreement
 from opcd.losses import log_probs as measure
-from opcd.modules.scoring import Routed, States, Target
+from opcd.modules.lm.hidden_states import Routed, States, Target
 from opcd.modules.trajectories import Trajectories
 
 

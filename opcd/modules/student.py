@@ -11,17 +11,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opcd.memory import KEPT, give_back
+from opcd.accel.cpu.attention import use_cpu_attention
+from opcd.accel.cpu.backward_memory import less_memory_in_backward
+from opcd.accel.cpu.heap import KEPT, give_back
 from opcd.models import ModelConfig, load_model, load_tokenizer
-from opcd.modules.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
-from opcd.modules.backward_memory import less_memory_in_backward
-from opcd.modules.cpu_attention import use_cpu_attention
-from opcd.modules.decoding import Told
-from opcd.modules.generation import EncodedPrefix, Sampling, generate
-from opcd.modules.prefix import Mode
-from opcd.modules.scoring import States, check_head, head_of
-from opcd.modules.sharding import blank_copy, fill, shard
-from opcd.modules.shared_rows import SharedRows
+from opcd.modules.distributed.sharding import blank_copy, fill, shard
+from opcd.modules.lm.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
+from opcd.modules.lm.decoding import Told
+from opcd.modules.lm.generation import EncodedPrefix, Sampling, generate
+from opcd.modules.lm.hidden_states import States, check_head, head_of
+from opcd.modules.prefix.prefix_cache import Mode
+from opcd.modules.prefix.student_prefix import SharedRows
 from opcd.modules.trajectories import Trajectories
 
 
@@ -87,7 +87,7 @@ class Student(nn.Module):
         self._rows = SharedRows(mode)
 
     def shard(self, mesh: DeviceMesh, low: torch.dtype | None) -> None:
-        """Leave each rank its part of the weights; see `opcd.modules.sharding.shard`. Only `score` runs them then."""
+        """Leave each rank its part of the weights; see `distributed.sharding.shard`. Only `score` runs them then."""
         self.share_beginnings("never")  # to compare would be a pass more on ranks whose rows share something
         self._structure = (blank_copy(self.model, device=torch.device("meta")),)
         shard(self, self.model, mesh, low)

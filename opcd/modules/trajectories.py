@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opcd.data import Batch
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 
 Reduction = Literal["token", "sequence"]
 

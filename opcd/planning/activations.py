@@ -3,9 +3,9 @@
 A test compares them with what autograd saves of a Llama, a Qwen2 and a Qwen3 (tests/test_doctor_plan.py).
 """
 
-from opcd.modules.adapters import ALL_LINEAR
+from opcd.modules.lm.adapters import ALL_LINEAR
+from opcd.planning.model_shapes import Shape, Weights
 from opcd.planning.setting import Setting
-from opcd.planning.shapes import Shape, Weights
 
 
 def kept_of_layer(setting: Setting) -> int:

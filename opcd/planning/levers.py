@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from opcd.modules import Lora
+from opcd.planning.model_shapes import Weights
 from opcd.planning.parts import parts, peak
 from opcd.planning.setting import UNPACKED, Setting
-from opcd.planning.shapes import Weights
 
 SMALLEST = 0.02
 """A lever that moves the peak by a smaller share is none."""

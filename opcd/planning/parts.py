@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from opcd.memory import KEPT
+from opcd.accel.cpu.heap import KEPT
 from opcd.planning import sizes
 from opcd.planning.setting import Setting
 from opcd.planning.sizes import PHASES

@@ -4,16 +4,16 @@ from typing import Any
 
 import torch
 
+from opcd.accel.cpu.heap import GLIBC
+from opcd.accel.precision import fast_dtype
 from opcd.callbacks import AnswerSamples
-from opcd.errors import UserError
-from opcd.memory import GLIBC
 from opcd.modules import Distiller, RecordedTeacher
-from opcd.modules.checks import check_adapter, check_engine, check_recorded, check_shards, check_teacher_parts
-from opcd.modules.strategies import SHARDED, FullyShard, chosen
-from opcd.planning.lengths import Lengths
+from opcd.modules.distributed.fsdp_strategy import SHARDED, FullyShard, chosen
+from opcd.modules.step.validation import check_adapter, check_engine, check_recorded, check_shards, check_teacher_parts
+from opcd.planning.plan_lengths import Lengths
 from opcd.planning.roles import student_of, teacher_of, writers_of
 from opcd.planning.setting import UNPACKED, Setting
-from opcd.precision import fast_dtype
+from opcd.runtime.errors import UserError
 
 SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
 """Lightning's other names."""

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from opcd.errors import UserError
 from opcd.models import ModelConfig
 from opcd.modules import (
     BaseTeacher,
@@ -22,8 +21,9 @@ from opcd.modules import (
     VLLMRollout,
     VLLMServer,
 )
+from opcd.planning.model_shapes import Weights, shape_of
 from opcd.planning.setting import adapter_weights
-from opcd.planning.shapes import Weights, shape_of
+from opcd.runtime.errors import UserError
 
 
 def student_of(distiller: Distiller, forced: torch.dtype | None, fast: torch.dtype) -> Weights:

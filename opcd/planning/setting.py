@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import torch
 
 from opcd.modules import Lora
-from opcd.modules.adapters import ALL_LINEAR
-from opcd.planning.shapes import Shape, Weights
+from opcd.modules.lm.adapters import ALL_LINEAR
+from opcd.planning.model_shapes import Shape, Weights
 
 UNPACKED = 20.0
 """Bytes a number that bitsandbytes' 8-bit AdamW takes on a CPU for the weight that it is at (docs/log.md)."""

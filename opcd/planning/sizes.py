@@ -2,11 +2,11 @@
 
 import torch
 
+from opcd.accel.cpu.onednn_linear import FEWEST_STEPS, MOST_BYTES
 from opcd.losses.chunking import LIVE, MEMORY_BYTES, MOST_ROWS
-from opcd.modules.packed_linear import FEWEST_STEPS, MOST_BYTES
 from opcd.planning.activations import alive_in_layer, kept_of_layer, kept_of_pass
+from opcd.planning.model_shapes import Weights
 from opcd.planning.setting import Setting
-from opcd.planning.shapes import Weights
 
 PHASES = ("samples", "rollout", "teacher", "student", "backward", "optimizer")
 """Sample answers before training; then the parts of a step. The student's has its pass and the loss."""

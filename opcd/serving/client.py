@@ -22,10 +22,10 @@ from typing import Any, Generic, TypeVar
 import httpx2
 from lightning.pytorch.utilities import rank_zero_info
 
-from opcd.errors import UserError
-from opcd.hub import check_proxies
-from opcd.interruption import check
-from opcd.output import hide, masked, shown
+from opcd.models.hub_access import check_proxies
+from opcd.runtime.errors import UserError
+from opcd.runtime.interruption import check
+from opcd.runtime.output import hide, masked, shown
 from opcd.serving.pauses import pause
 
 Result = TypeVar("Result")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opcd.serving.client import ServerError
-from opcd.serving.shapes import CACHED, ROUNDING, anything, fields, list_of, optional, table
+from opcd.serving.response_shapes import CACHED, ROUNDING, anything, fields, list_of, optional, table
 
 SCORED = fields({"choices": list_of(fields({"prompt_logprobs": optional(list_of(anything))}), length=1)})
 REST = fields({"prompt_logprobs": list_of(anything)})

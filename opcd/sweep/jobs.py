@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd import parsing
-from opcd.changes import changed_keys
-from opcd.data.files import read_json
-from opcd.disk import MANIFEST, explained, remove_own, require_own, write_manifest, write_whole
-from opcd.errors import UserError
+from opcd.config import parsing
+from opcd.runtime.differences import changed_keys
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import MANIFEST, explained, remove_own, require_own, write_manifest, write_whole
+from opcd.runtime.files.user_files import read_json
 
 OWN = ("job.json", "log.txt", "submitted.json", "finished.json")
 """What is written into a job's folder beside what its process writes."""

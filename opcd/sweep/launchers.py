@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from opcd.disk import write_whole
-from opcd.errors import UserError
-from opcd.extras import require
+from opcd.runtime.errors import UserError
+from opcd.runtime.extras import require
+from opcd.runtime.files.disk import write_whole
 from opcd.sweep.jobs import JobFolder
 
 GRACE_SECONDS = 5

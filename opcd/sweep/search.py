@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from opcd.changes import changed_keys
-from opcd.data.files import read_json
-from opcd.did_you_mean import or_all
-from opcd.disk import write_whole
-from opcd.errors import UserError
-from opcd.extras import require
-from opcd.sweep.plan import Arm, Search, SweepFile, label
-from opcd.sweep.results import is_finite
+from opcd.results.run_files import is_finite
+from opcd.runtime.did_you_mean import or_all
+from opcd.runtime.differences import changed_keys
+from opcd.runtime.errors import UserError
+from opcd.runtime.extras import require
+from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.user_files import read_json
 from opcd.sweep.summary import ArmResult
+from opcd.sweep.sweep_plan import Arm, Search, SweepFile, label
 
 RANGE = {"low", "high", "log", "step"}
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opcd.disk import write_whole
-from opcd.output import csv_cell, markdown
-from opcd.sweep.engine import Task
-from opcd.sweep.plan import Arm
-from opcd.sweep.results import figures, is_finite
-from opcd.sweep.table import clock
+from opcd.results.run_files import clock, figures, is_finite
+from opcd.runtime.files.disk import write_whole
+from opcd.runtime.output import csv_cell, markdown
+from opcd.sweep.job_engine import Task
+from opcd.sweep.sweep_plan import Arm
 
 SEEDS = ("seed_everything", "data.seed")
 SHOWN = (

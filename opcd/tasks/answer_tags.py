@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from opcd.data import Example, parse_row, read_rows
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 from opcd.tasks.docs import question_docs
 
 OPENING, CLOSING = re.compile("<answer>", re.IGNORECASE), re.compile("</answer>", re.IGNORECASE)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from opcd.data import Example
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 
 QUESTIONS = 'a row is {"query", "reference"} or {"prompt", "reward_model": {"ground_truth"}} (DAPO-Math-17k)'
 """The rows of a task whose questions have one answer, for messages."""

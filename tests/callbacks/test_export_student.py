@@ -5,10 +5,10 @@ from lightning.pytorch import Trainer
 
 from opcd.callbacks import ExportStudent
 from opcd.data import ContextQueryDataModule
-from opcd.disk import MANIFEST
-from opcd.errors import UserError
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Sampling, StudentRollout
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import MANIFEST
 
 
 def fit(tmp_path, rows, context, tiny, **options):

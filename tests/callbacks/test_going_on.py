@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 
-from opcd.card import Facts
 from opcd.checkpoints import write_checkpoint
-from opcd.cli import main
+from opcd.cli.main import main
 from opcd.data import context_hash
-from opcd.report.runs import overview, read_runs
-from opcd.sweep.results import figures, read_metrics
+from opcd.models.model_card import Facts
+from opcd.results.run_files import figures, read_metrics
+from opcd.results.run_tables import overview, read_runs
 from tests.conftest import CONTEXT, ROWS, write_rows
 
 

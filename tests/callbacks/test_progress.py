@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from opcd import activity, interruption
-from opcd.callbacks import progress
-from opcd.interruption import Interrupted
+from opcd.callbacks import step_progress as progress
 from opcd.models import ModelConfig, load_model
-from opcd.modules.prefix import SharedPrefix
+from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.runtime import activity, interruption
+from opcd.runtime.interruption import Interrupted
 from tests.conftest import write_rows
 
 METRICS = {"train/divergence": 0.5, "train/tokens_per_s": 40, "train/response_tokens": 12, "train/ended": 0.75}

@@ -6,11 +6,11 @@ from lightning import Trainer
 from rich.console import Console
 
 from opcd.callbacks import AnswerSamples
-from opcd.callbacks.samples import print_table
+from opcd.callbacks.answer_samples import print_table
 from opcd.data import ContextQueryDataModule
-from opcd.matching import right
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Sampling
+from opcd.results.matching import right
 
 
 def row(step, context, answer, reference="Odalys"):

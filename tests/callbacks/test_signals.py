@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from opcd import interruption
 from opcd.callbacks import LeaveOnSignal, signals
-from opcd.errors import StepAbandoned
-from opcd.interruption import Interrupted, leaving_together
+from opcd.runtime import interruption
+from opcd.runtime.errors import StepAbandoned
+from opcd.runtime.interruption import Interrupted, leaving_together
 
 
 @pytest.fixture

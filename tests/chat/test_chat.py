@@ -21,13 +21,14 @@ import torch
 import yaml
 from rich.console import Console
 
-from opcd.chat import command, speakers
+from opcd.chat import chat_models as speakers
+from opcd.chat.chat_models import Origin, Source, Speaker
 from opcd.chat.display import NARROW, show_answers
-from opcd.chat.speakers import Origin, Source, Speaker
+from opcd.cli import chat as command
 from opcd.data import ContextQueryDataModule
-from opcd.errors import UserError
 from opcd.models import ModelConfig
-from opcd.modules.generation import Sampling
+from opcd.modules.lm.generation import Sampling
+from opcd.runtime.errors import UserError
 from tests.conftest import CONTEXT, write_rows
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)

@@ -18,8 +18,8 @@ from opcd.checkpoints import (
     newest_whole,
     read_checkpoint,
 )
-from opcd.checkpoints.files import manifest_of, verify, write_checkpoint
-from opcd.errors import UserError
+from opcd.checkpoints.checkpoint_files import manifest_of, verify, write_checkpoint
+from opcd.runtime.errors import UserError
 
 CONFIG = {
     "seed_everything": 0,
@@ -181,7 +181,7 @@ def test_a_disk_that_refuses_is_one_message_and_what_was_saved_is_there(tmp_path
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("opcd.disk.Path.replace", refuse)
+        patch.setattr("opcd.runtime.files.disk.Path.replace", refuse)
         with pytest.raises(UserError, match=f"cannot write .*{os.strerror(number)}"):
             write_checkpoint(checkpoint(2), tmp_path / "a.ckpt")
     assert read_checkpoint(tmp_path / "a.ckpt")["global_step"] == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opcd.checkpoints import BrokenCheckpoint, check_checkpoint
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 
 CONFIG = {
     "seed_everything": 0,

@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from opcd.data import ContextSource, context_hash, read_contexts
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import pytest
 
 from opcd.data import ContextQueryDataModule, DataSet, DataSets, TeacherModels, Views
-from opcd.errors import UserError
 from opcd.models import ModelConfig
+from opcd.runtime.errors import UserError
 
 OWN = "{% for m in messages %}<|im_start|>{{ m.role }}\nSeen: {{ m.content }}<|im_end|>\n{% endfor %}"
 TEMPLATE = OWN + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from opcd.data import parse_row, parse_rows
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 
 # The shape of DAPO-Math-17k on the hub.
 DAPO = {

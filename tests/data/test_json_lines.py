@@ -5,12 +5,12 @@ from dataclasses import asdict
 
 import pytest
 
-from opcd.data.files import parse_json, read_jsonl
-from opcd.errors import UserError
+from opcd.cli.show import EXAMPLES, _first_records
 from opcd.experience.journal import Journal
-from opcd.experience.show import EXAMPLES, _first_records
-from opcd.experience.table import TABLE, Round, read_rounds
-from opcd.sweep.results import read_jsonl as read_rows_of_a_run
+from opcd.experience.rounds_table import TABLE, Round, read_rounds
+from opcd.results.run_files import read_jsonl as read_rows_of_a_run
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.user_files import parse_json, read_jsonl
 
 ENDS_FOR_STR = ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"]
 """What `str.splitlines` splits at too."""
@@ -47,7 +47,7 @@ class Counted(str):
 @pytest.mark.case("E12")
 @pytest.mark.timeout(60)
 def test_a_row_of_many_keys_with_one_twice_is_refused_in_linear_time(monkeypatch):
-    from opcd.data import files
+    from opcd.runtime.files import user_files as files
 
     pairs = [(Counted(f"key{n}"), 0) for n in range(20_000)] + [(Counted("key19999"), 1)]
     with pytest.raises(ValueError, match="an object has 'key19999' twice"):

@@ -9,8 +9,8 @@ import torch
 from lightning import LightningModule, Trainer
 
 from opcd.data import ContextQueryDataModule, context_hash, read_examples
-from opcd.errors import UserError
 from opcd.models import ModelConfig
+from opcd.runtime.errors import UserError
 
 QUERIES = [{"query": f"What is {n} + {n}?", "reference": 2 * n} for n in range(10)]
 

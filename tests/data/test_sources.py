@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from opcd.data import read_contexts, read_examples, read_rows
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 
 
 def refusal(source, key="data.train"):
@@ -108,7 +108,7 @@ def test_a_file_without_permission(tmp_path):
 def test_the_hub_out_of_reach(monkeypatch):
     import datasets
 
-    monkeypatch.setattr("opcd.data.sources.hub_reachable", lambda: False)
+    monkeypatch.setattr("opcd.data.readers.hub_reachable", lambda: False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # set in the test, and put back after it
     message = refusal("some-org/some-set:test[:10]", "data.test")
     assert re.match(r"data\.test: the hub could not be reached for some-org/some-set:test\[:10\]: ", message)

@@ -6,7 +6,7 @@ import pytest
 from transformers import AddedToken
 
 from opcd.data import Views, check_same_vocabulary
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 
 # The usual forms of chat templates, reduced: turns that are trimmed, no system role, a context that is lost, thinking.
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"

@@ -11,9 +11,10 @@ from benchmarks.drills import terminal
 from benchmarks.drills.hostile import hostile
 from benchmarks.drills.inputs import fuzz, inputs
 from benchmarks.drills.smuggling import smuggling
-from opcd import output
-from opcd.data import examples, files
-from opcd.data.literal import TextEncoder
+from opcd.data import example as examples
+from opcd.data.safe_tokenizer import TextEncoder
+from opcd.runtime import output
+from opcd.runtime.files import user_files as files
 
 
 @pytest.mark.slow

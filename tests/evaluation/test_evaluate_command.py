@@ -9,11 +9,11 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
+from opcd.accel.precision import fast_dtype
 from opcd.evaluation import Evaluation, Evaluator
 from opcd.evaluation.intervals import wilson
-from opcd.extras import install_hint
 from opcd.models import ModelConfig
-from opcd.precision import fast_dtype
+from opcd.runtime.extras import install_hint
 from opcd.tasks.punkt import provide_punkt
 from tests.conftest import CONTEXT, write_rows
 from tests.evaluation.conftest import math_rows, results
@@ -133,7 +133,7 @@ def test_a_context_stands_in_the_prompt_where_training_puts_it(tiny, math_file, 
     evaluator = Evaluator(config, ModelConfig(tiny))
     (views,) = evaluator._views.values()
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    from opcd.evaluation.answers import prompt_ids
+    from opcd.evaluation.lm_eval_model import prompt_ids
 
     messages = evaluator.tasks[0].questions[1][1]
     with_context = [{"role": "system", "content": CONTEXT}, *messages]
@@ -189,7 +189,7 @@ def test_rows_of_the_users_with_the_name_of_a_task_are_kept(evaluate, tmp_path):
     ],
 )
 def test_wrong_input_is_refused_before_a_model_is_loaded(evaluate, words, message, monkeypatch, tmp_path):
-    monkeypatch.setattr("opcd.evaluation.command.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("opcd.cli.evaluate.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     code, text = evaluate(*words, "--out", tmp_path / "out")
     assert code == 2
     assert message in text and text.count("opcd: error:") == 1 and "Traceback" not in text
@@ -225,5 +225,5 @@ def test_the_help_lists_it(opcd, capsys):
 
 
 def test_opcd_works_without_lm_eval():
-    code = "import sys; sys.modules.update(lm_eval=None, math_verify=None, nltk=None); import opcd.cli, opcd.callbacks"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    code = "import sys; sys.modules.update(lm_eval=None, math_verify=None, nltk=None); import opcd.cli.main"
+    subprocess.run([sys.executable, "-c", f"{code}; import opcd.callbacks"], check=True, timeout=120)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from opcd.errors import UserError
 from opcd.evaluation.intervals import wilson
-from opcd.evaluation.results import difference, summarise
+from opcd.evaluation.scores import difference, summarise
+from opcd.runtime.errors import UserError
 
 
 def rows(*scores, name="right"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opcd.experience.command import main
+from opcd.cli.experience import main
 from tests.conftest import write_rows
 from tests.experience.scripted import ScriptedWriters
 

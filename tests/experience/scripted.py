@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opcd.data.examples import Message
+from opcd.cli.experience import main
+from opcd.data.example import Message
 from opcd.experience import Writer, Written
 from opcd.experience import loop as loop_module
-from opcd.experience.command import main
 
 EVEN = "An even number doubled: halve it first, then take four of the halves together."
 ODD = "An odd number needs care with the last digit."

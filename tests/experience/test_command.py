@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opcd.experience.show import make_page, print_run
+from opcd.cli.show import make_page, print_run
 from tests.conftest import write_rows
 from tests.experience.conftest import records, sums
 

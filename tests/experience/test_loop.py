@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from opcd.data import read_contexts
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 from tests.conftest import write_rows
 from tests.experience.conftest import records, sums
 from tests.experience.scripted import EVEN, ODD

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from opcd.errors import UserError
-from opcd.experience.folder import claim
+from opcd.experience.experience_folder import claim
 from opcd.experience.journal import Journal
 from opcd.experience.lessons import Growth, LessonList, read_lessons
 from opcd.experience.prompts import Prompt
 from opcd.experience.selection import Score, best, best_of_each, to_score
+from opcd.runtime.errors import UserError
 
 
 @pytest.mark.case("B8")

@@ -5,14 +5,14 @@ import json
 import pytest
 import yaml
 
-from opcd.errors import UserError
+from opcd.cli.fit import fit_parser
+from opcd.cli.show import make_page
 from opcd.experience import MathProblems
-from opcd.experience.config import Experience, Fit
+from opcd.experience.experience_config import Experience, Fit
 from opcd.experience.rounds import fit_settings
-from opcd.experience.show import make_page
-from opcd.lightning_cli import fit_parser
 from opcd.models import ModelConfig
-from opcd.sweep.checks import ConfigChecker
+from opcd.runtime.errors import UserError
+from opcd.sweep.arm_checks import ConfigChecker
 from tests.conftest import ROWS, write_rows
 from tests.experience.conftest import records
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from opcd.errors import UserError
 from opcd.experience import MathProblems
-from opcd.experience.config import Experience, Stage
+from opcd.experience.experience_config import Experience, Stage
 from opcd.experience.writers import ModelWriters
 from opcd.models import ModelConfig
-from opcd.modules.generation import Sampling
-from opcd.modules.prefix import SharedPrefix
+from opcd.modules.lm.generation import Sampling
+from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.runtime.errors import UserError
 
 LIST = "Lessons:\n" + "\n".join(f"- Lesson number {n} says to add carefully." for n in range(9))
 QUESTIONS = [[{"role": "user", "content": f"What is {n} + {n}?"}] for n in (1, 23, 456)]

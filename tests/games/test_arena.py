@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from opcd.errors import UserError
-from opcd.extras import install_hint
 from opcd.games import FrozenLake, Sokoban, TextArena
+from opcd.runtime.errors import UserError
+from opcd.runtime.extras import install_hint
 
 MOVES = ("[right]", "[down]", "nonsense", "[right]", "[up]")
 LAKE = """GAME: Current Board:

@@ -7,7 +7,8 @@ import torch
 
 from examples.environment import Doors
 from opcd.callbacks import LMEval
-from opcd.evaluation import Evaluation, Evaluator, answering
+from opcd.evaluation import Evaluation, Evaluator
+from opcd.evaluation import batched_answers as answering
 from opcd.games import FrozenLake, GameSeeds
 from opcd.models import ModelConfig
 from opcd.modules.student import Student

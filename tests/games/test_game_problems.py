@@ -3,9 +3,9 @@
 import pytest
 
 from examples.environment import Doors
-from opcd.errors import UserError
 from opcd.experience import GameProblems, Writer, Written
 from opcd.games import GameSeeds
+from opcd.runtime.errors import UserError
 
 
 class Opener(Writer):

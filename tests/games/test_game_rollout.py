@@ -11,9 +11,10 @@ from opcd.data import ContextQueryDataModule
 from opcd.games import FrozenLake, Game, GameRollout, GameSeeds
 from opcd.losses import ReverseKL
 from opcd.models import ModelConfig, load_model
-from opcd.modules import Distiller, FrozenTeacher, MixedRollout, Sampling, StudentRollout, TeacherRollout, rollouts
-from opcd.modules import teacher as teacher_module
+from opcd.modules import Distiller, FrozenTeacher, MixedRollout, Sampling, StudentRollout, TeacherRollout
+from opcd.modules.rollouts import plain_rollouts as rollouts
 from opcd.modules.student import Student
+from opcd.modules.teachers import base as teacher_module
 from tests.games.conftest import LESSONS
 
 SHORT = Sampling(max_new_tokens=6)

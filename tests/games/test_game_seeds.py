@@ -5,9 +5,9 @@ import pytest
 from examples.environment import Doors
 from opcd.callbacks import LMEval
 from opcd.data import ContextQueryDataModule
-from opcd.errors import UserError
 from opcd.evaluation import Evaluation
 from opcd.games import FrozenLake, GameSeeds, Sokoban
+from opcd.runtime.errors import UserError
 
 
 def test_rows():

@@ -7,7 +7,7 @@ import torch
 from loss_reference import random_pair, softmax, value_and_gradient
 
 from opcd.losses import ForwardKL, clip_nats, entropy, retained_mass, top1_agreement
-from opcd.losses.kernels import kl
+from opcd.losses._kernels import kl
 
 INF = math.inf
 

@@ -8,13 +8,13 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny import make_tiny
+from opcd.accel.cpu.attention import use_cpu_attention
 from opcd.data import ContextQueryDataModule
-from opcd.errors import UserError
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules import BaseTeacher, Distiller, FrozenTeacher, Lora, MovingAverageTeacher, Sampling, StudentRollout
-from opcd.modules.adapters import add_lora, merged, trainable, twin, without_adapter
-from opcd.modules.cpu_attention import use_cpu_attention
+from opcd.modules.lm.adapters import add_lora, merged, trainable, twin, without_adapter
 from opcd.modules.student import Student
+from opcd.runtime.errors import UserError
 from tests.families import MIXTURES, attention_of, make
 from tests.modules.test_distiller import trainer
 

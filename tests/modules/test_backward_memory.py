@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from opcd.modules import backward_memory
-from opcd.modules.backward_memory import LAYERS, less_memory_in_backward
+from opcd.accel.cpu import backward_memory
+from opcd.accel.cpu.backward_memory import LAYERS, less_memory_in_backward
 from tests.modules.test_prefix import FAMILIES, SMALL, WITHOUT
 
 MODELS = FAMILIES | {"mamba, recurrent": WITHOUT["mamba, recurrent"]}

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from opcd.errors import StepAbandoned
-from opcd.modules.bad_numbers import BadNumbers, BadSteps, keep_batch, what_is_bad
+from opcd.modules.step.nonfinite import BadNumbers, BadSteps, keep_batch, what_is_bad
 from opcd.modules.trajectories import Trajectories
+from opcd.runtime.errors import StepAbandoned
 
 FINE = {"divergence": 0.5, "student_entropy": 2.0, "teacher_entropy": 1.0}
 

@@ -8,10 +8,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, FalconConfig
 
+from opcd.accel.cpu import attention as cpu_attention
+from opcd.accel.cpu.attention import NAME, attention, causal_attention, use_cpu_attention
+from opcd.accel.cpu.prefix_attention import attends_by_rows
 from opcd.models import ModelConfig
-from opcd.modules import Student, cpu_attention
-from opcd.modules.cpu_attention import NAME, attention, causal_attention, use_cpu_attention
-from opcd.modules.packed_attention import attends_by_rows
+from opcd.modules import Student
 from tests.modules.test_prefix import FAMILIES
 
 SHAPES = {  # B, H, G, L, K, D, E

@@ -15,11 +15,11 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from opcd.modules import decoding
-from opcd.modules.decoding import RoomyLayer, draw, give_room
-from opcd.modules.generation import Sampling, generate, own_precision
-from opcd.modules.packed_linear import FEWEST_STEPS, _Joined, packed_linears
-from opcd.precision import has_bfloat16
+from opcd.accel.cpu.onednn_linear import FEWEST_STEPS, _Joined, packed_linears
+from opcd.accel.precision import has_bfloat16
+from opcd.modules.lm import decoding
+from opcd.modules.lm.decoding import RoomyLayer, draw, give_room
+from opcd.modules.lm.generation import Sampling, generate, own_precision
 from tests.families import make
 
 PAD, STEPS = 2, 24

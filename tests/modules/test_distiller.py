@@ -8,6 +8,7 @@ from lightning import Trainer
 from torch import nn
 from torch.testing import assert_close
 
+from opcd.accel.cpu.onednn_linear import FEWEST_STEPS
 from opcd.data import ContextQueryDataModule
 from opcd.losses import ForwardKL, ReverseKL, SampledReverseKL, TopK
 from opcd.models import ModelConfig, load_model
@@ -22,8 +23,7 @@ from opcd.modules import (
     StudentRollout,
     TeacherRollout,
 )
-from opcd.modules.generation import generate
-from opcd.modules.packed_linear import FEWEST_STEPS
+from opcd.modules.lm.generation import generate
 from opcd.modules.student import Student
 from tests.conftest import write_rows
 from tests.modules.test_decoding import no_bfloat16

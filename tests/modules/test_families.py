@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from opcd.accel.cpu.attention import use_cpu_attention
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules import FrozenTeacher
-from opcd.modules.cpu_attention import use_cpu_attention
-from opcd.modules.generation import Sampling, generate
-from opcd.modules.prefix import SharedPrefix
-from opcd.modules.scoring import check_head, head_of, last_hidden
+from opcd.modules.lm.generation import Sampling, generate
+from opcd.modules.lm.hidden_states import check_head, head_of, last_hidden
+from opcd.modules.prefix.prefix_cache import SharedPrefix
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories
 from tests.families import DENSE, FAMILIES, MIXTURES, attention_of, make

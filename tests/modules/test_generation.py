@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from opcd.modules.generation import DRAWING, OPTIONS, Sampling, generate
+from opcd.modules.lm.generation import DRAWING, OPTIONS, Sampling, generate
 
 PAD, ENDS = 2, set(range(0, 49152, 12))
 SETTINGS = {

@@ -5,9 +5,9 @@ import torch
 from lightning import Trainer
 
 from opcd.data import ContextQueryDataModule
-from opcd.errors import StepAbandoned, UserError
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Sampling, SelfTeacher, Student, StudentRollout
+from opcd.runtime.errors import StepAbandoned, UserError
 
 
 @pytest.fixture

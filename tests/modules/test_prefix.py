@@ -23,14 +23,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from opcd.errors import UserError
+from opcd.accel.cpu import prefix_attention as packed_attention
 from opcd.models import ModelConfig
-from opcd.modules import FrozenTeacher, MovingAverageTeacher, SelfTeacher, packed_attention, packing
-from opcd.modules.generation import Sampling, generate
-from opcd.modules.prefix import SharedPrefix
+from opcd.modules import FrozenTeacher, MovingAverageTeacher, SelfTeacher
+from opcd.modules.lm.generation import Sampling, generate
+from opcd.modules.prefix import packing
+from opcd.modules.prefix.prefix_cache import SharedPrefix
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories
 from opcd.planning.sizes import MASK
+from opcd.runtime.errors import UserError
 from tests.families import make
 
 SMALL = {

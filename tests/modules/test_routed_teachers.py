@@ -10,7 +10,6 @@ import yaml
 from safetensors.torch import load_file
 
 from opcd.data import ContextQueryDataModule, DataSet, DataSets
-from opcd.errors import UserError
 from opcd.losses import ReverseKL
 from opcd.models import ModelConfig, load_model
 from opcd.modules import (
@@ -25,7 +24,8 @@ from opcd.modules import (
     TeacherRollout,
     Trajectories,
 )
-from opcd.modules.meters import Stopwatch, TokenMeans, step_metrics
+from opcd.modules.step.metrics import Stopwatch, TokenMeans, step_metrics
+from opcd.runtime.errors import UserError
 from tests.conftest import write_rows
 from tests.modules.test_distiller import (
     RESPONSES,

@@ -12,11 +12,11 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from opcd.errors import UserError
 from opcd.models import ModelConfig, load_model
 from opcd.modules import Student
-from opcd.modules.scoring import check_head, head_of, last_hidden
+from opcd.modules.lm.hidden_states import check_head, head_of, last_hidden
 from opcd.modules.trajectories import Trajectories
+from opcd.runtime.errors import UserError
 
 SMALL = {
     "vocab_size": 64,

@@ -16,13 +16,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from benchmarks.tiny import make_tiny
-from opcd import interruption
-from opcd.errors import StepAbandoned, UserError
-from opcd.hub import hub_reachable
-from opcd.interruption import Interrupted
 from opcd.losses import JSD, ForwardKL, ReverseKL, SampledReverseKL, TopK
 from opcd.losses.log_probs import NEVER
 from opcd.models import ModelConfig
+from opcd.models.hub_access import hub_reachable
 from opcd.modules import (
     FrozenTeacher,
     MixedRollout,
@@ -33,11 +30,14 @@ from opcd.modules import (
     TeacherRollout,
     Trajectories,
 )
-from opcd.modules.checks import check_served
 from opcd.modules.objective import Objective
+from opcd.modules.step.validation import check_served
+from opcd.runtime import interruption
+from opcd.runtime.errors import StepAbandoned, UserError
+from opcd.runtime.interruption import Interrupted
 from opcd.serving import client
-from opcd.serving.model import COMPLETIONS, GENERATE, MODELS, TOKENIZE
 from opcd.serving.pauses import LONGEST, pause
+from opcd.serving.served_model import COMPLETIONS, GENERATE, MODELS, TOKENIZE
 from tests.serving.server import Served, serving
 from tests.serving.vllm import cached_tokens_of, vllm_here, vllm_serving
 
@@ -461,7 +461,7 @@ def test_a_proxy_that_is_none_is_one_message(name, value, says, connected, serve
     with pytest.raises(UserError, match=says) as raised:
         connected()
     assert "planted" not in str(raised.value)
-    monkeypatch.setattr("opcd.hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("opcd.models.hub_access.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(UserError, match=says):
         hub_reachable()
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opcd.modules import Student, cpu_attention
-from opcd.modules.adapters import Lora, add_lora
-from opcd.modules.cpu_attention import use_cpu_attention
+from opcd.accel.cpu import attention as cpu_attention
+from opcd.accel.cpu.attention import use_cpu_attention
+from opcd.modules import Student
+from opcd.modules.lm.adapters import Lora, add_lora
 from opcd.modules.trajectories import Trajectories
 from tests.modules.test_prefix import FAMILIES, WITHOUT, ids
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from opcd.errors import UserError
 from opcd.modules.trajectories import PASS, Trajectories, first_sequence, length_groups, token_weights
+from opcd.runtime.errors import UserError
 
 
 def test_nothing_after_the_first_end_of_sequence_counts(batch):

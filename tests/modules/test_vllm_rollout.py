@@ -11,8 +11,6 @@ from torch.testing import assert_close
 
 from benchmarks.tiny import make_tiny
 from opcd.data import ContextQueryDataModule
-from opcd.errors import StepAbandoned, UserError
-from opcd.extras import install_hint
 from opcd.games import GameRollout
 from opcd.losses import ReverseKL, SampledReverseKL
 from opcd.models import ModelConfig
@@ -27,12 +25,14 @@ from opcd.modules import (
     VLLMRollout,
     VLLMServer,
 )
-from opcd.modules.checks import check_engine, check_shards
-from opcd.modules.drift import Drift
-from opcd.modules.engine import Completion, Engine, vllm_settings
-from opcd.modules.generation import generate
-from opcd.modules.scoring import States, head_of, last_hidden
+from opcd.modules.lm.generation import generate
+from opcd.modules.lm.hidden_states import States, head_of, last_hidden
+from opcd.modules.rollouts.engine import Completion, Engine, vllm_settings
+from opcd.modules.step.rollout_mismatch import Drift
+from opcd.modules.step.validation import check_engine, check_shards
 from opcd.modules.student import Student
+from opcd.runtime.errors import StepAbandoned, UserError
+from opcd.runtime.extras import install_hint
 from tests.modules.test_distiller import gradients, relative_difference, trainer
 from tests.serving.server import Served, serving
 from tests.serving.vllm import ENVIRONMENT, VLLM, vllm_here, vllm_serving
@@ -198,7 +198,7 @@ def test_what_is_refused(make, message):
 
 
 def test_a_rollout_within_another_is_looked_at_as_well(monkeypatch):
-    monkeypatch.setattr("opcd.modules.vllm_engine.find_spec", lambda name: name)
+    monkeypatch.setattr("opcd.modules.rollouts.colocated_vllm.find_spec", lambda name: name)
     writes = VLLMRollout(ColocatedVLLM(), max_importance=2.0)
     assert GameRollout(writes).max_importance == 2.0
     mixed = MixedRollout([VLLMRollout(ColocatedVLLM()), RecordedRollout()], [0.5, 0.5])
@@ -263,7 +263,7 @@ def test_weights_take_the_place_of_former_ones_only(tiny, monkeypatch, tmp_path)
 
 def test_a_server_that_cannot_write_is_told_before_a_model_loads(opcd, tiny, rows, context, monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("opcd.modules.vllm_server.START", 0.1)
+    monkeypatch.setattr("opcd.modules.rollouts.vllm_server.START", 0.1)
     monkeypatch.setattr("opcd.modules.distiller.Student.load", None)
     with serving(Served(tiny)) as server:
         words = ("fit", "--model.student.name", tiny, "--data.train", rows, "--trainer.default_root_dir", tmp_path)

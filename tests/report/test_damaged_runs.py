@@ -9,14 +9,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from opcd.errors import UserError
-from opcd.sweep.engine import Task
+from opcd.results.plots import bars, curves, drawn, points
+from opcd.results.run_files import figures, read_config, read_metrics
+from opcd.runtime.errors import UserError
+from opcd.sweep.job_engine import Task
 from opcd.sweep.jobs import Job, JobFolder
-from opcd.sweep.plan import Search, make_arm
-from opcd.sweep.plots import bars, curves, drawn, points
-from opcd.sweep.results import figures, read_config, read_metrics
 from opcd.sweep.search import best
 from opcd.sweep.summary import ArmResult, write_summary
+from opcd.sweep.sweep_plan import Search, make_arm
 from tests.evaluation.test_results import rows as scored
 
 CONFIG = "trainer:\n  max_steps: 3\nmodel:\n  student: {name: tiny}\ndata: {batch_size: 2}\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opcd.cli import main
-from opcd.extras import install_hint
-from opcd.report.runs import Run
+from opcd.cli.main import main
+from opcd.results.run_tables import Run
+from opcd.runtime.extras import install_hint
 from tests.browser import check_plots, opened
 from tests.conftest import CONTEXT, ROWS, write_rows
 from tests.evaluation.conftest import math_rows

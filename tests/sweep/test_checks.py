@@ -2,11 +2,11 @@
 
 import pytest
 
-from opcd.changes import changed_keys
-from opcd.errors import UserError
-from opcd.lightning_cli import fit_parser
-from opcd.sweep.checks import ConfigChecker
-from opcd.sweep.plan import Base
+from opcd.cli.fit import fit_parser
+from opcd.runtime.differences import changed_keys
+from opcd.runtime.errors import UserError
+from opcd.sweep.arm_checks import ConfigChecker
+from opcd.sweep.sweep_plan import Base
 from tests.sweep.conftest import QUICKSTART
 
 

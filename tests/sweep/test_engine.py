@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from opcd import parsing
-from opcd.errors import UserError
-from opcd.extras import install_hint
-from opcd.sweep.engine import Engine, explain, locked
+from opcd.config import parsing
+from opcd.runtime.errors import UserError
+from opcd.runtime.extras import install_hint
+from opcd.sweep.job_engine import Engine, explain, locked
 from opcd.sweep.jobs import Job, JobFolder
 from opcd.sweep.launchers import LocalLauncher, SlurmLauncher, shares
 
@@ -222,7 +222,7 @@ def test_without_locks_the_process_in_the_lock_file_is_asked(tmp_path, monkeypat
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("opcd.locks.fcntl.flock", refuse)
+    monkeypatch.setattr("opcd.runtime.files.locks.fcntl.flock", refuse)
     with locked(tmp_path):
         assert "without file locks" in capsys.readouterr().err
     owner = json.loads((tmp_path / ".lock").read_text())

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from opcd.errors import UserError
-from opcd.sweep.plan import file_name, grid, label, make_arm, overrides, read_sweep, short_names
+from opcd.runtime.errors import UserError
+from opcd.sweep.sweep_plan import file_name, grid, label, make_arm, overrides, read_sweep, short_names
 
 TOP_K = {"class_path": "opcd.losses.TopK", "init_args": {"k": 256, "tail": "drop"}}
 

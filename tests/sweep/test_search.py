@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from opcd.errors import UserError
-from opcd.sweep.plan import Search, SweepFile
+from opcd.runtime.errors import UserError
 from opcd.sweep.search import ArmSearch, best
 from opcd.sweep.summary import ArmResult
+from opcd.sweep.sweep_plan import Search, SweepFile
 
 pytest.importorskip("optuna")
 AXES = {"model.x": {"low": -2.0, "high": 2.0}, "model.k": {"low": 1, "high": 4}, "model.loss": [{"a": 1}, "JSD"]}

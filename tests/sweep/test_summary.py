@@ -9,14 +9,14 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from opcd.sweep.checkpoints import keep_the_best
-from opcd.sweep.engine import Task
+from opcd.results.plots import bars, curves, drawn
+from opcd.results.run_files import clock, figures, right_over_steps
+from opcd.sweep.arm_checkpoints import keep_the_best
+from opcd.sweep.job_engine import Task
 from opcd.sweep.jobs import Job, JobFolder
-from opcd.sweep.plan import Search, make_arm
-from opcd.sweep.plots import bars, curves, drawn
-from opcd.sweep.results import figures, right_over_steps
+from opcd.sweep.live_table import LiveTable
 from opcd.sweep.summary import ArmResult, markdown_table, mean_and_spread, write_summary
-from opcd.sweep.table import LiveTable, clock
+from opcd.sweep.sweep_plan import Search, make_arm
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import pytest
 from math_verify import parse, verify
 
-from opcd.errors import UserError
+from opcd.runtime.errors import UserError
 from opcd.tasks import answer_tags, dapo_math, ifeval, punkt
 from tests.conftest import write_rows
 from tests.evaluation.conftest import ifeval_rows, math_rows

@@ -1,0 +1,1 @@
+"""Faster computation on one kind of hardware. The method does not depend on it."""

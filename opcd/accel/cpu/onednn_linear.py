@@ -1,0 +1,112 @@
+"""Linear layers in oneDNN's own layout while a model generates on a CPU.
+
+A decode step multiplies a few rows with every weight once. From the usual layout that takes 1.7 times as long as from
+the one that oneDNN would choose (docs/log.md), and torch has no public call for it: this is what its compiler uses.
+Layers that read the same states are one product.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from opcd.accel.precision import has_bfloat16
+
+MOST_BYTES = 2 * 2**30
+"""The packed weights of larger models are not made: they take this much beside the weights."""
+
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers of one module that mostly read the same states."""
+
+ROWS = 16
+"""The rows that oneDNN is told to expect. For one it keeps the usual layout on some CPUs; for 4 or more it packs."""
+
+FEWEST_STEPS = 16
+"""Packing takes as long as two or three decode steps; shorter generations do without."""
+
+
+@contextmanager
+def packed_linears(model: nn.Module, dtype: torch.dtype, steps: int, consume: bool = False) -> Iterator[None]:
+    """Within, the model's linear layers compute in ``dtype`` from packed copies of the weights of this moment.
+
+    Nothing happens where it cannot help: off a CPU, in another type than float32 or bfloat16 (or where the CPU or this
+    build of torch has no such kernel), for fewer than ``FEWEST_STEPS`` decode steps or more than ``MOST_BYTES`` of
+    weights.
+    With ``consume`` the layers' own weights give their memory to the packed ones and are empty from then on, but for
+    those that another module reads.
+    """
+    linears = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+    size = sum(linear.weight.numel() * dtype.itemsize for linear in linears)
+    if steps < FEWEST_STEPS or size > MOST_BYTES or not _has_kernel(linears, dtype):
+        yield
+        return
+    readers = Counter(weight.data_ptr() for module in model.modules() for weight in module.parameters(recurse=False))
+    try:
+        for group in _groups(model, linears):
+            product = partial(_product, *_packed(group, dtype))
+            joined = _Joined(product, [linear.out_features for linear in group])
+            for number, linear in enumerate(group):  # before the class's own
+                vars(linear)["forward"] = partial(joined, number) if len(group) > 1 else product
+                if consume and readers[linear.weight.data_ptr()] == 1:
+                    linear.weight.untyped_storage().resize_(0)
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
+
+
+def _groups(model: nn.Module, linears: list[nn.Linear]) -> list[list[nn.Linear]]:
+    """The layers, those that are computed together in one list."""
+    groups: list[list[nn.Linear]] = []
+    known = set(linears)
+    for module in model.modules():
+        for names in JOINED:
+            children = [child for name, child in module.named_children() if name in names]
+            group = [child for child in children if isinstance(child, nn.Linear) and child in known]
+            if len(group) == len(names) and len({linear.bias is None for linear in group}) == 1:
+                groups.append(group)
+    joined = {linear for group in groups for linear in group}
+    return groups + [[linear] for linear in linears if linear not in joined]
+
+
+def _has_kernel(linears: list[nn.Linear], dtype: torch.dtype) -> bool:
+    if any(linear.weight.device.type != "cpu" for linear in linears) or not torch.backends.mkldnn.is_available():
+        return False
+    operations = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    if not all(hasattr(torch.ops.mkldnn, name) for name in operations):
+        return False
+    low = dtype == torch.bfloat16 and has_bfloat16("cpu") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(low) or dtype == torch.float32
+
+
+def _packed(layers: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of all of them."""
+    weights = [layer.weight.detach().to(dtype) for layer in layers]
+    biases = [layer.bias.detach().to(dtype) for layer in layers if layer.bias is not None]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # of one it would be a copy
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS), torch.cat(biases) if biases else None
+
+
+def _product(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+    """hidden @ weightᵀ + bias, [..., H] -> [..., V]."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(hidden.to(weight.dtype), weight, bias, "none", [], "")
+    return result
+
+
+class _Joined:
+    """The results of several layers, computed for the first that asks; the others must ask with the same tensor."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
+        self.product, self.sizes = product, sizes
+        self._read: tuple[Tensor | None, int] = (None, 0)
+        self._results: tuple[Tensor, ...] = ()
+
+    def __call__(self, number: int, hidden: Tensor) -> Tensor:
+        """The result of one of the layers, [..., H] -> [..., V]."""
+        version = 0 if hidden.is_inference() else hidden._version
+        if self._read[0] is not hidden or self._read[1] != version:
+            self._read, self._results = (hidden, version), self.product(hidden).split(self.sizes, -1)
+        return self._results[number]

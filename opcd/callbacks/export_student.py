@@ -1,0 +1,164 @@
+"""The trained student as a Hugging Face folder that plain `transformers` loads."""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from opcd.callbacks.log_folder import run_folder, still_there
+from opcd.data import ContextQueryDataModule
+from opcd.export.merge import write_merged
+from opcd.models import architecture
+from opcd.models.model_card import Facts, model_card
+from opcd.modules import Distiller, FrozenTeacher, Student, Teacher
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import require_own, whole_folder
+
+
+class ExportStudent(Callback):
+    """Writes `student/` in the run's folder when training ends: safetensors, tokenizer, chat template, model card.
+
+    Args:
+        dtype: type of the written weights; auto takes that of the model it was made from.
+        merge: a student with an adapter is written as one model that holds it, and compared with the student; where it
+            is not the same, the adapter is written and the run ends with an error. Off: as the adapter, for peft.
+        every_n_steps: write `student-step=N/` too, every so many optimizer steps; null writes at the end only.
+    """
+
+    def __init__(
+        self,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        merge: bool = False,
+        every_n_steps: int | None = None,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"ExportStudent wants every_n_steps >= 1 or null, got {every_n_steps}")
+        self.dtype, self.merge, self.every_n_steps = dtype, merge, every_n_steps
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn where to write."""
+        self._folder = run_folder(trainer)
+        assert isinstance(pl_module, Distiller)
+        if self.merge and pl_module.adapter is None:
+            raise UserError("ExportStudent.merge: there is no model.adapter to merge; remove it")
+        if stage == "fit" and trainer.is_global_zero:
+            require_own(self._folder / "student", "ExportStudent")
+        if self.dtype != "auto" and pl_module.adapter is not None and not self.merge:
+            raise UserError("ExportStudent.dtype has no effect on an adapter; remove it, or set merge")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Write a folder of this step where one is due."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            why = self._write(trainer, pl_module, f"student-step={trainer.global_step}")
+            if why is not None:
+                rank_zero_warn(why)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the trained student, also where a run that went on had no step left: it was killed before this."""
+        why = self._write(trainer, pl_module, "student")
+        if why is not None:
+            raise UserError(why)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> str | None:
+        """Write beside the target first, then rename: the folder is whole or not there. Ranks wait for the writer.
+
+        Returns what went wrong with `merge`, on the rank that writes.
+        """
+        assert isinstance(pl_module, Distiller)
+        student, why = self._whole(trainer, pl_module), None
+        if trainer.is_global_zero:
+            why = self._write_folder(trainer, pl_module, student, name)
+        trainer.strategy.barrier()  # a rank that ends early may have its launcher end the others
+        return why
+
+    def _write_folder(self, trainer: Trainer, pl_module: Distiller, student: Student, name: str) -> str | None:
+        still_there(self._folder)
+        target = self._folder / name
+        with whole_folder(target, "ExportStudent") as scratch:
+            why = self._write_weights(pl_module, student, scratch)
+            adapter = pl_module.adapter is not None and (not self.merge or why is not None)
+            facts = facts_of(trainer, pl_module)
+            facts.write(scratch)
+            card = model_card(facts, adapter, shlex.join(["opcd", *sys.argv[1:]]))
+            (scratch / "README.md").write_text(card, encoding="utf-8")
+        rank_zero_info(f"student written to {target}")
+        return why and f"ExportStudent.merge: {why}; {target} holds the adapter instead, which peft and opcd read"
+
+    def _write_weights(self, distiller: Distiller, student: Student, folder: Path) -> str | None:
+        """Weights and tokenizer; where merging goes wrong, the adapter. Returns what went wrong."""
+        dtype = self._dtype(distiller)
+        if not self.merge:
+            student.save(folder, dtype)
+            return None
+        try:
+            write_merged(student, folder, dtype or student.model.dtype, distiller.student_config)
+        except UserError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            student.save(folder)
+            return str(error)
+        return None
+
+    def _whole(self, trainer: Trainer, distiller: Distiller) -> Student:
+        """The student; where it is sharded, a copy on the CPU of the rank that writes, which all ranks make."""
+        if not distiller.student.is_sharded:
+            return distiller.student
+        dtype = self._dtype(distiller) or distiller.student.model.dtype
+        return distiller.student.plain(dtype, torch.device("cpu" if trainer.is_global_zero else "meta"))
+
+    def _dtype(self, distiller: Distiller) -> torch.dtype | None:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        base = architecture(distiller.student_config)
+        return base.dtype if isinstance(base.dtype, torch.dtype) else None
+
+
+def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
+    """How the student stands now, and what it was made from."""
+    datamodule = getattr(trainer, "datamodule", None)
+    data = datamodule if isinstance(datamodule, ContextQueryDataModule) else None
+    base = distiller.student_config.name
+    return Facts(
+        base=base,
+        teacher={_label(name, part): _model(part, base) for name, part in distiller.teacher.parts.items()},
+        context=data.context if data else None,
+        context_sha256=data.context_hash if data else None,
+        data=str(data.sources["train"]) if data else None,
+        loss=str(distiller.objective.loss),
+        temperature=distiller.objective.temperature,
+        reduction=distiller.reduction,
+        rollout=type(distiller.rollout).__name__,
+        steps=trainer.global_step,
+        batch_size=data.batch_size * trainer.world_size if data else None,
+        precision=str(trainer.precision),
+        **_optimizer(trainer),
+        former_contexts=Facts.contexts_in(Path(base).expanduser()),
+    )
+
+
+def _optimizer(trainer: Trainer) -> dict[str, Any]:
+    """The optimizer by its name, its rate as it was set, and the scheduler by its name."""
+    if not trainer.optimizers:
+        return {}
+    group = trainer.optimizers[0].param_groups[0]
+    schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    return {
+        "optimizer": type(trainer.optimizers[0]).__name__,
+        "learning_rate": float(group.get("initial_lr", group["lr"])),
+        "lr_scheduler": schedulers[0] if schedulers else None,
+    }
+
+
+def _label(name: str | None, teacher: Teacher) -> str:
+    """What a teacher is, with its name where there are several."""
+    return f"{name}: {type(teacher).__name__}" if name else type(teacher).__name__
+
+
+def _model(teacher: Teacher, base: str) -> str | None:
+    if not isinstance(teacher, FrozenTeacher):
+        return None
+    return teacher.config.name if teacher.config else base

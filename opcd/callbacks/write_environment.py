@@ -1,0 +1,31 @@
+"""Where and by which command a run was made, for those who read it later."""
+
+import json
+import shlex
+import sys
+import time
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from opcd.callbacks.log_folder import run_folder
+from opcd.runtime.files.disk import write_whole
+from opcd.runtime.output import masked
+from opcd.runtime.system_info import FILE, machine, versions
+
+PACKAGES = ("opcd", "torch", "transformers", "lightning", "peft", "bitsandbytes", "lm-eval", "math-verify")
+
+
+class WriteEnvironment(Callback):
+    """Writes `environment.json` in the run's folder: the command, when it began, machine and versions of rank 0."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it before anything else is done."""
+        folder = run_folder(trainer)
+        if trainer.is_global_zero:
+            known = {
+                "command": masked(shlex.join(["opcd", *sys.argv[1:]])),
+                "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+                "machine": machine(),
+                "versions": versions(*PACKAGES),
+            }
+            write_whole(folder / FILE, json.dumps(known, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,159 @@
+"""`opcd doctor --plan`: what a run takes, part by part, before a weight is loaded.
+
+    opcd doctor --plan --config configs/quickstart.yaml
+    opcd doctor --plan --config configs/cross_size.yaml --config configs/teacher_4bit.yaml --trainer.accelerator gpu \
+        --memory 80GB --query_tokens 512 --context_tokens 4096
+"""
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentError
+
+from opcd.cli.fit import fit_parser
+from opcd.config.parsing import Parser
+from opcd.config.precheck import checked
+from opcd.planning.levers import until_it_fits
+from opcd.planning.parts import FREE, Part, free, parts, peak
+from opcd.planning.plan_lengths import read_lengths
+from opcd.planning.reading import read_setting
+from opcd.planning.setting import Setting
+from opcd.planning.sizes import PHASES
+from opcd.runtime.errors import UserError
+
+UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+STATUS = Path("/proc/self/status")
+IN_PHASE = {
+    "samples": "while the sample answers before training are written",
+    "rollout": "while responses are written",
+    "teacher": "while the teacher scores",
+    "student": "in the student's pass and the loss",
+    "backward": "in the backward pass",
+    "optimizer": "in the optimizer's step",
+}
+
+
+def main(args: list[str]) -> int:
+    """Print the table. Returns 0, or 1 where the run does not fit.
+
+    Args:
+        args: the words after `opcd doctor --plan`.
+
+    Raises:
+        UserError: the config is wrong, or something of it is not known here.
+    """
+    options, rest = _options(args)
+    setting = read(rest, options.query_tokens, options.context_tokens)
+    found = parts(setting)
+    phase, most = peak(found)
+    memory = options.memory or _memory(setting)
+    if options.json:
+        print(json.dumps({"peak": most, "phase": phase, "parts": {part.name: part.phases for part in found}}))
+    else:
+        print("\n".join([_title(setting), "", *table(found), "", *_verdict(setting, found, memory)]))
+    return 1 if memory is not None and most > memory else 0
+
+
+def read(words: list[str], query: int | None = None, context: int | None = None) -> Setting:
+    """The setting of a config, given as the words after `opcd fit`; lengths that are None are read from its rows."""
+    parser = fit_parser()
+    try:
+        config = parser.parse_args(checked("fit", words, data=False))
+        trainer = config.trainer.clone()
+        # Its devices may be on another machine.
+        for name, value in {"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1}.items():
+            config.trainer[name] = value
+        config.trainer.logger, config.trainer.callbacks = False, None
+        made = parser.instantiate_classes(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except SystemExit as end:
+        raise ArgumentError(None, "opcd doctor --plan: see `opcd doctor --plan --help`") from end
+    lengths = read_lengths(made, query, context)
+    return read_setting(trainer, made.model, made.data.batch_size, lengths, _resident())
+
+
+def table(found: list[Part]) -> list[str]:
+    """Parts by phases, in MiB, and their sums."""
+    lines = [f"{'MiB':<26}" + "".join(f"{phase:>11}" for phase in PHASES)]
+    lines += [f"{part.name:<26}" + "".join(_cell(part.phases.get(phase, 0)) for phase in PHASES) for part in found]
+    sums = [sum(part.phases.get(phase, 0) for part in found) for phase in PHASES]
+    return [*lines, f"{'sum':<26}" + "".join(map(_cell, sums))]
+
+
+def _options(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser(
+        prog="opcd doctor --plan",
+        description="The memory of a run on paper, for one rank. All other options are those of `opcd fit`. A model "
+        "may be a folder with nothing but a config.json.",
+    )
+    parser.add_argument("--memory", type=size, help="of a device, such as 24GiB; default: of the one that is here")
+    tokens = "tokens of the longest prompt without the context; default: as in data.train"
+    parser.add_argument("--query_tokens", type=_count, help=tokens)
+    parser.add_argument("--context_tokens", type=_count, help="tokens that the longest context adds; default: as there")
+    parser.add_argument("--json", action="store_true", help="one object, in bytes")
+    return parser.parse_known_args(args)
+
+
+def size(text: str) -> int:
+    """Bytes of 24GiB, 80GB, 800MiB."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"wants a number and one of {', '.join(UNITS)}, such as 24GiB, not {text!r}")
+    return round(float(found[1]) * UNITS[found[2]])
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+    return int(text)
+
+
+def _resident() -> int:
+    """Bytes of this process, which has imported what a run imports; 0 where the system does not say."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    return next((int(line.split()[1]) * 2**10 for line in lines if line.startswith("VmRSS")), 0)
+
+
+def _memory(setting: Setting) -> int | None:
+    """Of the device that is here; None for a GPU where there is none."""
+    if not setting.gpu:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // setting.ranks
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _title(s: Setting) -> str:
+    kind, part = "GPU" if s.gpu else "CPU", ", each with a part of the student" if s.sharded else ""
+    prompts = f"prompts of {s.query} tokens, with the context {s.context} more, responses of {s.response}"
+    passes = f"micro-batches of {s.micro_rows} row{'s' if s.micro_rows > 1 else ''}, {s.tokens} tokens"
+    return f"{s.ranks} {kind}{'s' if s.ranks > 1 else ''}{part}; {s.batch} rows a step, {prompts}; {passes}"
+
+
+def _cell(number: int) -> str:
+    return f"{number / 2**20:>11,.0f}" if number else f"{'':>11}"
+
+
+def _verdict(setting: Setting, found: list[Part], memory: int | None) -> list[str]:
+    phase, most = peak(found)
+    lines = [f"peak: {_gib(most)}, {IN_PHASE[phase]}"]
+    in_use = [part for part in found if part.name != FREE]
+    if (largest := peak(in_use)[0]) != phase and free(found, phase):
+        lines[0] += f"; {_gib(free(found, phase))} of it lie free in the heap, {IN_PHASE[largest]} they are needed"
+    if setting.gpu:
+        lines.append("not in it: the CUDA context, and what the allocator keeps between its blocks")
+    if memory is None:
+        return [*lines, "what there is of memory is not known here: give --memory 24GiB"]
+    if most <= memory:
+        return [*lines, f"fits in {_gib(memory)}: {_gib(memory - most)} are left{' for that' if setting.gpu else ''}"]
+    taken = until_it_fits(setting, memory)
+    lines.append(f"does not fit in {_gib(memory)}" + ("; the largest lever first:" if taken else ", and nothing helps"))
+    lines += [f"  {_gib(after):>12}  with {name}" for name, after in taken]
+    return lines + (["  and that is not enough"] if taken and taken[-1][1] > memory else [])
+
+
+def _gib(number: int) -> str:
+    return f"{number / 2**30:,.1f} GiB"

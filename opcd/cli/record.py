@@ -1,0 +1,133 @@
+"""`opcd record`: a teacher's responses and likeliest tokens, once, for a training that needs no teacher in memory."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
+
+from opcd.cli.fit import fit_parser
+from opcd.config.parsing import Parser
+from opcd.config.precheck import checked
+from opcd.data import ContextQueryDataModule
+from opcd.losses import Head
+from opcd.losses.log_probs import log_probs
+from opcd.models import architecture, load_tokenizer
+from opcd.modules import FrozenTeacher, RecordedTeacher, Student, TeacherRollout, Trajectories
+from opcd.modules.step.validation import check_data, check_teacher_parts
+from opcd.modules.teachers.record_folder import Origin, RecordWriter, tokenizer_hash
+from opcd.runtime.errors import UserError
+
+ROWS_AT_A_TIME = 128
+"""Positions whose logits are there at once."""
+
+
+def main(args: list[str]) -> int:
+    """Record what the config's teacher says of data.train. Returns 0."""
+    options, rest = make_parser().parse_known_args(args)
+    for name in ("k", "samples", "shard_rows"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    made = _instantiated(fit_parser(), checked("fit", rest))
+    _record(made.model, made.data, int(made.seed_everything or 0), options)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's own options; those of `opcd fit` come after them."""
+    parser = Parser(
+        prog="opcd record",
+        description="Write the responses of model.teacher to data.train, and its likeliest tokens at each position, "
+        "into a folder. All other options are those of `opcd fit`: give the config of the run that will read it.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="goes on where there is a record")
+    parser.add_argument("--k", type=int, default=64, help="tokens of each position (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="responses to each query (default: %(default)s)")
+    parser.add_argument("--shard_rows", type=int, default=256, help="queries of a file (default: %(default)s)")
+    return parser
+
+
+def _instantiated(parser: LightningArgumentParser, args: list[str]) -> Any:
+    try:
+        return parser.instantiate_classes(_without_trainer(parser.parse_args(args)))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _without_trainer(config: Any) -> Any:
+    config.trainer.logger, config.trainer.callbacks = False, None
+    return config
+
+
+def _record(distiller: Any, data: ContextQueryDataModule, seed: int, options: argparse.Namespace) -> None:
+    teacher, rollout = distiller.teacher, distiller.rollout
+    if not isinstance(teacher, FrozenTeacher) or not isinstance(rollout, TeacherRollout):
+        raise UserError(
+            "opcd record wants model.teacher: FrozenTeacher and model.rollout: TeacherRollout, not "
+            f"{type(teacher).__name__} and {type(rollout).__name__}: what changes while a student learns is no record, "
+            "and each of several teachers has its own"
+        )
+    check_teacher_parts(teacher, rollout, ranks=1)
+    data.setup("fit")
+    check_data(data, "fit", rollout, distiller.answer, distiller.student_config, teacher)
+    examples = data.examples("train")
+    tokenizer = load_tokenizer(distiller.student_config)
+    config = teacher.config or distiller.student_config
+    origin = Origin(
+        teacher=config.name,
+        tokenizer=tokenizer_hash(tokenizer),
+        context=data.context_hash,
+        rows=len(examples),
+        samples=options.samples,
+        temperature=distiller.objective.temperature,
+        k=options.k,
+        sampling=vars(rollout.sampling),
+        seed=seed,
+    )
+    writer = RecordWriter(options.out, origin)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.prepare(None, distiller.student_config, device)  # type: ignore[arg-type]  # it loads a model of its own
+    student = Student(teacher.model, tokenizer)  # for the tokens that end and fill a row
+    for first in range(0, len(examples), options.shard_rows):
+        part = examples[first : first + options.shard_rows]
+        if writer.rows > first * options.samples:
+            continue
+        torch.manual_seed(seed + first)  # the same draws whether or not the command was stopped before
+        rows = [_batch(data, distiller, student, part[i : i + data.batch_size], options) for i in _starts(part, data)]
+        prompts, responses = ([x for row in rows for x in row[column]] for column in (0, 1))
+        writer.add(prompts, responses, torch.cat([row[2] for row in rows]), torch.cat([row[3] for row in rows]))
+        print(f"{writer.rows} of {len(examples) * options.samples} responses in {options.out}", flush=True)
+    print(f"recorded; model.teacher: {{class_path: {RecordedTeacher.__name__}, init_args: {{folder: {options.out}}}}}")
+
+
+def _starts(part: list[Any], data: ContextQueryDataModule) -> range:
+    return range(0, len(part), data.batch_size)
+
+
+@torch.no_grad()
+def _batch(
+    data: ContextQueryDataModule, distiller: Any, student: Student, examples: list[Any], options: argparse.Namespace
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Prompts, responses, and of the N response tokens the k likeliest with their log-probabilities, [N, k] each."""
+    teacher, sampling = distiller.teacher, distiller.rollout.sampling
+    batch = data.encode([example for example in examples for _ in range(options.samples)]).to(teacher.model.device)
+    responses = teacher.respond(batch, sampling, student.eos_ids, student.pad_id)
+    trajectories = Trajectories.of(batch, responses, student.eos_ids)
+    states = teacher.score(trajectories, distiller.micro_batch_tokens)
+    # The student's vocabulary, as where the teacher is at hand: what either has more is padding.
+    vocabulary = architecture(distiller.student_config).get_text_config().vocab_size
+    likeliest = [
+        _likeliest(states.head, hidden, vocabulary, distiller.objective.temperature, options.k)
+        for hidden in states.hidden.split(ROWS_AT_A_TIME)
+    ]
+    log_probs, tokens = (torch.cat(column) for column in zip(*likeliest, strict=True))
+    return trajectories.teacher_prompts, trajectories.responses, tokens, log_probs
+
+
+def _likeliest(head: Head, hidden: Tensor, vocabulary: int, temperature: float, k: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and token ids of the k likeliest of a vocabulary's first tokens: [n, H] -> [n, k] x2."""
+    of_all = log_probs(head(hidden)[:, :vocabulary], temperature)
+    values, tokens = of_all.topk(min(k, of_all.shape[-1]), -1)
+    return values, tokens

@@ -1,0 +1,188 @@
+"""`opcd sweep SWEEP.yaml`: many runs of `opcd fit` from one file.
+
+    opcd sweep SWEEP.yaml --jobs 2
+    opcd sweep SWEEP.yaml --model.student.name FOLDER
+
+Dotted options go over the file's `base.set`. Every config is checked first. An arm that has finished is not run again,
+so the same command goes on where it stopped.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from opcd.cli.fit import fit_parser
+from opcd.config.parsing import Parser
+from opcd.results.plots import bars, curves, drawn
+from opcd.results.run_files import read_metrics
+from opcd.runtime.did_you_mean import did_you_mean
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.safe_yaml import load_yaml
+from opcd.sweep.arm_checkpoints import keep_the_best
+from opcd.sweep.arm_checks import ConfigChecker
+from opcd.sweep.job_engine import Engine, explain, locked
+from opcd.sweep.jobs import Job, fit_job
+from opcd.sweep.launchers import Launcher, LocalLauncher, SlurmLauncher
+from opcd.sweep.search import ArmSearch, best
+from opcd.sweep.summary import ArmResult, by_seed, write_summary
+from opcd.sweep.sweep_plan import Arm, SweepFile, grid, read_sweep
+
+INTERRUPTED = 130
+
+
+def main(args: list[str]) -> int:
+    """Run a sweep. Returns 0, or 1 where an arm failed.
+
+    Args:
+        args: the words after `opcd sweep`.
+
+    Raises:
+        UserError: the file or an arm is wrong; nothing has been started then.
+    """
+    options, dotted = with_dotted(make_parser(), args)
+    sweep = read_sweep(options.sweep)
+    sweep.base.set |= dotted
+    checker = ConfigChecker(fit_parser(), sweep.base)
+    out = options.out or Path("sweeps") / options.sweep.stem
+    arms = _checked_arms(sweep, checker, out)
+    if options.dry_run:
+        print("\n".join(arm.name for arm in arms))
+        return 0
+    with locked(out) as lock:
+        engine = engine_for(out, options.jobs, options.launcher, sweep.slurm, lock)
+        return _Sweep(sweep, checker, out, engine).run(arms)
+
+
+def engine_for(out: Path, jobs: int | None, launcher: str, slurm: dict[str, object], lock: int) -> Engine:
+    """An engine for the folder `out`: here one job at a time unless `jobs` says more, on a cluster all at once."""
+    chosen: Launcher
+    if launcher == "slurm":
+        chosen = SlurmLauncher(out / "slurm", slurm)
+        return Engine(out, chosen, jobs or 1000)
+    return Engine(out, LocalLauncher(jobs or 1, lock), jobs or 1)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """The options of everything that runs on the engine."""
+    parser.add_argument("--jobs", type=_count, help="most runs at the same time; default: 1, on a cluster all")
+    parser.add_argument("--out", type=Path, help="folder for everything; the same one goes on where it stopped")
+    parser.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where the runs run")
+
+
+def with_dotted(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
+    """The parser's options, and those with a dot in their name (--data.train FILE) as config key -> value."""
+    options, rest = parser.parse_known_args(args)
+    dotted: dict[str, object] = {}
+    for key, value in zip(rest[::2], [*rest[1::2], None][: len(rest[::2])], strict=True):
+        if not key.startswith("--") or "." not in key or value is None:
+            own = [option[2:] for action in parser._actions for option in action.option_strings]
+            meant = did_you_mean(key.removeprefix("--"), own)
+            parser.error(f"{key}: neither an option nor a dotted config key with a value (--data.train FILE){meant}")
+        dotted[key[2:]] = load_yaml(value, key)
+    return options, dotted
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's own options; those with a dot in their name are config keys."""
+    parser = Parser(prog="opcd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, axes, arms, search (docs/sweep.md)")
+    add_engine_options(parser)
+    parser.add_argument("--dry_run", action="store_true", help="check every arm, print their names, run nothing")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _checked_arms(sweep: SweepFile, checker: ConfigChecker, out: Path) -> list[Arm]:
+    """All arms (of a search: the corners of its ranges), each of them parsed and built."""
+    for name, settings in sweep.arms.items():
+        checker.check_keys(settings, f"arms.{name}")
+    checker.check_keys(sweep.axes, "axes")
+    arms = ArmSearch(sweep, out / "trials.json").corners() if sweep.search else grid(sweep)
+    for arm in arms:
+        checker.resolve(arm.settings, f"arm {arm.name}")
+    return arms
+
+
+class _Sweep:
+    """A sweep that runs: jobs for the engine, and results for the summary."""
+
+    def __init__(self, sweep: SweepFile, checker: ConfigChecker, out: Path, engine: Engine) -> None:
+        self.sweep, self.checker, self.out, self.engine = sweep, checker, out, engine
+        self.arms: list[Arm] = []
+        engine.on_finish = lambda: keep_the_best(self._results(self.arms), sweep.search)
+
+    def run(self, arms: Sequence[Arm]) -> int:
+        """Run these arms, or search; returns the exit code."""
+        try:
+            if self.sweep.search:
+                ArmSearch(self.sweep, self.out / "trials.json").run(self._work, self.engine.jobs)
+            else:
+                self._work(arms)
+        except KeyboardInterrupt:
+            print(f"stopped; what has finished is in {self.out}, and the same command goes on from there")
+            return INTERRUPTED
+        finally:
+            self._report()
+        failed = self.engine.failed()
+        if failed:
+            print(
+                f"{len(failed)} of {len(self.arms)} arms failed; the same command tries them again\n{explain(failed)}"
+            )
+        return 1 if failed else 0
+
+    def _work(self, arms: Sequence[Arm]) -> list[ArmResult]:
+        """Run these arms, and give their results."""
+        self.engine.add([self._job(arm) for arm in arms])
+        self.arms += arms
+        self.engine.run()
+        return self._results(arms)
+
+    def _job(self, arm: Arm) -> Job:
+        config = self.checker.resolve(arm.settings, f"arm {arm.name}")
+        return fit_job(f"arms/{arm.name}", self.out, self.checker.words(arm.settings), config)
+
+    def _results(self, arms: Sequence[Arm]) -> list[ArmResult]:
+        return [ArmResult.of(arm, self.engine.tasks[f"arms/{arm.name}"]) for arm in arms]
+
+    def _report(self) -> None:
+        """Summary and plots of what there is now."""
+        results = self._results(self.arms)
+        if not results:
+            return
+        write_summary(self.out, results)
+        print(f"summary: {self.out / 'summary.md'}, {self.out / 'summary.csv'}")
+        try:
+            _plot(self.out, results)
+        except UserError as error:
+            print(f"no plots: {error}")
+        if self.sweep.search:
+            print(best(results, self.sweep.search))
+
+
+def _plot(out: Path, results: Sequence[ArmResult]) -> None:
+    """Divergences over the steps, and the last value of each arm, seeds together."""
+    groups = by_seed([result for result in results if result.numbers])
+    for metric, unit in (
+        ("train/divergence", "nats a token"),
+        ("val/divergence", "nats a token"),
+        ("samples/right", "share"),
+    ):
+        series = {
+            name: [read_metrics(r.task.folder.run).get(metric, []) for r in group] for name, group in groups.items()
+        }
+        last = {name: [r.numbers[metric] for r in group if metric in r.numbers] for name, group in groups.items()}
+        last = {name: values for name, values in last.items() if values}
+        file = metric.replace("/", "_")
+        (out / "plots").mkdir(exist_ok=True)
+        if any(curve for group in series.values() for curve in group):
+            text = drawn(lambda axes, c=series: curves(axes, c), f"{metric} over steps", "step", unit)  # type: ignore[misc]
+            write_whole(out / "plots" / f"{file}_steps.svg", text)
+        if last:
+            text = drawn(lambda axes, b=last: bars(axes, b), f"{metric} at the end", unit, "")  # type: ignore[misc]
+            write_whole(out / "plots" / f"{file}.svg", text)

@@ -1,0 +1,340 @@
+"""The data of a run: examples from files, two views of each, batches."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from opcd.data.batch import Batch
+from opcd.data.contexts import ContextSource, context_hash, read_contexts
+from opcd.data.example import Example, OnBadRow, rows_hash
+from opcd.data.length_limits import LengthBudgets, OverlongContext, OverlongQuery
+from opcd.data.prompt_lengths import longest_prompts
+from opcd.data.readers import STAGES, ExampleSource, not_set, read_examples
+from opcd.data.sampler import ResumableSampler
+from opcd.data.teacher_names import TeacherModels, check_same_vocabulary, teacher_key, with_teachers
+from opcd.data.usable import usable
+from opcd.data.views import STUDENT, Placement, Views, split_template
+from opcd.models import ModelConfig, load_tokenizer
+from opcd.runtime.errors import UserError
+
+
+class ContextQueryDataModule(LightningDataModule):
+    """Queries, and the contexts that the teacher sees with them.
+
+    A source is a .jsonl, .json, .csv or .parquet file (.jsonl.gz and the like too), a pattern of several files
+    (rows/*.jsonl), a hub data set (org/name:split or org/name/config:split), or a class that makes rows
+    (opcd.data.DataSets: several of them; opcd.games.GameSeeds). A row is {"query", "context", "response", "reference",
+    "teacher"} (only the query is required; text or chat messages), TRL's {"prompt", "completion",
+    "privileged_context"}, {"messages"}, {"content", "answer"}, or in the shape of DAPO-Math-17k; names of one shape may
+    stand in another.
+
+    Args:
+        train: source of the training rows.
+        val: source of the validation rows.
+        test: source of the test rows.
+        predict: source of the rows to answer.
+        context: file with the context of all rows without their own: text (one context), or .json or .jsonl with a list
+            from which each row draws one in each epoch.
+        placement: where the teacher's context goes: a system message, the last user message, or raw (before the query,
+            without a chat template).
+        template: joins context and query for placement user and raw; holds {context} and {query} once each. Default:
+            the two with a blank line between them.
+        batch_size: queries in a training batch, per device.
+        eval_batch_size: queries in a batch of the other splits. Default: as batch_size.
+        max_context_tokens: most tokens of a context's own text.
+        overlong_context: what happens to a longer one: raise an error, drop the row (or the context from the list), or
+            cut the context's beginning (cut_left) or end (cut_right).
+        max_query_tokens: most tokens of a student's prompt.
+        overlong_query: what happens to a row with a longer one.
+        on_bad_row: raise an error for the first malformed row, or skip all such rows and warn of their number.
+        shuffle: a new order of the training rows in each epoch, which depends on the seed and the epoch only.
+        seed: seed of that order and of the drawn contexts.
+        num_workers: processes that load rows. Rows are in memory and tokenized in the main process: 0 is rarely slower.
+        student: linked from model.student by the command line.
+        teacher: linked from the teacher's model by the command line; of several teachers (`RoutedTeachers.models`),
+            from which the rows choose by name. Default: as student.
+
+    Raises:
+        UserError: an argument is wrong or has no effect.
+    """
+
+    def __init__(
+        self,
+        train: str | ExampleSource | None = None,
+        val: str | ExampleSource | None = None,
+        test: str | ExampleSource | None = None,
+        predict: str | ExampleSource | None = None,
+        context: str | None = None,
+        placement: Placement = "system",
+        template: str | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_context_tokens: int | None = None,
+        overlong_context: OverlongContext = "raise",
+        max_query_tokens: int | None = None,
+        overlong_query: OverlongQuery = "raise",
+        on_bad_row: OnBadRow = "raise",
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        student: ModelConfig | None = None,
+        teacher: ModelConfig | TeacherModels | None = None,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        _refuse_overlaps({"train": train, "val": val, "test": test})
+        self.context = context
+        split_template(template, placement)  # a wrong one is refused before anything is read
+        self.placement, self.template = placement, template
+        self.batch_size = _at_least(1, batch_size, "batch_size")
+        eval_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.eval_batch_size = _at_least(1, eval_size, "eval_batch_size")
+        self.budgets = LengthBudgets(max_context_tokens, overlong_context, max_query_tokens, overlong_query)
+        self.on_bad_row, self.shuffle, self.seed = on_bad_row, shuffle, seed
+        self.num_workers = _at_least(0, num_workers, "num_workers")
+        self.student = student or ModelConfig()
+        self.teacher = teacher
+        if val is None:
+            # What Lightning takes for "no validation"; it warns of an empty list of loaders.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
+        self._examples: dict[str, list[Example]] = {}
+        self._longest: dict[str, tuple[int, dict[str | None, int]]] = {}
+        self._contexts: ContextSource | None = None
+        self._views: dict[str | None, Views] = {}
+        self._taught = True
+        self._begin = {"epoch": 0, "samples": 0}
+        self._trained_on: Mapping[str, Any] = {}
+        self._fingerprint: dict[str, str] | None = None
+        self._templates: list[str] = []
+
+    def setup(self, stage: str) -> None:
+        """Read the rows of a stage (fit, validate, test, predict), and check all that needs no model.
+
+        Raises:
+            UserError: a source is missing or wrong, the tokenizers do not fit, or something is too long.
+        """
+        splits = STAGES[stage]
+        if self.sources[splits[0]] is None:
+            raise UserError(not_set(stage))
+        rows = {
+            split: self._read(split, source)
+            for split in splits
+            if (source := self.sources[split]) is not None and split not in self._examples
+        }
+        contexts = self._context_source()
+        known = {**self._examples, **rows}
+        contexts.check(known, complete=all(source is None or split in known for split, source in self.sources.items()))
+        if not self._views or self._taught is (stage == "predict"):
+            self._taught = stage != "predict"  # the student answers with the context itself: no teacher is needed
+            self._views = self._make_views()
+            contexts.contexts = self.budgets.limit_contexts(contexts.contexts, self.views)
+            self._check_contexts(contexts.contexts)
+        for split, examples in rows.items():
+            kept = self._usable(examples, f"data.{split}")
+            self._longest[split] = longest_prompts(kept, contexts, self._views)
+            self._examples[split] = kept
+        if stage == "fit":
+            self._check_trained_on()
+
+    def go_on_from(self, trained_on: Mapping[str, Any]) -> None:
+        """Let `setup` refuse rows and contexts that are not those of a checkpoint (its `state_dict` of this module)."""
+        self._trained_on = trained_on
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of what training depends on and files hold, not the config: rows, contexts and chat templates."""
+        if self._fingerprint is None:
+            self._fingerprint = {
+                "rows": rows_hash(self.examples("train")),
+                "contexts": context_hash(self._context_source().contexts),
+                "chat templates": context_hash(self._templates),
+            }
+        return self._fingerprint
+
+    @property
+    def views(self) -> Views:
+        """What encodes prompts and responses, after `setup`; of the first of several teachers: the student is one."""
+        if not self._views:
+            raise RuntimeError("call setup(stage) first")
+        return next(iter(self._views.values()))
+
+    @property
+    def context_hash(self) -> str:
+        """SHA-256 of the contexts that the teacher sees: data.context, then the rows' own."""
+        own = {example.context: None for split in self._examples.values() for example in split if example.context}
+        return context_hash([*self._context_source().contexts, *own])
+
+    def examples(self, split: str) -> list[Example]:
+        """The rows of a split (train, val, test, predict) that was set up, without the dropped ones."""
+        if split not in self._examples:
+            raise RuntimeError(f"the split {split!r} is not set up; it is read by the stages that need it: {STAGES}")
+        return self._examples[split]
+
+    def longest_student_prompt(self, split: str) -> int:
+        """Tokens of the longest student prompt of a split that was set up."""
+        return self._longest[split][0]
+
+    def longest_teacher_prompt(self, split: str, teacher: str | None = None) -> int:
+        """Tokens of the longest prompt of a teacher, in a split that was set up, whichever contexts are drawn."""
+        return self._longest[split][1][teacher]
+
+    def train_dataloader(self) -> DataLoader[Example]:
+        """Batches of training rows. Under several ranks, rows are repeated until all ranks have as many."""
+        dataset = cast("Dataset[Example]", self.examples("train"))
+        ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        begin, self._begin = self._begin, {"epoch": 0, "samples": 0}
+        start = begin["samples"] // ranks["num_replicas"]
+        order = {"shuffle": self.shuffle, "seed": self.seed, "epoch": begin["epoch"], "start": start}
+        return self._loader("train", self.batch_size, ResumableSampler(dataset, **ranks, **order))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands: the epoch, and the rows of all ranks that were trained on in it."""
+        if self.trainer is None or self.trainer.num_training_batches in (0, float("inf")):
+            return {}  # nothing is trained
+        done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        epoch, batches = divmod(done.processed, int(self.trainer.num_training_batches))
+        place = {"epoch": epoch, "samples": batches * self.batch_size * self.trainer.world_size}
+        return {**place, "sha256": self.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader begin there.
+
+        Raises:
+            UserError: the rows or contexts are others by now.
+        """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        self.go_on_from(state_dict)
+        self._check_trained_on()
+        self._begin = {name: int(state_dict.get(name, 0)) for name in ("epoch", "samples")}
+        # Lightning looks for a loader that can be set to a place; here it is the sampler.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+
+    def val_dataloader(self) -> DataLoader[Example]:
+        """Batches of validation rows."""
+        return self._loader("val", self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Example]:
+        """Batches of test rows."""
+        return self._loader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Example]:
+        """Batches of rows to answer."""
+        return self._loader("predict", self.eval_batch_size)
+
+    def on_before_batch_transfer(self, batch: list[Example], dataloader_idx: int) -> Batch:
+        """Encode what a loader gave. In the main process: workers have no part in what is drawn."""
+        epoch = self.trainer.current_epoch if self.trainer is not None and self.trainer.training else 0
+        return self.encode(batch, epoch)
+
+    def encode(self, examples: list[Example], epoch: int = 0) -> Batch:
+        """Both views of each example, with the contexts of an epoch."""
+        contexts = [self._context_source().context_for(example, epoch) for example in examples]
+        return Batch.encoded(examples, contexts, self._views)
+
+    def _check_trained_on(self) -> None:
+        """Refuse other data than the checkpoint's. One of an older version does not say what it was."""
+        then = self._trained_on.get("sha256", {})
+        if "train" not in self._examples:
+            return
+        if other := [name for name, value in self.fingerprint.items() if then.get(name, value) != value]:
+            raise UserError(
+                f"data: the {' and '.join(other)} are not those that the checkpoint was trained on (SHA-256 differs): "
+                "a file was edited since. Give it what it had, or begin a new run without ckpt_path"
+            )
+
+    def _read(self, split: str, source: str | ExampleSource) -> list[Example]:
+        """The rows of a source, each with the name of its teacher where there are several."""
+        examples = read_examples(source, f"data.{split}", self.on_bad_row)
+        if split == "predict":  # no teacher is there
+            return [replace(example, teacher=None) for example in examples]
+        return with_teachers(examples, self.teacher if isinstance(self.teacher, TeacherModels) else None)
+
+    def _check_contexts(self, contexts: list[str]) -> None:
+        """Refuse contexts of the data set that change how a teacher's prompts end."""
+        if self._taught:
+            for number, context in enumerate(contexts, start=1):
+                for views in self._views.values():
+                    views.check_context(context, f"data.context, context {number}")
+
+    def _usable(self, examples: list[Example], key: str) -> list[Example]:
+        """The rows that prompts can be made of and that the budgets keep, each with its own context cut to them."""
+        checked: set[tuple[str | None, str]] = set()
+
+        def check_context(example: Example) -> None:
+            """Of its own: each text once."""
+            name, context = example.teacher, example.context
+            if self._taught and context is not None and (name, context) not in checked:
+                self._views[name].check_context(context, example.source)
+                checked.add((name, context))
+
+        def check_row(example: Example) -> None:
+            """Without a teacher there is one view."""
+            views = self._views[example.teacher]
+            if self._taught:
+                views.check_row(example)
+            else:
+                views.student_prompt(example)
+
+        rows = usable(examples, check_row, key, self.on_bad_row)
+        kept = self.budgets.limit_examples(rows, self.views, key)
+        return usable(kept, check_context, key, self.on_bad_row)
+
+    def _context_source(self) -> ContextSource:
+        if self._contexts is None:
+            contexts = None if self.context is None else read_contexts(self.context)
+            self._contexts = ContextSource(contexts, self.seed)
+        return self._contexts
+
+    def _make_views(self) -> dict[str | None, Views]:
+        """Views of the student's prompts and of each teacher's, by the names of the teachers (None: the only one)."""
+        student = load_tokenizer(self.student, STUDENT)
+        self._templates = [str(student.chat_template)]
+        models: Mapping[Any, ModelConfig | None] = {None: self.student}
+        if self._taught and self.teacher is not None:
+            models = self.teacher.models if isinstance(self.teacher, TeacherModels) else {None: self.teacher}
+        return {name: self._views_with(student, config or self.student, name) for name, config in models.items()}
+
+    def _views_with(self, student: PreTrainedTokenizerBase, config: ModelConfig, name: str | None) -> Views:
+        key = f"{teacher_key(name)}.init_args.model"
+        teacher = student if config == self.student else load_tokenizer(config, key)
+        self._templates.append(str(teacher.chat_template))
+        check_same_vocabulary(student, teacher, key)
+        kwargs = (self.student.chat_template_kwargs, config.chat_template_kwargs)
+        return Views(student, teacher, self.placement, self.template, *kwargs, keys=(STUDENT, key, "data."))
+
+    def _loader(self, split: str, batch_size: int, sampler: ResumableSampler | None = None) -> DataLoader[Example]:
+        return DataLoader(
+            cast("Dataset[Example]", self.examples(split)),
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=as_list,
+            generator=torch.Generator(),  # each new iterator draws a seed, and must not from training's generator
+        )
+
+
+def as_list(examples: list[Example]) -> list[Example]:
+    """Collate nothing: rows of different lengths become tensors one by one."""
+    return examples
+
+
+def _refuse_overlaps(sources: dict[str, str | ExampleSource | None]) -> None:
+    """What is measured must not have been trained on; of files, nobody knows before they are read."""
+    made = [(split, source) for split, source in sources.items() if isinstance(source, ExampleSource)]
+    for (split, source), (other, other_source) in combinations(made, 2):
+        if (shared := source.overlap(other_source)) is not None:
+            raise UserError(f"data.{split} and data.{other} share {shared}; give each its own")
+
+
+def _at_least(least: int, value: int, name: str) -> int:
+    if value < least:
+        raise UserError(f"data.{name} must be at least {least}, not {value}")
+    return value

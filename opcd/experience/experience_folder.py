@@ -1,0 +1,52 @@
+"""A run's folder: the config that it belongs to, and the names of its files."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opcd.runtime.differences import changed_keys
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import require_own, write_whole
+from opcd.runtime.files.user_files import read_json
+
+IDENTITY = "run.json"
+ATTEMPTS, EXTRACTIONS, VALIDATION = "attempts.jsonl", "extractions.jsonl", "validation.jsonl"
+LISTS, SCORES = "lists.jsonl", "scores.jsonl"
+CONTEXT, CONTEXTS, SELECTION = "context.txt", "contexts.jsonl", "selection.json"
+
+
+def claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Take the folder for a run, or go on with the same one.
+
+    Args:
+        folder: made where it is not there.
+        identity: what the files of the run depend on.
+
+    Raises:
+        UserError: the folder holds a run of another config, or files that are no run's; names the keys that differ.
+    """
+    new = json.loads(json.dumps(identity))
+    file = folder / IDENTITY
+    if not file.exists():
+        require_own(folder, "out", (".lock",))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
+        return
+    changed = changed_keys(read_json(file, "out"), new)
+    if changed:
+        shown = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
+        raise UserError(
+            f"out: {folder.resolve()} holds a run that differs in {shown}; choose another --out, or delete the folder"
+        )
+
+
+def fingerprint(ids: Sequence[str]) -> str:
+    """SHA-256 of item ids in their order."""
+    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()
+
+
+def write_records(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write JSONL, whole or not at all."""
+    write_whole(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

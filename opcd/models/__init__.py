@@ -1,0 +1,34 @@
+"""Models and tokenizers from a hub id, a folder, a GGUF file or the packaged default, read within bounds."""
+
+from typing import TYPE_CHECKING
+
+from opcd.runtime.lazy import lazily
+
+if TYPE_CHECKING:
+    from opcd.models.loading import (
+        PACKAGED,
+        ModelConfig,
+        architecture,
+        base_of,
+        context_window,
+        load_model,
+        load_tokenizer,
+        own_quantization,
+        resolve,
+        saved_model_config,
+    )
+
+__all__ = [
+    "PACKAGED",
+    "ModelConfig",
+    "architecture",
+    "base_of",
+    "context_window",
+    "load_model",
+    "load_tokenizer",
+    "own_quantization",
+    "resolve",
+    "saved_model_config",
+]
+
+__getattr__ = lazily(__name__)

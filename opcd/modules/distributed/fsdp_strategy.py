@@ -1,0 +1,156 @@
+"""Several ranks: DDP as Lightning has it, and FSDP2 (torch's `fully_shard`) with the checkpoints that DDP has."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from opcd.modules.distributed.sharding import part_of, whole
+from opcd.runtime.errors import UserError
+
+SHARDED = "ModelParallelStrategy"
+"""What `trainer.strategy` says for FSDP2: Lightning's name, here for `FullyShard`."""
+
+
+class FullyShard(ModelParallelStrategy):
+    """Weights, gradients and moments of a student lie in parts, one on each rank; a layer is gathered when it computes.
+
+    A checkpoint is one file with whole tensors, as one process or DDP writes it: a run may go on with another number of
+    ranks, and under another strategy. `trainer.strategy: ModelParallelStrategy` is this class.
+
+    Args:
+        data_parallel_size: auto, or the number of all ranks.
+        tensor_parallel_size: 1: layers are not cut.
+        process_group_backend: as torch names it; null chooses by device.
+        timeout: how long a rank waits for the others.
+
+    Raises:
+        ValueError: for a tensor_parallel_size other than 1.
+    """
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        if tensor_parallel_size not in ("auto", 1):
+            raise ValueError(
+                f"trainer.strategy: tensor_parallel_size is {tensor_parallel_size}, and there is no tensor parallelism "
+                "here; set it to 1: the weights are sharded over all ranks"
+            )
+        super().__init__(data_parallel_size, 1, False, process_group_backend, timeout)
+
+    def setup_environment(self) -> None:
+        """Join the other ranks, all of which hold a part."""
+        ranks = self.num_nodes * self.num_processes
+        if self._data_parallel_size not in ("auto", ranks):
+            raise UserError(
+                f"trainer.strategy: data_parallel_size is {self._data_parallel_size}, and there are {ranks} ranks; "
+                "leave it at auto"
+            )
+        self._data_parallel_size = ranks
+        super().setup_environment()
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning gives the optimizer's state back, as it does under DDP."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole tensors on the CPU of rank 0; nothing on the others, which must ask too."""
+        assert self.model is not None
+        return self._collected(self.model.state_dict(keep_vars=True))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As `lightning_module_state_dict`, in the form of an optimizer that is alone."""
+        own = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return self._collected(own.state_dict())
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """The whole file, verified, on the CPU of every rank."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take this rank's part of the weights."""
+        assert self.model is not None
+        own = self.model.state_dict()
+        parts = {name: part_of(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
+        self.model.load_state_dict(parts, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's part of what the optimizer keeps of each weight."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            owners = [weight for group in optimizer.param_groups for weight in group["params"]]
+            state = {
+                number: {name: part_of(value, owners[number]) for name, value in kept.items()}
+                for number, kept in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+    def _collected(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The same with whole tensors, one of them at a time; tied weights stay one."""
+        found: dict[int, Tensor | None] = {}
+
+        def collected(value: Any) -> Any:
+            """A leaf of the state."""
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in found:
+                tensor = whole(value.detach())
+                found[id(value)] = tensor.cpu() if self.is_global_zero else None
+            return found[id(value)]
+
+        everything: dict[str, Any] = tree_map(collected, dict(state))
+        return everything if self.is_global_zero else {}
+
+
+StrategyRegistry.register(SHARDED.lower(), FullyShard, description="FSDP2: fully_shard over all ranks")
+
+
+def chosen(configured: Any) -> Any:
+    """What `trainer.strategy` of a config means here: a name, or a class with its arguments.
+
+    Raises:
+        UserError: it is FSDP's first version or DeepSpeed, by name.
+    """
+    name = configured if isinstance(configured, str) else getattr(configured, "class_path", None)
+    if name is None:
+        return configured
+    last = name.rpartition(".")[2]
+    if last.lower().startswith(("fsdp", "deepspeed")):
+        raise UserError(_refused(last))
+    if last != SHARDED or isinstance(configured, str):
+        return configured
+    # Lightning's own cuts layers where it is not told otherwise, and writes a folder of parts as a checkpoint.
+    arguments = {name: value for name, value in configured.init_args.items() if name != "save_distributed_checkpoint"}
+    own = {"class_path": f"{__name__}.{FullyShard.__name__}", "init_args": Namespace(arguments)}  # type: ignore[no-untyped-call]
+    return Namespace(own)  # type: ignore[no-untyped-call]
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse a strategy that the training step does not work under (UserError)."""
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShard):
+        raise UserError(_refused(type(strategy).__name__))
+
+
+def _refused(name: str) -> str:
+    return (
+        f"trainer.strategy: {name} is not supported; use ddp, or {SHARDED} (FSDP2), which shards weights, gradients "
+        "and moments"
+    )

@@ -1,0 +1,1 @@
+"""Language models: generation, hidden states, adapters."""

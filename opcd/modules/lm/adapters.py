@@ -1,0 +1,315 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) in a model whose own weights stay as they are, through peft.
+
+The adapter is injected into the model itself, so that everything that takes the model takes it with its adapter. Base
+and twin share the memory of the frozen weights.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from opcd.runtime.did_you_mean import did_you_mean
+from opcd.runtime.errors import UserError
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class Lora:
+    """A trained product of two narrow matrices beside each target's weight: W x + (alpha / rank) B A x."""
+
+    rank: int = 16
+    """Rows of A and columns of B."""
+    alpha: float = 32.0
+    """Scales the adapter's part by alpha / rank."""
+    targets: list[str] | str = ALL_LINEAR
+    """Last names of the linear layers that get one ([q_proj, v_proj]); all-linear takes all but the head."""
+    head: bool = False
+    """Whether the head gets one too."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs that are dropped while training."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"Lora wants rank >= 1, alpha > 0 and 0 <= dropout < 1, got rank={self.rank}, alpha={self.alpha}, "
+                f"dropout={self.dropout}"
+            )
+        if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
+            raise ValueError(f"targets is {ALL_LINEAR} or a list of names, not {self.targets!r}")
+        if not self.targets:
+            raise ValueError("targets is empty: no layer would learn")
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, key: str = "model.adapter") -> None:
+    """Freeze the model's weights and give the targets an adapter in float32 (float64 stays float64).
+
+    Raises:
+        UserError: the model holds an adapter already, a target is not there, or peft cannot adapt it.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if has_adapter(model):
+        raise UserError(second_adapter(key, str(model.config.name_or_path)))
+    model.requires_grad_(False)
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # an int by its annotation; it is only divided
+        lora_dropout=lora.dropout,
+        target_modules=_targets(model, lora, key),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")  # `merged` unties the head
+        # peft's own, for the parameters of experts: it looks for modules of that name.
+        warnings.filterwarnings("ignore", ".*(rank|alpha)_pattern keys did not match.*")
+        try:
+            inject_adapter_in_model(settings, model)
+        except ValueError as error:
+            why = str(error).strip().splitlines()[0]
+            raise UserError(f"{key}: peft cannot adapt {type(model).__name__} like this: {why}") from error
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def second_adapter(key: str, student: str) -> str:
+    """What to tell a user who asks for an adapter over a model that has one: only the new one would be written."""
+    return (
+        f"{key}: model.student.name: {student} is an adapter itself, and another one over it would be written without "
+        f"it. Merge it first (opcd export {student} --to merged --out FOLDER) and set model.student.name to FOLDER"
+    )
+
+
+def keep_differentiable(model: PreTrainedModel) -> None:
+    """Have gradients go through 4-bit weights on a CPU; comes before the first pass.
+
+    bitsandbytes repacks them at the first pass without gradient where the CPU has AVX-512 with bfloat16, and has no
+    gradient through them from then on: it would be zero, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether there is an adapter in the model."""
+    return hasattr(model, "peft_config")
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that learn, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with copies of the weights that learn, and with the very weights that do not."""
+    frozen: dict[int, object] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    for module in model.modules():  # quantized weights: their scales are not parameters
+        if (state := getattr(module, "quant_state", None)) is not None:
+            frozen[id(state)] = state
+    for module in model.modules():  # what a recurrent layer keeps of its last pass may hang on that pass's gradient
+        frozen |= {id(x): x.detach() for x in vars(module).values() if isinstance(x, Tensor) and x.grad_fn is not None}
+    return copy.deepcopy(model, frozen)
+
+
+def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights without the adapter; nothing is copied but the modules that hold them."""
+    base = twin(model)
+    for name, layer in list(_adapted(base)):
+        base.set_submodule(name, layer.get_base_layer())
+    del base.peft_config
+    return base
+
+
+def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """The model's layers with an adapter, by name. The parameters of fused experts have layers within each other, of
+    which this gives the outermost."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper  # layers of other people's adapters that are trained whole
+
+    outer = None
+    for name, module in model.named_modules():
+        if outer is not None and name.startswith(f"{outer}."):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            outer = name
+            yield name, module
+
+
+@torch.no_grad()
+def merged(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy in `dtype` whose weights hold the adapter, quantized ones dequantized first.
+
+    Where an adapter on the head makes it differ from the embedding that it shares, the two are untied.
+
+    Raises:
+        UserError: the weights are quantized by another library than bitsandbytes.
+    """
+    if (library := _library(model)) not in (None, "bitsandbytes"):
+        raise UserError(f"no adapter can be merged into weights that {library} has quantized; keep it as an adapter")
+    result = twin(model)
+    embedding = model.get_input_embeddings().weight
+    for name, layer in list(_adapted(result)):
+        if any(weight is embedding for weight in layer.parameters()):
+            result.config.get_text_config().tie_word_embeddings = result.config.tie_word_embeddings = False
+        result.set_submodule(name, _merged_layer(layer))
+    for name, module in list(result.named_modules()):
+        if _is_quantized(module):
+            result.set_submodule(name, _plain(module, _dequantized(module)))
+    _forget_quantization(result)
+    del result.peft_config
+    # Not in place: what is not adapted is the model's own. Rotary frequencies stay in float32.
+    for module in result.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+    result.tie_weights()
+    return result
+
+
+def _merged_layer(layer: Any) -> nn.Module:
+    """The layer that computes what this one does with its adapter; its weights are its own, in float32 or float64."""
+    if hasattr(layer, "get_base_layer") and _is_quantized(base := layer.get_base_layer()):
+        return _plain(base, _dequantized(base) + layer.get_delta_weight(layer.active_adapters[0]).float())
+    for module in layer.modules():  # peft adds to the weights in place, and they are the live model's
+        for name, weight in list(module.named_parameters(recurse=False)):
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            setattr(module, name, nn.Parameter(weight.to(wide, copy=True), requires_grad=False))
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        plain: nn.Module = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        return plain
+    layer.merge()
+    merged_base: nn.Module = layer.get_base_layer()
+    return merged_base
+
+
+def _library(model: PreTrainedModel) -> str | None:
+    """What has quantized the model's weights, as its config names it."""
+    found: Any = getattr(model.config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether bitsandbytes holds the weight of a linear layer in 4 or 8 bits."""
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
+
+
+def _dequantized(module: Any) -> Tensor:
+    from peft.utils.integrations import dequantize_module_weight
+
+    module.state_dict()  # has bitsandbytes undo what `keep_differentiable` is about, which the next line cannot read
+    return dequantize_module_weight(module).float()
+
+
+def _plain(module: Any, weight: Tensor) -> nn.Linear:
+    """The same linear layer of torch's own kind, with another weight."""
+    plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
+    return plain
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, as peft's `PeftModel` does and reads."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file(
+        {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
+        folder / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    settings = copy.copy(model.peft_config["default"])
+    settings.base_model_name_or_path, settings.inference_mode = model.config.name_or_path, True
+    settings.save_pretrained(str(folder))
+
+
+def _forget_quantization(model: Any) -> None:
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+        model.is_quantized, model.hf_quantizer = False, None
+
+
+def _outside(model: PreTrainedModel) -> list[str]:
+    """Linear layers, and what holds some, beside the text part and its head: of a part that sees images, no text
+    reaches them, and an adapter there would learn nothing."""
+    text = model.get_decoder()
+    inside = {id(module) for module in text.modules()} | {id(model.get_output_embeddings())}
+    above = [name for name, module in model.named_modules() if module is text]
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) not in inside
+        and isinstance(module, nn.Linear | nn.MultiheadAttention)
+        and not any(part.startswith(f"{name}.") for part in above)
+    ]
+
+
+def _targets(model: PreTrainedModel, lora: Lora, key: str) -> list[str]:
+    """What peft is to adapt: the last names of linear layers, or whole names where other modules have that name too."""
+    head = model.get_output_embeddings()
+    outside = set(_outside(model))
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in outside}
+    head_name = next((name for name, module in linears.items() if module is head), None)
+    unusual = _unusual(model, linears)
+    layers: dict[str, set[str]] = {}
+    for name in linears.keys() - unusual - {head_name}:
+        layers.setdefault(_last(name), set()).add(name)
+    there = sorted(layers)
+    wanted = there if isinstance(lora.targets, str) else lora.targets
+    for name in wanted:
+        if name not in layers:
+            hint = did_you_mean(name, there)
+            if head_name is not None and name == _last(head_name):
+                hint = "; the head has head: true"
+            elif name in map(_last, unusual):
+                hint = "; the model does not call that one as a linear layer"
+            raise UserError(f"{key}.targets: no linear layer {name!r}; there are {', '.join(there) or 'none'}{hint}")
+    if not wanted:
+        raise UserError(f"{key}: {type(model).__name__} has no linear layers to adapt; remove model.adapter")
+    if lora.head and head_name is None:
+        raise UserError(f"{key}.head: the head of {type(model).__name__} is no linear layer; remove it")
+    chosen: list[str] = [head_name] if lora.head and head_name is not None else []
+    for last in wanted:
+        of_name = {name for name, _ in model.named_modules() if _last(name) == last}
+        chosen += [last] if of_name == layers[last] else sorted(layers[last])
+    return chosen
+
+
+@torch.no_grad()
+def _unusual(model: PreTrainedModel, linears: dict[str, nn.Linear]) -> set[str]:
+    """Names of linear layers whose weight is read without calling them (Mamba's dt_proj), or that give more than one
+    tensor (routers): an adapter would be skipped there, or break the pass.
+
+    Experts that get none of the two tokens are not called either, but nor is the module that holds their layers.
+    """
+    called: set[str] = set()
+    unusual: set[str] = set()
+
+    def note(name: str, result: object) -> None:
+        called.add(name)
+        if name in linears and not isinstance(result, Tensor):
+            unusual.add(name)
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, result, name=name: note(name, result))
+        for name, module in model.named_modules()
+    ]
+    try:
+        model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return unusual | {name for name in linears if name not in called and name.rpartition(".")[0] in called}
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

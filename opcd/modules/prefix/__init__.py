@@ -1,0 +1,1 @@
+"""A common beginning of rows, computed once."""

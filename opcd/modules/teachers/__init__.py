@@ -1,0 +1,1 @@
+"""Teachers: a model, several, a record, a server."""

@@ -1,0 +1,199 @@
+"""A teacher's responses and its likeliest tokens at each of their positions, in a folder.
+
+How it is written: a shard of rows at a time, `shard-00000.safetensors`, then `record.json`, which names the shards with
+their SHA-256 and says what they were made from. A process that is killed loses the shard that it was writing.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import (
+    clear_scratch,
+    explained,
+    put_in_place,
+    removed_on_failure,
+    require_own,
+    scratch_beside,
+    write_whole,
+)
+from opcd.runtime.files.user_files import read_json
+
+INDEX = "record.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a record was made from; a run that reads it must agree where it says so."""
+
+    teacher: str
+    """Name of the teacher's model."""
+    tokenizer: str
+    """`tokenizer_hash`."""
+    context: str
+    """SHA-256 of the context, or of all contexts."""
+    rows: int
+    """Examples of the data set."""
+    samples: int
+    """Responses to each."""
+    temperature: float
+    """Divided the logits before the log-probabilities were taken."""
+    k: int
+    """Tokens of each position."""
+    sampling: dict[str, Any]
+    """How the responses were drawn."""
+    seed: int
+    """Of the draws."""
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the vocabulary: two that agree give every token the same id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def prompt_hash(prompt: Tensor) -> str:
+    """SHA-256 of a prompt's token ids [Q]."""
+    return hashlib.sha256(prompt.cpu().to(torch.int64).numpy().tobytes()).hexdigest()
+
+
+class RecordWriter:
+    """Adds shards to a record, or goes on with one.
+
+    Args:
+        folder: of the record.
+        origin: what it is made from.
+
+    Raises:
+        UserError: there is a record of something else in the folder, or files that are no record's.
+    """
+
+    def __init__(self, folder: Path, origin: Origin) -> None:
+        self.folder, self.origin = folder, origin
+        self.shards: list[dict[str, Any]] = []
+        if (folder / INDEX).exists():
+            there, self.shards = _read_index(folder)
+            if there != origin and self.shards:
+                differ = [name for name, value in asdict(origin).items() if asdict(there)[name] != value]
+                raise UserError(f"{folder} holds a record with another {', '.join(differ)}; give --out a new folder")
+        else:
+            require_own(folder, "--out")
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            clear_scratch(folder)
+        self._write_index()  # before any shard: it tells that the folder is a record's
+
+    @property
+    def rows(self) -> int:
+        """How many rows are written."""
+        return sum(shard["rows"] for shard in self.shards)
+
+    def add(self, prompts: list[Tensor], responses: list[Tensor], tokens: Tensor, log_probs: Tensor) -> None:
+        """Write a shard: B prompts [Q], B responses [R], and for the N tokens of all responses [N, k] ids and nats."""
+        name = f"shard-{len(self.shards):05}.safetensors"
+        values = {
+            "lengths": torch.tensor([len(response) for response in responses]),
+            "responses": torch.cat(responses).to("cpu", torch.int32),
+            "tokens": tokens.to("cpu", torch.int32),
+            "log_probs": log_probs.to("cpu", torch.float32),
+        }
+        scratch, needed = scratch_beside(self.folder / name), sum(value.nbytes for value in values.values())
+        with explained(self.folder / name, needed), removed_on_failure(scratch):
+            save_file(values, scratch, {"prompts": json.dumps([prompt_hash(prompt) for prompt in prompts])})
+            with scratch.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())  # the index, which is, must not outlive it
+            put_in_place(scratch, self.folder / name)
+        self.shards.append({"file": name, "rows": len(responses), "sha256": digest})
+        self._write_index()
+
+    def _write_index(self) -> None:
+        write_whole(self.folder / INDEX, json.dumps({"origin": asdict(self.origin), "shards": self.shards}, indent=1))
+
+
+class Record:
+    """A record that is whole, for reading.
+
+    Args:
+        folder: of the record.
+        key: the config key that names it, for messages.
+
+    Raises:
+        UserError: it is missing, damaged, or was not finished.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        self.origin, shards = _read_index(folder, key)
+        if (rows := sum(shard["rows"] for shard in shards)) < self.origin.rows * self.origin.samples:
+            raise UserError(
+                f"{key}: {folder} holds {rows} of {self.origin.rows * self.origin.samples} responses; "
+                "`opcd record` with the same arguments goes on"
+            )
+        self._shards = [self._verified(shard) for shard in shards]
+        self._places: dict[str, list[tuple[int, int, int]]] = {}  # prompt -> (shard, begin, end)
+        for number, shard in enumerate(shards):
+            with safe_open(folder / shard["file"], "pt") as file:
+                prompts = json.loads(file.metadata()["prompts"])
+            ends = self._shards[number]["lengths"].cumsum(0).tolist()
+            for prompt, begin, end in zip(prompts, [0, *ends], ends, strict=False):
+                self._places.setdefault(prompt, []).append((number, begin, end))
+
+    def responses(self, prompt: Tensor) -> list[Tensor]:
+        """The recorded responses [R] to a prompt of token ids [Q]. UserError where there are none."""
+        return [self._shards[number]["responses"][begin:end].long() for number, begin, end in self._found(prompt)]
+
+    def top_k(self, prompt: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and log-probabilities, [R, k] each, at the positions of a recorded response [R]."""
+        for number, begin, end in self._found(prompt):
+            shard = self._shards[number]
+            if torch.equal(shard["responses"][begin:end].long(), response.cpu()):
+                return shard["tokens"][begin:end].long(), shard["log_probs"][begin:end]
+        raise UserError(
+            f"{self.key}: a response is not in {self.folder}; use TeacherRollout, which takes those that are"
+        )
+
+    def _found(self, prompt: Tensor) -> list[tuple[int, int, int]]:
+        places = self._places.get(prompt_hash(prompt))
+        if places is None:
+            raise UserError(
+                f"{self.key}: a prompt is not in {self.folder}: data, context, placement or template are not those "
+                "that were recorded"
+            )
+        return places
+
+    def _verified(self, shard: dict[str, Any]) -> dict[str, Tensor]:
+        path = self.folder / shard["file"]
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{self.key}: cannot read {path}: {error.strerror}") from error
+        if digest != shard["sha256"]:
+            raise UserError(f"{self.key}: {path} is not what was written (its SHA-256 differs); record it again")
+        return load_file(path)
+
+
+def read_origin(folder: Path, key: str) -> Origin:
+    """What a record was made from, without reading it. UserError where there is none."""
+    return _read_index(folder, key)[0]
+
+
+def _read_index(folder: Path, key: str = "--out") -> tuple[Origin, list[dict[str, Any]]]:
+    path = folder / INDEX
+    if not path.is_file():
+        raise UserError(f"{key}: no record in {folder.absolute()}: {INDEX} is missing (`opcd record` makes one)")
+    whole: Any = read_json(path, key)
+    try:
+        return Origin(**whole["origin"]), list(whole["shards"])
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{key}: {path} is no record's index: {error}") from error

@@ -1,0 +1,122 @@
+"""Several teachers in one run: each row is scored by its own (multi-teacher distillation without averaging)."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd.data import Batch, TeacherModels, nearest, teacher_key
+from opcd.models import ModelConfig
+from opcd.modules.lm.generation import Sampling
+from opcd.modules.lm.hidden_states import Routed
+from opcd.modules.student import Student
+from opcd.modules.teachers.base import Teacher
+from opcd.modules.teachers.recorded_teacher import RecordedTeacher
+from opcd.modules.teachers.served_teacher import ServedTeacher
+from opcd.modules.trajectories import Trajectories
+
+
+class RoutedTeachers(Teacher):
+    """Several teachers, of which each row has one: the one that its `teacher` names, or its data set's.
+
+    They may be of any kinds and sizes, each with its chat template; all share the student's tokenizer. Responses that
+    the teacher writes (TeacherRollout) are each row's own teacher's.
+
+    Args:
+        teachers: by name.
+        default: name of the teacher of rows that name none; null refuses such rows.
+    """
+
+    def __init__(self, teachers: dict[str, Teacher], default: str | None = None) -> None:
+        _check(teachers, default)
+        self.teachers, self.default = teachers, default
+        for name, teacher in teachers.items():
+            teacher.key = teacher_key(name)
+
+    @property
+    def parts(self) -> dict[str | None, Teacher]:
+        """All of them, by name."""
+        return dict(self.teachers.items())
+
+    @property
+    def models(self) -> TeacherModels:
+        """What a ContextQueryDataModule must know of them, as its `teacher`."""
+        return TeacherModels({name: teacher.config for name, teacher in self.teachers.items()}, self.default)
+
+    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+        """Get all of them ready."""
+        for teacher in self.teachers.values():
+            teacher.prepare(student, student_config, device)
+
+    def synchronise(self, student: Student) -> None:
+        """Let all of them take over what they need."""
+        for teacher in self.teachers.values():
+            teacher.synchronise(student)
+
+    def ask(self, trajectories: Trajectories) -> None:
+        """Let each hear of its own rows."""
+        for name, rows in _by_name(trajectories.teachers).items():
+            self.teachers[name].ask(trajectories.select(rows))
+
+    def score(self, trajectories: Trajectories, max_tokens: int) -> Routed:
+        """What each teacher says of its own rows."""
+        parts = {}
+        for name, rows in _by_name(trajectories.teachers).items():
+            parts[name] = rows, self.teachers[name].score(trajectories.select(rows), max_tokens)
+        return Routed(parts)
+
+    def respond(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
+        """Each row's response by its own teacher."""
+        written: dict[int, Tensor] = {}
+        for name, rows in _by_name([example.teacher for example in batch.examples]).items():
+            responses = self.teachers[name].respond(batch.select(rows), sampling, eos_ids, pad_id)
+            written.update(zip(rows, responses, strict=True))
+        return [written[row] for row in range(len(batch))]
+
+    def after_step(self, student: Student) -> None:
+        """Let all of them follow."""
+        for teacher in self.teachers.values():
+            teacher.after_step(student)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of those that have one, by name."""
+        return {name: state for name, teacher in self.teachers.items() if (state := teacher.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give each its own back."""
+        for name, own in state.items():
+            self.teachers[name].load_state_dict(own)
+
+    def release(self, least: int = 0) -> None:
+        """All of them."""
+        for teacher in self.teachers.values():
+            teacher.release(least)
+
+
+def _by_name(names: Sequence[str | None]) -> dict[str, list[int]]:
+    """The rows of each teacher, in their order."""
+    rows = defaultdict(list)
+    for row, name in enumerate(names):
+        assert name is not None, "the data module gives every row a teacher"
+        rows[name].append(row)
+    return rows
+
+
+def _check(teachers: dict[str, Teacher], default: str | None) -> None:
+    """Refuse what cannot be routed (`ValueError`)."""
+    if not teachers:
+        raise ValueError(
+            "model.teacher: RoutedTeachers wants teachers: a mapping from the names in the rows to teachers"
+        )
+    for name, teacher in teachers.items():
+        if isinstance(teacher, RoutedTeachers):
+            raise ValueError(f"{teacher_key(name)} is itself RoutedTeachers; name its teachers one level up")
+    for kind in (RecordedTeacher, ServedTeacher):
+        if len({isinstance(teacher, kind) for teacher in teachers.values()}) > 1:
+            raise ValueError(
+                f"model.teacher: {kind.__name__} goes with others of its kind alone: of its positions less is known"
+            )
+    if default is not None and default not in teachers:
+        raise ValueError(f"model.teacher.init_args.default: no teacher {default!r}; {nearest(default, teachers)}")

@@ -1,1 +1,0 @@
-"""`opcd report`: one page on a run, or on several side by side."""

@@ -1,0 +1,1 @@
+"""What every part of a program needs: errors, files, locks, signals, output."""

@@ -1,0 +1,1 @@
+"""Files of the user, files of this program, and locks between processes."""

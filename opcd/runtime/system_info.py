@@ -1,0 +1,51 @@
+"""Where a run ran: the machine, the commit of the code, the versions of its packages."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from opcd.runtime.versions import installed_version
+
+FILE = "environment.json"
+"""In a run's folder."""
+
+
+def machine() -> dict[str, str]:
+    """Processor, memory, GPUs, system, and the commit of the code."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": f"{os.cpu_count()} cores, {_processor()}",
+        "memory": f"{memory:.0f} GiB",
+        "GPUs": ", ".join(gpus) or "none",
+        "system": f"{platform.platform()}, Python {platform.python_version()}",
+        "commit": _commit(),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of each package."""
+    return {package: installed_version(package) or "not installed" for package in packages}
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    """Of the clone that this file is in; a file that is installed is in none, or in somebody's that ignores it."""
+    try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

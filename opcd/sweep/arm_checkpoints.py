@@ -1,0 +1,47 @@
+"""Which checkpoints of a sweep stay on the disk: those of the best arm, unless the sweep asks for more."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from opcd.sweep.summary import ArmResult
+from opcd.sweep.sweep_plan import Search
+
+MEASURES = (("samples/right", "maximize"), ("val/divergence", "minimize"), ("train/divergence", "minimize"))
+"""What tells the best arm where no search does: the first that all finished arms have."""
+
+
+def keep_the_best(results: Sequence[ArmResult], search: Search | None) -> None:
+    """Remove the checkpoints of all arms that have finished in this process but the best.
+
+    Nothing but `step=N.ckpt` and its manifest is removed, and nothing of an arm whose config asks for checkpoints.
+    """
+    finished = [result for result in results if result.task.status == "finished"]
+    best = _best(finished, search)
+    if best is None:
+        return
+    for result in finished:
+        if result is best or result.task.before or _asked_for(result.task.job.config):
+            continue
+        folder = result.task.folder.run / "checkpoints"
+        for file in [*folder.glob("step=*.ckpt"), *folder.glob("step=*.ckpt.json")]:
+            file.unlink()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _best(finished: Sequence[ArmResult], search: Search | None) -> ArmResult | None:
+    """The best by the search's metric, or by the first of `MEASURES` that all have; None where nothing tells."""
+    measures = [(search.metric, search.direction)] if search else MEASURES
+    for metric, direction in measures:
+        if finished and all(metric in result.numbers for result in finished):
+            sign = 1 if direction == "minimize" else -1
+            return min(finished, key=lambda result: sign * result.numbers[metric])
+    return None
+
+
+def _asked_for(config: dict[str, Any]) -> bool:
+    """Whether an arm's config says that checkpoints are saved, or how."""
+    trainer = config.get("trainer") or {}
+    callbacks = trainer.get("callbacks") or []
+    named = [str(each.get("class_path")) for each in callbacks if isinstance(each, dict)]
+    return trainer.get("enable_checkpointing") is True or any("Checkpoint" in name for name in named)

@@ -1,0 +1,115 @@
+"""Every config of a sweep is parsed and built before the first process starts."""
+
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
+
+from opcd.data import ContextQueryDataModule
+from opcd.runtime.did_you_mean import nearest_key
+from opcd.runtime.differences import plain_config
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.user_files import require_file
+from opcd.sweep.sweep_plan import Base, overrides
+
+# What the engine gives to every arm, and what says nothing about the rows.
+OWN_KEYS = ("trainer.default_root_dir", "config", "print_config")
+NOT_ROWS = ("seed", "batch_size", "eval_batch_size", "shuffle", "num_workers")
+
+
+class ConfigChecker:
+    """Checks configs with the parser of `opcd fit`; loads tokenizers and rows, no model.
+
+    Args:
+        parser: that of `opcd.cli.fit.fit_parser`.
+        base: what all arms have in common.
+
+    Raises:
+        UserError: a file of the base is missing, or the base is no valid config.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, base: Base) -> None:
+        self.parser, self.base = parser, base
+        self._read: set[str] = set()
+        for file in base.config:
+            require_file(file, "base.config")
+        self._known = self._keys()
+        self.check_keys(base.set, "base.set")
+        self._known = sorted({*self._known, *_leaves(self._parse([], "base"))})
+
+    def words(self, settings: dict[str, Any]) -> list[str]:
+        """The words after `opcd fit` of a run with these settings over the base.
+
+        A setting takes the place of what `base.set` says below its key: another class has other arguments.
+        """
+        files = [word for file in self.base.config for word in ("--config", file)]
+        base = {k: v for k, v in self.base.set.items() if not any(k.startswith(f"{key}.") for key in settings)}
+        return [*files, *overrides({**base, **settings})]
+
+    def check_keys(self, keys: Iterable[str], where: str) -> None:
+        """Refuse a dotted key that no config has, with the nearest that one has."""
+        for key in keys:
+            if key in OWN_KEYS:
+                raise UserError(f"{where}: {key} is the sweep's own to set; remove it")
+            if not self._is_key(key):
+                raise UserError(f"{where}: {key!r} is no config key{self._near(key)}")
+
+    def resolve(self, settings: dict[str, Any], where: str) -> dict[str, Any]:
+        """The whole config of a run, as its config.yaml will hold it, less the folder that it writes to.
+
+        Raises:
+            UserError: a value does not fit its key, a class refuses its arguments, or the rows cannot be read.
+        """
+        config = self._parse(self.words(settings), where, settings)
+        try:
+            objects = self.parser.instantiate(config)
+            self._read_rows(objects.data, config)
+        except (ValueError, UserError, MisconfigurationException) as error:
+            raise UserError(f"{where}: {error}") from error
+        return plain_config(self.parser, config)
+
+    def _parse(self, words: list[str], where: str, settings: dict[str, Any] | None = None) -> Any:
+        words = words or self.words({})
+        quiet = logging.getLogger("jsonargparse")
+        try:
+            quiet.disabled = True  # that a class is replaced and its arguments dropped is what an axis is for
+            return self.parser.parse_args(words)
+        except ArgumentError as error:
+            hints = [self._near(key) for key in settings or {} if f"'{key.rsplit('.', 1)[-1]}'" in str(error)]
+            raise UserError(f"{where}: {error}{hints[0] if hints else ''}") from error
+        finally:
+            quiet.disabled = False
+
+    def _read_rows(self, data: ContextQueryDataModule, config: Any) -> None:
+        """Read the rows once for all arms that have the same."""
+        rows = {key: value for key, value in config.data.as_dict().items() if key not in NOT_ROWS}
+        key = json.dumps([rows, config.model.student.as_dict()], default=str, sort_keys=True)
+        if key not in self._read:
+            data.setup("fit")
+            self._read.add(key)
+
+    def _keys(self) -> list[str]:
+        names = (action.dest for action in self.parser._actions)
+        own = {"help", *OWN_KEYS, "data.student", "data.teacher"}
+        return [name for name in names if not name.endswith(".help") and name not in own]
+
+    def _is_key(self, key: str) -> bool:
+        """Whether the parser has the key, or a class or dictionary that it may lie in; the parser checks the rest."""
+        keys = self._keys()
+        if key in keys:
+            return True
+        above = [name for name in keys if key.startswith(f"{name}.")]
+        return bool(above) and not any(name.startswith(f"{max(above, key=len)}.") for name in keys)
+
+    def _near(self, key: str) -> str:
+        found = nearest_key(key, self._known)
+        return f"; did you mean {found}?" if found else "; `opcd fit --print_config` shows all"
+
+
+def _leaves(config: Any) -> Iterable[str]:
+    """Dotted keys of all values of a parsed config, those inside class arguments included."""
+    yield from config.keys()

@@ -1,0 +1,230 @@
+"""A sweep's file, and the arms that it stands for."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from opcd.runtime.did_you_mean import or_all
+from opcd.runtime.errors import UserError
+from opcd.runtime.files.recipe_paths import paths_taken
+from opcd.runtime.files.safe_yaml import load_yaml
+from opcd.runtime.files.user_files import read_text, require_file
+
+LONGEST_NAME = 120
+
+
+@dataclass
+class Base:
+    """What all arms have in common."""
+
+    config: list[str] = field(default_factory=list)
+    """Files, as --config of `opcd fit`, in this order."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Dotted config key -> value, over the files."""
+
+
+@dataclass
+class Search:
+    """Arms chosen by Optuna, one after the other, in the ranges that the axes give."""
+
+    metric: str
+    """A column of metrics.csv, by its last value, such as val/divergence; or samples/right."""
+    direction: Literal["minimize", "maximize"] = "minimize"
+    """Which way is better."""
+    trials: int = 20
+    """How many arms, failed ones included."""
+    seed: int = 0
+    """Seed of Optuna's sampler."""
+
+
+@dataclass
+class SweepFile:
+    """A sweep: every arm is the base, one of `arms` if there are any, and one value of each axis."""
+
+    base: Base = field(default_factory=Base)
+    """What all arms have in common."""
+    axes: dict[str, Any] = field(default_factory=dict)
+    """Dotted config key -> list of values (arms are their product), or, for a search, {low, high, log, step}."""
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> dotted config key -> value. Each is crossed with the axes."""
+    search: Search | None = None
+    """Search the axes' ranges with Optuna; null runs the product of the axes."""
+    slurm: dict[str, Any] = field(default_factory=dict)
+    """Parameters of submitit's AutoExecutor, for --launcher slurm: timeout_min, slurm_partition, gpus_per_node, ..."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a sweep."""
+
+    name: str
+    """Unique in the sweep, and the name of its folder."""
+    settings: dict[str, Any]
+    """Dotted config key -> value: what sets this arm apart from the base."""
+
+
+def read_sweep(path: Path) -> SweepFile:
+    """The sweep of a YAML file.
+
+    Raises:
+        UserError: the file is missing, is no YAML, names a key twice, or holds what a sweep does not have.
+    """
+    sweep = parse_yaml(path, SweepFile, "sweep")
+    assert isinstance(sweep, SweepFile)
+    if not sweep.axes and not sweep.arms:
+        raise UserError(f"{path}: neither axes nor arms, so there is nothing to sweep; `opcd fit` runs one config")
+    if sweep.search and sweep.arms:
+        raise UserError(f"{path}: arms have no part in a search; make them an axis with a list of values")
+    if sweep.search and sweep.search.trials < 1:
+        raise UserError(f"{path}: search.trials must be at least 1, not {sweep.search.trials}")
+    return sweep
+
+
+def parse_yaml(path: Path, schema: type[Any], what: str) -> Any:
+    """The dataclass `schema` out of a YAML file; `what` names the argument in messages.
+
+    Raises:
+        UserError: the file is missing, is no YAML, names a key twice, or does not fit the dataclass.
+    """
+    text = read_text(require_file(str(path), what), what)
+    value = load_yaml(text, str(path), _UniqueKeys)
+    value = paths_taken(value, path.absolute().parent, Path.cwd())
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a mapping, not {type(value).__name__}")
+    known = [own.name for own in fields(schema)]
+    for key in value:
+        if key not in known:
+            raise UserError(f"{path}: no such key {key!r}{or_all(str(key), known)}")
+    free = list(_mappings(schema, value, path))
+    for holder, key, _ in free:
+        holder.pop(key)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(schema, "file")
+    try:
+        made = parser.instantiate(parser.parse_object({"file": value})).file
+    except (ArgumentError, TypeError) as error:
+        raise UserError(f"{path}: {str(error).replace('file.', '')}") from error
+    for holder, key, mapping in free:
+        owner = made if holder is value else getattr(made, next(name for name in value if value[name] is holder))
+        setattr(owner, key, mapping)
+    return made
+
+
+def _mappings(schema: type[Any], value: dict[str, Any], path: Path) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The mappings with keys of the user's: (holder, key, mapping). Taken as they are, since jsonargparse would build
+    the classes that they name."""
+    for own in fields(schema):
+        inner = value.get(own.name)
+        if get_origin(own.type) is dict and inner is not None:
+            nested = get_origin(get_args(own.type)[1]) is dict
+            for part in (inner, *(inner.values() if nested and isinstance(inner, dict) else ())):
+                if not isinstance(part, dict) or not all(isinstance(key, str) for key in part):
+                    raise UserError(f"{path}: {own.name} must be a mapping with texts as keys, not {part!r}")
+            yield value, own.name, inner
+        elif isinstance(own.type, type) and is_dataclass(own.type) and isinstance(inner, dict):
+            yield from _mappings(own.type, inner, path)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML takes the last of two equal keys without a word; two arms of one name would be one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that is there already."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        seen: set[Any] = set()
+        for place, key in enumerate(keys):
+            if not isinstance(key, Hashable):
+                break  # the loader refuses it
+            if key in seen:
+                line = node.value[place][0].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice, again in line {line}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def grid(sweep: SweepFile) -> list[Arm]:
+    """The arms of a sweep without a search: `arms` x the product of the axes.
+
+    Raises:
+        UserError: an axis is no list or is empty, an arm sets an axis, or two arms have one name.
+    """
+    for key, values in sweep.axes.items():
+        if not isinstance(values, list) or not values:
+            hint = "; ranges are for a sweep with `search`" if isinstance(values, dict) else ""
+            raise UserError(f"axes.{key} must be a list of values, not {json.dumps(values)}{hint}")
+    for name, settings in sweep.arms.items():
+        if both := sorted(settings.keys() & sweep.axes.keys()):
+            raise UserError(f"arms.{name} sets {both[0]}, which is an axis: remove it from one of the two")
+    arms = [
+        make_arm(dict(zip(sweep.axes, values, strict=True)), settings, str(name))
+        for name, settings in (sweep.arms or {"": {}}).items()
+        for values in itertools.product(*sweep.axes.values())
+    ]
+    check_names(arms)
+    return arms
+
+
+def make_arm(values: dict[str, Any], settings: dict[str, Any] | None = None, name: str = "") -> Arm:
+    """An arm of `settings` and one value of each axis, named by them."""
+    titles = short_names(list(values))
+    parts = [file_name(name)] if name else []
+    parts += [f"{titles[key]}={label(value)}" for key, value in values.items()]
+    whole = ",".join(parts)
+    if len(whole) > LONGEST_NAME:
+        whole = whole[: LONGEST_NAME - 9] + "-" + hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return Arm(whole, {**(settings or {}), **values})
+
+
+def check_names(arms: list[Arm]) -> None:
+    """Refuse two arms of one name: they would share a folder."""
+    seen: dict[str, Arm] = {}
+    for arm in arms:
+        if other := seen.get(arm.name):
+            first, second = json.dumps(other.settings), json.dumps(arm.settings)
+            same = "the same value is there twice" if first == second else f"{first} and {second}"
+            raise UserError(f"two arms are called {arm.name}: {same}; give them names under `arms`")
+        seen[arm.name] = arm
+
+
+def short_names(keys: list[str]) -> dict[str, str]:
+    """Dotted keys -> as few of their last parts as tell them apart."""
+    parts = {key: [part for part in key.split(".") if part != "init_args"] for key in keys}
+    names = {}
+    for key in keys:
+        depth = 1
+        while any(parts[other][-depth:] == parts[key][-depth:] for other in keys if other != key):
+            depth += 1
+        names[key] = file_name(".".join(parts[key][-depth:]))
+    return names
+
+
+def label(value: Any) -> str:
+    """A value as a short part of a file name: a class by its name and arguments."""
+    if isinstance(value, dict) and "class_path" in value:
+        name = str(value["class_path"]).rsplit(".", 1)[-1]
+        return "-".join([name, *(f"{key}={label(v)}" for key, v in (value.get("init_args") or {}).items())])
+    if isinstance(value, str):
+        return file_name(value.rsplit(".", 1)[-1] if re.fullmatch(r"[\w.]+\.[A-Z]\w*", value) else value)
+    return file_name(json.dumps(value, separators=("-", "=")))
+
+
+def file_name(text: str) -> str:
+    """Letters, digits and . _ + = - as they are, everything else as _; never empty, hidden or a parent folder."""
+    name = re.sub(r"[^\w.+=-]", "_", text).strip("_")
+    return re.sub(r"^\.+", "_", name) or "_"
+
+
+def overrides(settings: dict[str, Any]) -> list[str]:
+    """Dotted keys and values as words of the command line."""
+    words = []
+    for key, value in settings.items():
+        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return words
