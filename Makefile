@@ -38,7 +38,7 @@ test: lint
 # Kills, signals and several ranks: minutes, and of `make test-slow` a part.
 test-survival: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n 2 --durations=20 \
-	    tests/drills tests/experience tests/callbacks tests/test_ranks.py tests/test_sharding.py
+	    tests/drills tests/experience tests/callbacks tests/modules/distributed
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

@@ -1,6 +1,5 @@
 """What all tests share: no hub, the packaged model, a tiny model of random weights, rows and contexts."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,9 +15,7 @@ import opcd as _opcd  # noqa: F401  before torch: it sets how threads wait
 
 from benchmarks.tiny import make_tiny
 from opcd.data import ContextQueryDataModule
-
-ROWS = [{"query": f"What is {n} + {n}?", "reference": 2 * n} for n in range(8)]
-CONTEXT = "Answer in one word. The harbour master of Quillhaven is called Odalys."
+from tests.helpers.rows import CONTEXT, ROWS, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +64,3 @@ def opcd(monkeypatch, capsys):
         return code, captured.out + captured.err
 
     return run
-
-
-def write_rows(file: Path, rows: list[dict]) -> Path:
-    """Write rows as JSONL."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file

@@ -18,8 +18,8 @@ from opcd.cli import TRAINER
 from opcd.cli.fit import fit_parser
 from opcd.cli.main import main
 from opcd.models import gguf_folder as gguf
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORTER = {"max_steps=10": "max_steps=1"}

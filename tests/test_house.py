@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 FILES = sorted((ROOT / "opcd").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 LAYERS = [
     {"__main__"},
@@ -60,7 +62,7 @@ PUBLIC = {
 
 def test_no_two_test_files_have_one_name():
     """pytest would import one for the other."""
-    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    names = [file.name for file in TESTS if file.name.startswith("test_")]
     assert sorted(names) == sorted(set(names))
 
 
@@ -174,6 +176,46 @@ def test_the_public_names(package):
     assert [name for name in exported(package) if not docstring(package, name)] == []
 
 
+def test_tests_share_helpers_alone():
+    """A test file or a conftest that others import is run by pytest under a second name, its fixtures with it."""
+    wrong = []
+    for file in TESTS:
+        for node in ast.walk(parsed(file)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module or "")
+            parts = {part for name in names for part in name.split(".")}
+            if any(part == "conftest" or part.startswith("test_") for part in parts):
+                wrong.append(
+                    f"{file.relative_to(ROOT)}:{node.lineno} imports {' '.join(names)}: tests/helpers is for that"
+                )
+    assert wrong == []
+
+
+def test_conftests_hold_fixtures_alone():
+    other = [
+        f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for file in TESTS
+        if file.name == "conftest.py"
+        for node in parsed(file).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        if not any(ast.unparse(decorator).startswith("pytest.fixture") for decorator in node.decorator_list)
+    ]
+    assert other == []
+
+
+def test_helpers_say_where_the_repository_is():
+    root = re.compile(r"Path\(__file__\)\S*\.parent")
+    found = {file.relative_to(ROOT).as_posix() for file in TESTS if root.search(file.read_text(encoding="utf-8"))}
+    assert found == {"tests/helpers/paths.py"}
+
+
+def test_the_folder_of_a_test_is_the_folder_of_what_it_tests():
+    folders = {file.parent.relative_to(ROOT / "tests") for file in TESTS if file.name.startswith("test_")}
+    others = {Path("benchmarks"), Path("drills")}  # of benchmarks/
+    assert [str(folder) for folder in folders - others if not (ROOT / "opcd" / folder).is_dir()] == []
+
+
 def test_every_file_of_data_goes_into_the_wheel():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["opcd"]
@@ -200,7 +242,7 @@ def test_every_case_is_listed_with_its_tests():
         if row := re.match(r"\| ([A-Z]\d+) \|", line):
             listed[row[1]] = set(re.findall(r"`([\w/]+\.py)`", line))
     marked: dict[str, set[str]] = {}
-    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+    for file in TESTS:
         for names in re.findall(r"mark\.case\(([^)]*)\)", file.read_text(encoding="utf-8")):
             for name in re.findall(r'"([A-Z]\d+)"', names):
                 marked.setdefault(name, set()).add(file.relative_to(ROOT / "tests").as_posix())

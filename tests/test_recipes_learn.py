@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from opcd.results.matching import right
+from tests.helpers.paths import ROOT
 
-CONTEXTS = Path(__file__).parent / "contexts"
+CONTEXTS = ROOT / "tests" / "contexts"
 
 
 def answers(tmp_path: Path, *changes: str) -> tuple[int, int]:
     """How many of six held-out questions are right without the context, before and after training."""
     words = ("fit", "--config", "configs/quickstart.yaml", "--trainer.default_root_dir", str(tmp_path), *changes)
-    subprocess.run([sys.executable, "-m", "opcd", *words], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-m", "opcd", *words], check=True, cwd=ROOT)
     rows = [json.loads(line) for line in (tmp_path / "version_0" / "samples.jsonl").read_text().splitlines()]
     alone = [row for row in rows if not row["context"]]
     last = max(row["step"] for row in alone)

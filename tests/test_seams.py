@@ -2,7 +2,6 @@
 
 import csv
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ from opcd.losses import ForwardKL
 from opcd.models import ModelConfig
 from opcd.modules import FrozenTeacher, Sampling, Student
 from opcd.runtime.errors import UserError
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOORS = {
     "class_path": "opcd.games.GameSeeds",
     "init_args": {"environment": {"class_path": "examples.environment.Doors"}, "start": 0, "count": 8, "max_turns": 2},

@@ -10,8 +10,8 @@ import yaml
 import opcd.data.readers
 from opcd.data import parse_row, read_examples
 from opcd.runtime.errors import UserError
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 RECIPES = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "benchmarks" / "configs").glob("*.yaml")])
 
 

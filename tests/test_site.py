@@ -9,8 +9,8 @@ from threading import Thread
 
 import pytest
 
-from tests.browser import opened
-from tests.test_house import ROOT
+from tests.helpers.browser import opened
+from tests.helpers.paths import ROOT
 
 PHONE = {"width": 390, "height": 844}
 MKDOCS = ROOT / ".venv" / "docs" / "bin" / "mkdocs"

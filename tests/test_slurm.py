@@ -1,12 +1,13 @@
 """configs/slurm.sh as its header starts it: as many queries a step as the recipe says."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+from tests.helpers.paths import ROOT
+
+CONFIGS = ROOT / "configs"
 
 
 def queries_a_step(script: str, *configs: str) -> int:

@@ -13,9 +13,9 @@ import yaml
 
 from opcd.runtime.errors import UserError
 from opcd.sweep.sweep_plan import parse_yaml
-from tests.browser import check_plots, opened
+from tests.helpers.browser import check_plots, opened
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 CONFIGS = sorted((BENCHMARKS / "configs").glob("*.yaml"))
 IFEVAL = BENCHMARKS / "data" / "ifeval_rows.jsonl"

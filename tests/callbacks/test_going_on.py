@@ -12,7 +12,7 @@ from opcd.data import context_hash
 from opcd.models.model_card import Facts
 from opcd.results.run_files import figures, read_metrics
 from opcd.results.run_tables import overview, read_runs
-from tests.conftest import CONTEXT, ROWS, write_rows
+from tests.helpers.rows import CONTEXT, ROWS, write_rows
 
 
 @pytest.fixture(scope="module")

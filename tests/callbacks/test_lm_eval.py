@@ -15,9 +15,9 @@ from opcd.evaluation import Evaluation, Evaluator
 from opcd.evaluation.intervals import wilson
 from opcd.models import ModelConfig
 from opcd.modules.student import Student
-from tests.conftest import write_rows
-from tests.evaluation.conftest import ifeval_rows, math_rows
-from tests.test_ranks import RANKS, run
+from tests.helpers.ranks import RANKS, run
+from tests.helpers.rows import write_rows
+from tests.helpers.task_rows import ifeval_rows, math_rows
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from opcd.models import ModelConfig, load_model
 from opcd.modules.prefix.prefix_cache import SharedPrefix
 from opcd.runtime import activity, interruption
 from opcd.runtime.interruption import Interrupted
-from tests.conftest import write_rows
+from tests.helpers.rows import write_rows
 
 METRICS = {"train/divergence": 0.5, "train/tokens_per_s": 40, "train/response_tokens": 12, "train/ended": 0.75}
 SHOWN = "0.5000 nats/token  40 tokens/s  12 tokens a response, 75% ended"

@@ -14,7 +14,7 @@ from opcd.callbacks import ExactResume
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, MixedRollout, MovingAverageTeacher, Sampling, StudentRollout, TeacherRollout
-from tests.conftest import write_rows
+from tests.helpers.rows import write_rows
 
 STEPS = 8  # two epochs of three batches, and two batches of the third
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +28,8 @@ from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules.lm.generation import Sampling
 from opcd.runtime.errors import UserError
-from tests.conftest import CONTEXT, write_rows
+from tests.helpers.paths import ROOT
+from tests.helpers.rows import CONTEXT, write_rows
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
 QUESTION = "What is 1 + 1?"
@@ -279,8 +279,7 @@ def ends_by_ctrl_c(tiny: str) -> bool:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     words = [sys.executable, "-m", "opcd", "chat", tiny, "--beside", tiny, "--max_new_tokens", "450"]
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "TERM": "xterm"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
     chat = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True)
     os.close(theirs)
     said = b""

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opcd.callbacks import ExactResume
 from opcd.runtime.versions import VERSION
-from tests.conftest import ROWS
+from tests.helpers.paths import ROOT
+from tests.helpers.rows import ROWS
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture

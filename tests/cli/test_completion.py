@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 
 from opcd.cli import COMMANDS, TRAINER
 from opcd.cli.completion import main, recipe_schema
-from tests.test_house import ROOT
+from tests.helpers.paths import ROOT
 
 RECIPES = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("opcd/cli/starter/*/recipe.yaml")]
 RECIPES = [file for file in RECIPES if not file.name.startswith("experience_")]

@@ -43,7 +43,7 @@ from opcd.models.model_card import FACTS
 from opcd.modules.lm.adapters import Lora, trainable
 from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
-from tests.conftest import CONTEXT, ROWS, write_rows
+from tests.helpers.rows import CONTEXT, ROWS, write_rows
 
 IDS = torch.tensor([[5, 17, 33, 8, 90, 300, 120, 7]])
 TOKENS, ROWS_OF_EMBEDDING = 320, 336

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from opcd.results.matching import right
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 FILES = ["context.txt", "recipe.yaml", "train.jsonl", "val.jsonl"]
 
 

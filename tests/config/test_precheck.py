@@ -10,9 +10,9 @@ import yaml
 from opcd.cli.fit import fit_parser
 from opcd.config.precheck import checked
 from opcd.config.signatures import inner_keys, options
-from tests.conftest import write_rows
+from tests.helpers.paths import ROOT
+from tests.helpers.rows import write_rows
 
-ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 UNSEEN = """import sys
 from opcd.cli.main import main

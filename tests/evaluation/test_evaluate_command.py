@@ -15,8 +15,8 @@ from opcd.evaluation.intervals import wilson
 from opcd.models import ModelConfig
 from opcd.runtime.extras import install_hint
 from opcd.tasks.punkt import provide_punkt
-from tests.conftest import CONTEXT, write_rows
-from tests.evaluation.conftest import math_rows, results
+from tests.helpers.rows import CONTEXT, write_rows
+from tests.helpers.task_rows import math_rows, results
 
 SCORES = ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc")
 

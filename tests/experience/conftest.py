@@ -1,18 +1,12 @@
 """Sums as problems, and the loop with the scripted model in this process."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from opcd.cli.experience import main
-from tests.conftest import write_rows
-from tests.experience.scripted import ScriptedWriters
-
-
-def sums(numbers: list[int]) -> list[dict]:
-    """A problem a number."""
-    return [{"query": f"What is {n} + {n}?", "reference": str(2 * n)} for n in numbers]
+from tests.helpers.rows import sums, write_rows
+from tests.helpers.scripted import ScriptedWriters
 
 
 @pytest.fixture
@@ -35,8 +29,3 @@ def scripted(words, tmp_path, monkeypatch):
         return tmp_path / out
 
     return run
-
-
-def records(folder: Path, name: str) -> list[dict]:
-    """The lines of a file."""
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]

@@ -3,13 +3,12 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 
 from opcd.cli.show import make_page, print_run
-from tests.conftest import write_rows
-from tests.experience.conftest import records, sums
+from tests.helpers.paths import ROOT
+from tests.helpers.rows import read_rows, sums, write_rows
 
 CONFIG = "configs/experience_math.yaml"
 
@@ -37,7 +36,7 @@ def test_the_packaged_model_from_problems_to_a_context(opcd, paths, tmp_path):
     assert code == 0, text
     out = tmp_path / "out"
     assert (out / "context.txt").read_text().startswith("Lessons from earlier attempts. Use those that fit:\n- ")
-    assert len(records(out, "attempts.jsonl")) == 2 and "of 2 right" in text
+    assert len(read_rows(out / "attempts.jsonl")) == 2 and "of 2 right" in text
     files = ("attempts.jsonl", "extractions.jsonl", "validation.jsonl", "scores.jsonl", "context.txt")
     before = {name: (out / name).read_bytes() for name in files}
     assert opcd("experience", *words)[0] == 0
@@ -129,7 +128,7 @@ def test_the_config_is_what_the_folder_keeps(scripted):
     assert "LESSON" not in identity["text of extract.prompt"] and "{{ marker }}" in identity["text of extract.prompt"]
 
 
-SHIPPED = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "experience"
+SHIPPED = ROOT / "benchmarks" / "results" / "experience"
 
 
 @pytest.mark.case("C18")

@@ -12,11 +12,10 @@ import pytest
 
 from opcd.data import read_contexts
 from opcd.runtime.errors import UserError
-from tests.conftest import write_rows
-from tests.experience.conftest import records, sums
-from tests.experience.scripted import EVEN, ODD
+from tests.helpers.paths import ROOT
+from tests.helpers.rows import read_rows, sums, write_rows
+from tests.helpers.scripted import EVEN, ODD
 
-ROOT = Path(__file__).parent.parent.parent
 GUESS, READ, MUCH = "Never guess.", "Read the question twice.", ODD.replace("needs care", "needs much care")
 FILES = (
     *("attempts.jsonl", "extractions.jsonl", "validation.jsonl", "lists.jsonl", "scores.jsonl"),
@@ -27,7 +26,7 @@ FILES = (
 def numbers(folder: Path) -> list[list[int]]:
     """The number in each item of each list, by steps."""
     found: list[list[int]] = [[], []]
-    for record in records(folder, "attempts.jsonl"):
+    for record in read_rows(folder / "attempts.jsonl"):
         found[record["list"]].append(int(record["transcript"].split("What is ")[1].split()[0]))
     return found
 
@@ -36,7 +35,7 @@ def test_the_lists_grow_as_the_answers_say(scripted):
     out = scripted()
     # The orders of the draw; what the extractor writes about each number stands in scripted.ANSWERS.
     assert numbers(out) == [[5, 6, 3, 4], [1, 3, 2, 5]]
-    lists = records(out, "lists.jsonl")
+    lists = read_rows(out / "lists.jsonl")
     assert [entry["lessons"] for entry in lists if entry["number"] == 0] == [
         [MUCH],
         [MUCH, GUESS],
@@ -51,16 +50,16 @@ def test_the_lists_grow_as_the_answers_say(scripted):
 
 def test_score_k_belongs_to_list_k_and_the_last_list_has_one(scripted):
     out = scripted()
-    scores = [(s["number"], s["step"], s["right"]) for s in records(out, "scores.jsonl")]
+    scores = [(s["number"], s["step"], s["right"]) for s in read_rows(out / "scores.jsonl")]
     assert scores == [
         (None, None, 0),
         *((0, 1, 1), (0, 2, 1), (0, 3, 1), (0, 4, 4)),
         *((1, 1, 1), (1, 2, 1), (1, 3, 5), (1, 4, 5)),
     ]
-    by_step = {(entry["number"], entry["step"]): entry["id"] for entry in records(out, "lists.jsonl")}
-    assert all(s["id"] == by_step[s["number"], s["step"]] for s in records(out, "scores.jsonl")[1:])
+    by_step = {(entry["number"], entry["step"]): entry["id"] for entry in read_rows(out / "lists.jsonl")}
+    assert all(s["id"] == by_step[s["number"], s["step"]] for s in read_rows(out / "scores.jsonl")[1:])
     # A list is measured once, however often it stands unchanged: 5 texts and none at all, 5 items each.
-    asked = Counter((r["id"], r["item"]) for r in records(out, "validation.jsonl"))
+    asked = Counter((r["id"], r["item"]) for r in read_rows(out / "validation.jsonl"))
     assert len(asked) == 30 and set(asked.values()) == {1}
 
 
@@ -76,7 +75,7 @@ def test_the_best_list_is_a_context_that_fit_takes(scripted):
 
 def test_fewer_scores(scripted):
     out = scripted("--select.every=3")
-    assert [(s["number"], s["step"]) for s in records(out, "scores.jsonl")] == [
+    assert [(s["number"], s["step"]) for s in read_rows(out / "scores.jsonl")] == [
         (None, None),
         *((0, 3), (0, 4), (1, 3), (1, 4)),
     ]
@@ -90,7 +89,7 @@ def test_what_the_extractor_is_shown(scripted, tmp_path):
     def spy(prompt: str) -> None:
         seen.append(prompt)
 
-    from tests.experience.scripted import ScriptedWriter
+    from tests.helpers.scripted import ScriptedWriter
 
     plain = ScriptedWriter._text
     ScriptedWriter._text = lambda self, text, context: (
@@ -122,7 +121,7 @@ def test_kill_9_at_every_stage_and_resume(scripted, words, tmp_path):
     environment = os.environ | {"SCRIPTED_CALLS": str(calls), "PYTHONPATH": str(ROOT)}
     kills = ["solve:2", "extract:2", "lists.jsonl", "select:5", "scores.jsonl", "context.txt", "selection.json"]
     for kill in [*kills, "never:0"]:
-        command = [sys.executable, "-m", "tests.experience.scripted", "--kill", kill, "--", *words, "--out", str(out)]
+        command = [sys.executable, "-m", "tests.helpers.scripted", "--kill", kill, "--", *words, "--out", str(out)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == (0 if kill == "never:0" else -signal.SIGKILL), done.stderr
         if kill in ("solve:2", "select:5"):  # and the machine went down in the middle of a line

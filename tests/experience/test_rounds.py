@@ -13,8 +13,7 @@ from opcd.experience.rounds import fit_settings
 from opcd.models import ModelConfig
 from opcd.runtime.errors import UserError
 from opcd.sweep.arm_checks import ConfigChecker
-from tests.conftest import ROWS, write_rows
-from tests.experience.conftest import records
+from tests.helpers.rows import ROWS, read_rows, write_rows
 
 
 @pytest.fixture
@@ -67,14 +66,14 @@ def test_two_rounds(scripted, fit, tiny, tmp_path, capsys):
     config.write_text(yaml.safe_dump({"rounds": 2, "student": {"name": tiny}, "fit": {"set": fit, "context": "each"}}))
     words = ["--config", str(config), "--select.every=4"]
     out = scripted(*words)
-    rounds = records(out, "rounds.jsonl")
+    rounds = read_rows(out / "rounds.jsonl")
     assert [(r["round"], r["student_before"], r["student_after"]) for r in rounds] == [(1, 0, 0), (2, 0, 0)]
     assert rounds[0]["selected"] == 1.0 and rounds[0]["divergence"] > 0
     jobs = [json.loads((out / f"round-{n}" / "fit" / "job.json").read_text())["config"] for n in (1, 2)]
     assert jobs[1]["model"]["student"]["name"] == str(out / "round-1" / "fit" / "runs" / "version_0" / "student")
     assert [job["model"]["teacher"]["init_args"]["model"]["name"] for job in jobs] == [tiny, tiny]
     assert [job["data"]["context"] for job in jobs] == [str(out / f"round-{n}" / "contexts.jsonl") for n in (1, 2)]
-    items = [[r["item"] for r in records(out / f"round-{n}", "attempts.jsonl")] for n in (1, 2)]
+    items = [[r["item"] for r in read_rows(out / f"round-{n}" / "attempts.jsonl")] for n in (1, 2)]
     assert items[0] != items[1]  # another draw
     assert "round 2" in capsys.readouterr().out and "<h2>Rounds</h2>" in make_page(out)
     calls = (tmp_path / "out-calls.txt").read_text()

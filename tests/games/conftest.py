@@ -9,8 +9,7 @@ import pytest
 from opcd.data import ContextQueryDataModule
 from opcd.games import Environment, Game, GameSeeds
 from opcd.models import ModelConfig
-
-LESSONS = "Open one door after the other."
+from tests.helpers.rows import LESSONS
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from opcd.modules import Distiller, FrozenTeacher, MixedRollout, Sampling, Stude
 from opcd.modules.rollouts import plain_rollouts as rollouts
 from opcd.modules.student import Student
 from opcd.modules.teachers import base as teacher_module
-from tests.games.conftest import LESSONS
+from tests.helpers.rows import LESSONS
 
 SHORT = Sampling(max_new_tokens=6)
 

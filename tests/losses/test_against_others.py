@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from loss_reference import random_pair
 from torch.nn.functional import kl_div
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.functional.regression import kl_divergence
 
 from opcd.losses import JSD, ForwardKL, ReverseKL, chunked_divergence, top1_agreement
+from tests.helpers.loss_reference import random_pair
 
 ROWS, V = 6, 40
 

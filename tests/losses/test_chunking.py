@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from loss_reference import random_pair
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +24,7 @@ from opcd.losses import (
 )
 from opcd.losses import log_probs as measure
 from opcd.losses.chunking import LIVE
+from tests.helpers.loss_reference import random_pair
 
 N, V, H_S, H_T = 23, 40, 6, 10
 ROW = 4 * V * LIVE  # bytes that one row of a chunk is allowed

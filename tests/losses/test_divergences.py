@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from loss_reference import DIVERGENCES, random_pair, reference, value_and_gradient
 from torch import Tensor
 
 from opcd.losses import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL, functional
+from tests.helpers.loss_reference import DIVERGENCES, random_pair, reference, value_and_gradient
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 INF = math.inf

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from loss_reference import random_pair, softmax, value_and_gradient
 
 from opcd.losses import ForwardKL, clip_nats, entropy, retained_mass, top1_agreement
 from opcd.losses._kernels import kl
+from tests.helpers.loss_reference import random_pair, softmax, value_and_gradient
 
 INF = math.inf
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from loss_reference import DIVERGENCES, random_pair
 
 from opcd.losses import (
     Divergence,
@@ -15,6 +14,7 @@ from opcd.losses import (
     chunked_divergence,
 )
 from opcd.losses.chunking import LIVE
+from tests.helpers.loss_reference import DIVERGENCES, random_pair
 
 N, V, H = 11, 30, 5
 

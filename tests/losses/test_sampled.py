@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from loss_reference import random_pair, reference
 from torch import Tensor
 
 from opcd.losses import ReverseKL, SampledReverseKL, sampled_reverse_kl
+from tests.helpers.loss_reference import random_pair, reference
 
 V = 7
 

@@ -7,11 +7,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from loss_reference import DIVERGENCES, random_pair, term, value_and_gradient
 from torch import Tensor
 
 from opcd.losses import JSD, Divergence, ForwardKL, ReverseKL, TopK
 from opcd.losses.topk import Support, Tail
+from tests.helpers.loss_reference import DIVERGENCES, random_pair, term, value_and_gradient
 
 INF = math.inf
 SUPPORTS, TAILS = get_args(Support), get_args(Tail)

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from lightning import Trainer
 from torch import nn
 from torch.testing import assert_close
 
@@ -25,78 +24,8 @@ from opcd.modules import (
 )
 from opcd.modules.lm.generation import generate
 from opcd.modules.student import Student
-from tests.conftest import write_rows
-from tests.modules.test_decoding import no_bfloat16
-
-RESPONSES = [
-    "It is two.",
-    "Yes, of course I know that: four!",
-    "Six",
-    "8",
-    "Ten, I think.",
-    "12 it is",
-    "Well",
-    "Sixteen.",
-]
-
-
-@pytest.fixture
-def recorded(tmp_path, context):
-    """Eight queries with responses of different lengths."""
-    rows = [{"query": f"What is {n} + {n}?", "response": text} for n, text in enumerate(RESPONSES)]
-    return ContextQueryDataModule(
-        train=str(write_rows(tmp_path / "r.jsonl", rows)), context=str(context), shuffle=False
-    )
-
-
-def trainer(tmp_path, steps=1, **options):
-    return Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        **options,
-    )
-
-
-def gradients(monkeypatch, tmp_path, data, distiller, **options):
-    """The gradients of one step, as they are when the optimizer would use them."""
-    kept = {}
-
-    def keep(self, *measured):
-        kept.update({name: p.grad.clone() for name, p in self.student.named_parameters()})
-        return torch.tensor(0.0)
-
-    monkeypatch.setattr(Distiller, "_optimizer_step", keep)
-    run = trainer(tmp_path, steps=-1, max_epochs=1, limit_train_batches=1, **options)
-    run.fit(distiller, datamodule=data)
-    return kept
-
-
-def relative_difference(one, other):
-    """Norm of the difference over the norm, of all weights together."""
-    difference = sum(float((one[name] - other[name]).double().square().sum()) for name in one)
-    return (difference / sum(float(value.double().square().sum()) for value in other.values())) ** 0.5
-
-
-def dense_reference(student, teacher, trajectories, divergence, reduction):
-    """The loss from whole rows, dense float64 log-softmax and a plain loop: the definition."""
-    per_response = []
-    for row in range(len(trajectories)):
-        response = trajectories.responses[row]
-        logits = []
-        for model, prompts in ((student, trajectories.student_prompts), (teacher, trajectories.teacher_prompts)):
-            whole = torch.cat([prompts[row], response])[None]
-            logits.append(model(whole).logits[0, len(prompts[row]) - 1 : -1].double().log_softmax(-1))
-        ours, theirs = logits[0], logits[1].detach()
-        p, q = (ours, theirs) if divergence == "reverse" else (theirs, ours)
-        per_response.append((p.exp() * (p - q)).sum(-1))
-    if reduction == "token":
-        return torch.cat(per_response).mean()
-    return torch.stack([values.mean() for values in per_response]).mean()
+from tests.helpers.hardware import needs_bfloat16
+from tests.helpers.training import dense_reference, gradients, greedily, relative_difference, trainer
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
@@ -268,7 +197,7 @@ def test_the_low_precision_copy_follows_the_master_weights(tiny):
     assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-@no_bfloat16
+@needs_bfloat16
 def test_packed_layers_take_the_memory_of_the_copys_own(batch, tiny):
     """While it writes, several times in a step if need be; the next step finds all weights again."""
     student = Student.load(ModelConfig(tiny))
@@ -344,14 +273,6 @@ def test_training_lowers_the_divergence(tmp_path, rows, context, tiny, tiny_teac
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=f"model.{next(iter(arguments))} must be a finite number greater than 0"):
         Distiller(**arguments)
-
-
-def greedily(model, prompt, steps):
-    """The likeliest continuation, one whole pass a token."""
-    ids = prompt
-    for _ in range(steps):
-        ids = torch.cat([ids, model(ids[None]).logits[0, -1:].argmax(-1)])
-    return ids[len(prompt) :].tolist()
 
 
 def test_the_sampled_reverse_kl_looks_at_the_tokens_of_the_response(tmp_path, recorded, tiny, tiny_teacher):

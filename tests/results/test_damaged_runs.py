@@ -17,7 +17,7 @@ from opcd.sweep.jobs import Job, JobFolder
 from opcd.sweep.search import best
 from opcd.sweep.summary import ArmResult, write_summary
 from opcd.sweep.sweep_plan import Search, make_arm
-from tests.evaluation.test_results import rows as scored
+from tests.helpers.task_rows import scored_rows
 
 CONFIG = "trainer:\n  max_steps: 3\nmodel:\n  student: {name: tiny}\ndata: {batch_size: 2}\n"
 METRICS = "epoch,step,train/divergence,seconds/step\r\n0,0,3.0,1.0\r\n0,1,2.0,1.0\r\n0,2,1.0,2.0\r\n"
@@ -27,7 +27,7 @@ SAMPLES = "".join(
     for context in (False, True)
 )
 RESULT = {"tasks": {"dapo_math": {"n": 2, "metrics": {"accuracy": {"value": 0.5, "low": 0.1, "high": 0.9}}}}}
-ANSWERS = "".join(json.dumps(row) + "\n" for row in scored([True], [False]))
+ANSWERS = "".join(json.dumps(row) + "\n" for row in scored_rows([True], [False]))
 FILES = {
     "config.yaml": CONFIG,
     "metrics.csv": METRICS,
@@ -119,7 +119,7 @@ DAMAGE = {
     ),
     "answers of odd counts": (
         "eval/step=3-dapo_math.jsonl",
-        "".join(json.dumps(row) + "\n" for row in scored([True, True], [True] * 5)),
+        "".join(json.dumps(row) + "\n" for row in scored_rows([True, True], [True] * 5)),
         "left out: pass@k wants",
     ),
 }

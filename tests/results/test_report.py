@@ -13,9 +13,9 @@ import yaml
 from opcd.cli.main import main
 from opcd.results.run_tables import Run
 from opcd.runtime.extras import install_hint
-from tests.browser import check_plots, opened
-from tests.conftest import CONTEXT, ROWS, write_rows
-from tests.evaluation.conftest import math_rows
+from tests.helpers.browser import check_plots, opened
+from tests.helpers.rows import CONTEXT, ROWS, write_rows
+from tests.helpers.task_rows import math_rows
 
 TRICKY = {"query": "Is <b>1</b> & 2 a number?", "reference": "yes"}
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import unicodedata
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -18,7 +17,8 @@ from rich.table import Table
 from opcd.cli import main as cli
 from opcd.runtime import output
 from opcd.runtime.output import CONTROL, Screen, clean_output, finish_output, hide, masked, plain, shown
-from tests.conftest import write_rows
+from tests.helpers.paths import ROOT
+from tests.helpers.rows import write_rows
 
 CLIPBOARD, CLEAR, CONCEAL = "\x1b]52;c;ZXZpbA==\x07", "\x1b[2J", "\x1b[8m"
 ATTACK = f"a{CLIPBOARD}b{CLEAR}c\x9b2Jd\u202ee\u2066f\rg\bh\x7f"
@@ -262,6 +262,5 @@ def test_doctor_shows_the_names_of_folders_escaped(opcd, tmp_path, monkeypatch):
 @pytest.mark.case("A7")
 def test_only_one_module_makes_consoles():
     """Whoever draws takes a `Screen`."""
-    root = Path(output.__file__).parent
-    makers = [str(file.relative_to(root)) for file in root.rglob("*.py") if " Console(" in file.read_text()]
+    makers = [str(file.relative_to(ROOT)) for file in (ROOT / "opcd").rglob("*.py") if " Console(" in file.read_text()]
     assert makers == []

@@ -7,7 +7,7 @@ from opcd.runtime.differences import changed_keys
 from opcd.runtime.errors import UserError
 from opcd.sweep.arm_checks import ConfigChecker
 from opcd.sweep.sweep_plan import Base
-from tests.sweep.conftest import QUICKSTART
+from tests.helpers.paths import QUICKSTART
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,20 +17,9 @@ from opcd.runtime.errors import UserError
 from opcd.runtime.extras import install_hint
 from opcd.sweep.job_engine import Engine, explain, locked
 from opcd.sweep.jobs import Job, JobFolder
-from opcd.sweep.launchers import LocalLauncher, SlurmLauncher, shares
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@dataclass(frozen=True)
-class Script(Job):
-    """A job that is a line of Python in its folder."""
-
-    folder: str = ""
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, "-c", f"import os, sys, time; os.chdir({self.folder!r}); {self.words[0]}"]
+from opcd.sweep.launchers import SlurmLauncher, shares
+from tests.helpers.paths import ROOT
+from tests.helpers.sweep_jobs import Script, run
 
 
 @pytest.fixture
@@ -43,14 +31,6 @@ def script(tmp_path):
 
 
 DONE = "open('done', 'w').close(); open('../times', 'a').write(os.getcwd() + '\\n')"
-
-
-def run(root: Path, jobs: list[Job], at_once: int = 1) -> Engine:
-    with locked(root) as lock:
-        engine = Engine(root, LocalLauncher(at_once, lock), at_once)
-        engine.add(jobs)
-        engine.run()
-    return engine
 
 
 def statuses(engine: Engine) -> dict[str, str]:
@@ -145,7 +125,7 @@ LONG = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tests.sweep.test_engine import Script, run
+from tests.helpers.sweep_jobs import Script, run
 run(Path({folder!r}), [Script("a", [{code!r}], {{}}, "done", folder={job!r})])
 """
 

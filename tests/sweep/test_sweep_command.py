@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.sweep.conftest import QUICKSTART
+from tests.helpers.paths import QUICKSTART
 
 ROOT = QUICKSTART.parent.parent
 

@@ -8,8 +8,8 @@ from math_verify import parse, verify
 
 from opcd.runtime.errors import UserError
 from opcd.tasks import answer_tags, dapo_math, ifeval, punkt
-from tests.conftest import write_rows
-from tests.evaluation.conftest import ifeval_rows, math_rows
+from tests.helpers.rows import write_rows
+from tests.helpers.task_rows import ifeval_rows, math_rows
 
 
 @pytest.mark.parametrize(

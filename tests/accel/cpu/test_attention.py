@@ -13,7 +13,7 @@ from opcd.accel.cpu.attention import NAME, attention, causal_attention, use_cpu_
 from opcd.accel.cpu.prefix_attention import attends_by_rows
 from opcd.models import ModelConfig
 from opcd.modules import Student
-from tests.modules.test_prefix import FAMILIES
+from tests.helpers.small_models import FAMILIES
 
 SHAPES = {  # B, H, G, L, K, D, E
     "one block": (2, 4, 2, 5, 5, 8, 8),

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from opcd.accel.cpu import backward_memory
 from opcd.accel.cpu.backward_memory import LAYERS, less_memory_in_backward
-from tests.modules.test_prefix import FAMILIES, SMALL, WITHOUT
+from tests.helpers.small_models import FAMILIES, SMALL, WITHOUT
 
 MODELS = FAMILIES | {"mamba, recurrent": WITHOUT["mamba, recurrent"]}
 

@@ -108,7 +108,7 @@ def test_a_frozen_teacher_leaves_while_the_student_learns(
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_heap_goes_back_in_the_backward_pass(checkpointing, monkeypatch, tiny, batch):
-    """Where memory matters more than time; tests/modules/test_backward_memory.py says when."""
+    """Where memory matters more than time; tests/accel/cpu/test_backward_memory.py says when."""
     learner = Student.load(ModelConfig(tiny), gradient_checkpointing=checkpointing)
     trajectories = Trajectories.of(batch, [torch.tensor([5, 6, 7])] * len(batch), learner.eos_ids)
     hidden = learner.score(trajectories).hidden

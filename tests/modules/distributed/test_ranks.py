@@ -13,17 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.conftest import write_rows
-
-RANKS = ("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices")
-
-
-def run(*args: object, launcher: tuple[str, ...] = ()) -> str:
-    """Run the command as a process of its own; returns what it printed."""
-    words = [sys.executable, *launcher, "-m", "opcd", *args]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
+from tests.helpers.ranks import RANKS, run
+from tests.helpers.rows import write_rows
 
 
 @pytest.fixture

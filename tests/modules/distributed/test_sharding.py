@@ -19,15 +19,14 @@ from opcd.models import ModelConfig
 from opcd.modules import FrozenTeacher, RoutedTeachers, SelfTeacher, Student, StudentRollout, TeacherRollout
 from opcd.modules.step.validation import check_teacher_parts
 from opcd.runtime.errors import UserError
-from tests.conftest import write_rows
-from tests.evaluation.conftest import math_rows
-from tests.test_ranks import run
+from tests.helpers.ranks import SHARDED, run
+from tests.helpers.rows import write_rows
+from tests.helpers.task_rows import math_rows
 
 ONE = (
     *("--trainer.accelerator", "cpu", "--trainer.devices", 1),
     *("--trainer.precision", "32-true", "--trainer.max_steps", 1),
 )
-SHARDED = ("--trainer.accelerator", "cpu", "--trainer.strategy", "ModelParallelStrategy", "--trainer.devices", 2)
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from opcd.modules import BaseTeacher, Distiller, FrozenTeacher, Lora, MovingAver
 from opcd.modules.lm.adapters import add_lora, merged, trainable, twin, without_adapter
 from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
-from tests.families import MIXTURES, attention_of, make
-from tests.modules.test_distiller import trainer
+from tests.helpers.families import MIXTURES, attention_of, make
+from tests.helpers.training import trainer
 
 IDS = torch.tensor([[5, 17, 33, 8, 90]])
 FLOAT64 = {"precision": "64-true"}

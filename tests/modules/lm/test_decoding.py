@@ -16,11 +16,11 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from opcd.accel.cpu.onednn_linear import FEWEST_STEPS, _Joined, packed_linears
-from opcd.accel.precision import has_bfloat16
 from opcd.modules.lm import decoding
 from opcd.modules.lm.decoding import RoomyLayer, draw, give_room
 from opcd.modules.lm.generation import Sampling, generate, own_precision
-from tests.families import make
+from tests.helpers.families import make
+from tests.helpers.hardware import needs_bfloat16
 
 PAD, STEPS = 2, 24
 ENDS = set(range(0, 49152, 12))
@@ -194,10 +194,9 @@ def test_a_draw_takes_one_random_number_a_row():
     assert tokens.tolist() == (torch.rand(4, dtype=torch.float64) * 1000).long().tolist()
 
 
-no_bfloat16 = pytest.mark.skipif(not has_bfloat16("cpu"), reason="this CPU has no bfloat16 instructions")
 packs = pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [(torch.float32, 1e-5), pytest.param(torch.bfloat16, 2**-7, marks=no_bfloat16)],
+    [(torch.float32, 1e-5), pytest.param(torch.bfloat16, 2**-7, marks=needs_bfloat16)],
     ids=["float32", "bfloat16"],
 )
 """Types whose layers are packed, and how far their products may be from those in float64."""
@@ -264,7 +263,7 @@ def test_states_changed_in_place_between_two_layers_are_read_again(dtype, tolera
             torch.testing.assert_close(reads(hidden.clone()).double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@no_bfloat16
+@needs_bfloat16
 def test_packed_layers_follow_autocast_and_the_weights_of_the_moment(model, prompts):
     ids = torch.stack([prompt[:3] for prompt in prompts])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), own_precision(model) as dtype:

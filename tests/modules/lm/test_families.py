@@ -11,26 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from opcd.accel.cpu.attention import use_cpu_attention
 from opcd.models import ModelConfig, load_model, load_tokenizer
-from opcd.modules import FrozenTeacher
 from opcd.modules.lm.generation import Sampling, generate
 from opcd.modules.lm.hidden_states import check_head, head_of, last_hidden
-from opcd.modules.prefix.prefix_cache import SharedPrefix
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories
-from tests.families import DENSE, FAMILIES, MIXTURES, attention_of, make
+from tests.helpers.families import DENSE, FAMILIES, MIXTURES, attention_of, make
+from tests.helpers.small_models import Teaches
 
 NOT_SHARED = {"Bloom"}
 """Of those with keys and values alone: whose attention takes no mask or positions of packed rows."""
 SHARED = (DENSE.keys() | MIXTURES.keys()) - NOT_SHARED - {"Qwen3Next"}
-
-
-class Teaches(FrozenTeacher):
-    """A frozen teacher over a model that is there already."""
-
-    def __init__(self, model, mode):
-        super().__init__()
-        self._model = model
-        self.prefix = SharedPrefix(mode)
 
 
 def ids(*lengths: int, seed: int) -> list[Tensor]:

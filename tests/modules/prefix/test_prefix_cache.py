@@ -6,26 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    FalconH1Config,
-    FalconH1ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from opcd.accel.cpu import prefix_attention as packed_attention
 from opcd.models import ModelConfig
-from opcd.modules import FrozenTeacher, MovingAverageTeacher, SelfTeacher
+from opcd.modules import MovingAverageTeacher, SelfTeacher
 from opcd.modules.lm.generation import Sampling, generate
 from opcd.modules.prefix import packing
 from opcd.modules.prefix.prefix_cache import SharedPrefix
@@ -33,50 +17,8 @@ from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories
 from opcd.planning.sizes import MASK
 from opcd.runtime.errors import UserError
-from tests.families import make
-
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "initializer_range": 0.3,
-}
-FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
-    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=12)),
-    "gemma3, both kinds of layer": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(**SMALL, sliding_window=12, sliding_window_pattern=2)
-    ),
-}
-WITHOUT = {
-    "mamba, recurrent": lambda: MambaForCausalLM(
-        MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
-    ),
-    "falcon-h1, hybrid": lambda: FalconH1ForCausalLM(
-        FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
-    ),
-}
-
-
-class Teaches(FrozenTeacher):
-    """A frozen teacher over a model that is there already."""
-
-    def __init__(self, model, mode="auto"):
-        super().__init__()
-        self._model = model.eval()
-        self.prefix = SharedPrefix(mode)
-
-
-def ids(*lengths: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, 97, (length,), generator=generator) for length in lengths]
+from tests.helpers.families import make
+from tests.helpers.small_models import FAMILIES, WITHOUT, Teaches, ids
 
 
 @pytest.fixture

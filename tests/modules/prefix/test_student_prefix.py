@@ -11,7 +11,7 @@ from opcd.accel.cpu.attention import use_cpu_attention
 from opcd.modules import Student
 from opcd.modules.lm.adapters import Lora, add_lora
 from opcd.modules.trajectories import Trajectories
-from tests.modules.test_prefix import FAMILIES, WITHOUT, ids
+from tests.helpers.small_models import FAMILIES, WITHOUT, ids
 
 SHARED, LENGTHS = 20, (5, 9, 3, 1)
 SHARING = ["llama", "qwen2", "qwen3"]

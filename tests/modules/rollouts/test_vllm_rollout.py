@@ -33,11 +33,10 @@ from opcd.modules.step.validation import check_engine, check_shards
 from opcd.modules.student import Student
 from opcd.runtime.errors import StepAbandoned, UserError
 from opcd.runtime.extras import install_hint
-from tests.modules.test_distiller import gradients, relative_difference, trainer
-from tests.serving.server import Served, serving
-from tests.serving.vllm import ENVIRONMENT, VLLM, vllm_here, vllm_serving
-from tests.test_ranks import run
-from tests.test_sharding import SHARDED
+from tests.helpers.ranks import SHARDED, run
+from tests.helpers.teacher_server import Served, serving
+from tests.helpers.training import gradients, relative_difference, trainer
+from tests.helpers.vllm_server import ENVIRONMENT, VLLM, vllm_here, vllm_serving
 
 
 class Plain(Engine):

@@ -26,13 +26,12 @@ from opcd.modules import (
 )
 from opcd.modules.step.metrics import Stopwatch, TokenMeans, step_metrics
 from opcd.runtime.errors import UserError
-from tests.conftest import write_rows
-from tests.modules.test_distiller import (
+from tests.helpers.rows import write_rows
+from tests.helpers.training import (
     RESPONSES,
     dense_reference,
     gradients,
     greedily,
-    recorded,  # noqa: F401  a fixture
     relative_difference,
     trainer,
 )
@@ -308,7 +307,7 @@ def test_messages_name_the_teacher(fit, config, tiny_teacher, tmp_path):
     assert code == 2 and f"{key}.name: org/not-there" in text, text
 
 
-def test_what_python_refuses(sets, recorded, tiny, tmp_path):  # noqa: F811
+def test_what_python_refuses(sets, recorded, tiny, tmp_path):
     with pytest.raises(ValueError, match="RecordedTeacher goes with others of its kind alone"):
         RoutedTeachers({"a": RecordedTeacher("folder"), "b": SelfTeacher()})
     teacher = RoutedTeachers({"a": SelfTeacher()}, default="a")

@@ -38,8 +38,8 @@ from opcd.runtime.interruption import Interrupted
 from opcd.serving import client
 from opcd.serving.pauses import LONGEST, pause
 from opcd.serving.served_model import COMPLETIONS, GENERATE, MODELS, TOKENIZE
-from tests.serving.server import Served, serving
-from tests.serving.vllm import cached_tokens_of, vllm_here, vllm_serving
+from tests.helpers.teacher_server import Served, serving
+from tests.helpers.vllm_server import cached_tokens_of, vllm_here, vllm_serving
 
 TOP = TopK(ReverseKL(), k=4, support="teacher")
 HASTY = {"timeout": 0.3, "patience": 0.4}
