@@ -84,14 +84,11 @@ class RandomTokens(Rollout):
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
+    def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
         """All have the same length."""
         return self.length
 
-    def synchronise(self, student: Student) -> None:
-        """Nothing to take over."""
-
-    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+    def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Draw them."""
         responses = [torch.randint(10, 40000, (self.length,), device=p.device) for p in batch.student_prompts]
         return Trajectories.of(batch, responses, student.eos_ids)

@@ -14,13 +14,13 @@ import opcd  # noqa: F401  before torch: it sets how threads wait
 
 # isort: split
 import torch
+from opcd.modules.rollout_mismatch import RolloutMismatch
 
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import ColocatedVLLM, FrozenTeacher, Sampling, StudentRollout, VLLMRollout
 from opcd.modules.lm.hidden_states import States, head_of, last_hidden
-from opcd.modules.rollouts.plain_rollouts import Rollout
-from opcd.modules.step.rollout_mismatch import Drift
+from opcd.modules.rollouts.base import Rollout
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories
 
@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     config = ModelConfig(name=options.student)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = Student.load(config).to(device)
+    student = Student.load(config, device=device).to(device)
     data = ContextQueryDataModule(student=config, train=options.train, context=options.context, shuffle=False)
     data.setup("fit")
     examples = data.examples("train")
@@ -57,18 +57,18 @@ def main() -> None:
 
 def measured(rollout: Rollout, student: Student, batch: object, options: argparse.Namespace) -> str:
     """The cells of one row."""
-    seconds: dict[str, list[float]] = {"synchronise": [], "sample": []}
+    seconds: dict[str, list[float]] = {"sync": [], "generate": []}
     for number in range(options.repeat + 1):  # the first one warms up
         torch.manual_seed(number)
         start = time.perf_counter()
-        rollout.synchronise(student)
-        middle = time.perf_counter()
-        written = rollout.sample(student, FrozenTeacher(), batch)  # type: ignore[arg-type]
-        end = time.perf_counter()
+        with rollout.active(student):
+            middle = time.perf_counter()
+            written = rollout.generate(student, FrozenTeacher(), batch)  # type: ignore[arg-type]
+            end = time.perf_counter()
         if number:
-            seconds["synchronise"].append(middle - start)
-            seconds["sample"].append(end - middle)
-    take, write = (statistics.mean(seconds[part]) for part in ("synchronise", "sample"))
+            seconds["sync"].append(middle - start)
+            seconds["generate"].append(end - middle)
+    take, write = (statistics.mean(seconds[part]) for part in ("sync", "generate"))
     tokens = int(written.lengths.sum())
     return f"{take:.2f} | {write:.2f} | {tokens / write:.0f} | {gap(student, written, options)}"
 
@@ -78,7 +78,7 @@ def gap(student: Student, written: Trajectories, options: argparse.Namespace) ->
     """The mean over all tokens, where the rollout gives log-probabilities."""
     model = student.plain(getattr(torch, options.dtype)).model.eval()
     states = States(last_hidden(model, written.student_prompts, written.responses), head_of(model))
-    drift = Drift.of(states, written)
+    drift = RolloutMismatch.of(states, written)
     return "0 (the same weights)" if drift is None else f"{float(drift.gap.mean()):.4f}"
 
 

@@ -75,9 +75,9 @@ def logged_steps(distiller: Any, data: Any, folder: Path, steps: int) -> list[di
 
 def opcd_side(options: argparse.Namespace) -> dict[str, Any]:
     """Steps of opcd's Distiller."""
-    from opcd.accel.cpu.heap import keep_freed_blocks
+    from opcd.accel import accelerator
 
-    keep_freed_blocks()
+    accelerator("cpu")  # what both sides have: freed blocks stay in the process
     from opcd.data import ContextQueryDataModule
     from opcd.losses import ReverseKL
     from opcd.models import ModelConfig, load_tokenizer

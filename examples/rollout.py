@@ -4,6 +4,9 @@
         --model.rollout '{class_path: examples.rollout.TeacherStart, init_args: {tokens: 4}}'
 """
 
+from contextlib import AbstractContextManager
+from typing import ClassVar
+
 import torch
 
 from opcd.data import Batch, ContextQueryDataModule
@@ -19,31 +22,29 @@ class TeacherStart(Rollout):
         sampling: how both draw; `max_new_tokens` are the student's.
     """
 
+    asks_teacher: ClassVar[bool] = True
+
     def __init__(self, tokens: int = 4, sampling: Sampling = Sampling()) -> None:  # noqa: B008
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}: 0 is StudentRollout")
         self.start, self.rollout = Sampling(**{**vars(sampling), "max_new_tokens": tokens}), StudentRollout(sampling)
 
-    def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
+    def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
         """Both parts."""
-        return self.start.max_new_tokens + self.rollout.longest_response(data, split)
+        return self.start.max_new_tokens + self.rollout.max_response_tokens(data, split)
 
-    def synchronise(self, student: Student) -> None:
-        """The student's part takes its weights."""
-        self.rollout.synchronise(student)
+    def active(self, student: Student) -> AbstractContextManager[None]:
+        """The student's part takes its weights, and frees them afterwards."""
+        return self.rollout.active(student)
 
-    def release(self) -> None:
-        """The student's part gives its memory back."""
-        self.rollout.release()
-
-    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+    def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Let the student continue every start that has not ended."""
-        responses = teacher.respond(batch, self.start, student.eos_ids, student.pad_id)
+        responses = teacher.generate(batch, self.start, student.eos_ids, student.pad_id)
         rows = [row for row, start in enumerate(responses) if int(start[-1]) not in student.eos_ids]
         if rows:
             begun = batch.select(rows)
             prompts = zip(begun.student_prompts, rows, strict=True)
             begun.student_prompts = [torch.cat([prompt, responses[row]]) for prompt, row in prompts]
-            for row, rest in zip(rows, self.rollout.sample(student, teacher, begun).responses, strict=True):
+            for row, rest in zip(rows, self.rollout.generate(student, teacher, begun).responses, strict=True):
                 responses[row] = torch.cat([responses[row], rest])
         return Trajectories.of(batch, responses, student.eos_ids)

@@ -27,22 +27,21 @@ class SnapshotTeacher(ModelTeacher):
         self.every_n_steps, self.steps = every_n_steps, 0
         self._model: PreTrainedModel | None = None
 
-    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+    def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Copy the student as it begins."""
         self._model = copy.deepcopy(student.model).to(device)  # type: ignore[arg-type]
 
     @property
     def model(self) -> PreTrainedModel:
-        """The copy; there after `prepare`."""
-        assert self._model is not None, "prepare() comes first"
+        """The copy; there after `setup`."""
+        assert self._model is not None, "setup() comes first"
         return self._model
 
-    def after_step(self, student: Student) -> None:
-        """Renew the copy where its time is over, and forget what was computed with the old weights."""
+    def on_student_step(self, student: Student) -> None:
+        """Renew the copy where its time is over."""
         self.steps += 1
         if self.steps % self.every_n_steps == 0:
             self.model.load_state_dict(student.model.state_dict())
-            self.prefix.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The copy and its age: a run that goes on takes the steps of one that was not stopped."""
@@ -52,4 +51,3 @@ class SnapshotTeacher(ModelTeacher):
         """Take back what `state_dict` gave."""
         self.model.load_state_dict(state["model"])
         self.steps = state["steps"]
-        self.prefix.clear()

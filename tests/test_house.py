@@ -45,7 +45,7 @@ PUBLIC = {
         *("parse_row", "parse_rows", "read_contexts", "read_examples", "read_rows", "teacher_key"),
     ],
     "losses": [
-        *("JSD", "Divergence", "ForwardKL", "Head", "Mixture", "RecordedTokens", "RecordedTopK", "ReverseKL"),
+        *("JSD", "Divergence", "ForwardKL", "Head", "Loss", "Mixture", "RecordedTokens", "RecordedTopK", "ReverseKL"),
         *("SampledReverseKL", "SkewKL", "SkewReverseKL", "TopK", "as_head", "chunked", "chunked_divergence"),
         *("clip_nats", "entropy", "functional", "retained_mass", "sampled_reverse_kl", "top1_agreement"),
     ],
@@ -117,6 +117,16 @@ def test_a_folder_has_one_subject():
 def test_no_two_files_have_one_name():
     names = [file.name for file in FILES if file.name not in ("__init__.py", "base.py")]
     assert [name for name, n in Counter(names).items() if n > 1] == []
+
+
+def test_one_place_installs_the_code_of_a_device():
+    users = {
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in FILES
+        for module, line in imported(file)
+        if module.startswith("opcd.accel.cpu") and "accel/cpu" not in file.as_posix()
+    }
+    assert {user.rpartition(":")[0] for user in users} == {"opcd/accel/__init__.py"}
 
 
 def test_data_knows_nothing_of_what_is_trained():

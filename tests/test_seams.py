@@ -12,6 +12,7 @@ from examples.data_source import Csv
 from examples.loss import Renyi
 from examples.rollout import TeacherStart
 from examples.teacher import SnapshotTeacher
+from opcd.accel.precision import fast_dtype
 from opcd.losses import ForwardKL
 from opcd.models import ModelConfig
 from opcd.modules import FrozenTeacher, Sampling, Student
@@ -71,17 +72,17 @@ def test_a_teacher(fit):
 
 def test_it_follows_the_student_when_its_time_is_over(tiny):
     student, teacher = Student.load(ModelConfig(name=tiny)), SnapshotTeacher(2)
-    teacher.prepare(student, ModelConfig(name=tiny), torch.device("cpu"))
+    teacher.setup(student, ModelConfig(name=tiny), torch.device("cpu"))
     weight = "model.norm.weight"
     for step in range(1, 4):
         with torch.no_grad():
             student.model.get_parameter(weight).add_(1.0)
-        teacher.after_step(student)
+        teacher.on_student_step(student)
         assert_close(teacher.model.get_parameter(weight).mean(), torch.tensor(1.0 if step < 2 else 3.0))
     again = SnapshotTeacher(2)
-    again.prepare(student, ModelConfig(name=tiny), torch.device("cpu"))
+    again.setup(student, ModelConfig(name=tiny), torch.device("cpu"))
     again.load_state_dict(teacher.state_dict())
-    again.after_step(student)  # the fourth step
+    again.on_student_step(student)  # the fourth step
     assert_close(again.model.get_parameter(weight).mean(), torch.tensor(4.0))
 
 
@@ -94,16 +95,17 @@ def test_the_student_goes_on_where_the_teacher_stops(tiny, tiny_teacher, batch):
     """Greedy: the teacher's own words first, then what the student says after them."""
     greedy = Sampling(max_new_tokens=3, temperature=0.0)
     student, teacher = Student.load(ModelConfig(name=tiny)), FrozenTeacher(ModelConfig(name=tiny_teacher))
-    teacher.prepare(student, ModelConfig(name=tiny), torch.device("cpu"))
+    teacher.setup(student, ModelConfig(name=tiny), torch.device("cpu"))
     rollout = TeacherStart(2, greedy)
-    rollout.synchronise(student)
-    found = rollout.sample(student, teacher, batch).responses
-    starts = teacher.respond(batch, rollout.start, student.eos_ids, student.pad_id)
+    with rollout.active(student):
+        found = rollout.generate(student, teacher, batch).responses
+    starts = teacher.generate(batch, rollout.start, student.eos_ids, student.pad_id)
     for prompt, start, response in zip(batch.student_prompts, starts, found, strict=True):
         assert torch.equal(response[:2], start) and len(response) == 5
         begun = torch.cat([prompt, response])
-        writer = rollout.rollout._copy or student.model
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=writer.dtype == torch.bfloat16):
+        low = fast_dtype() == torch.bfloat16
+        writer = student.plain(fast_dtype()).model
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
             likeliest = writer(begun[None]).logits[0].argmax(-1)
         assert torch.equal(likeliest[len(prompt) + 1 : -1], response[2:])
 
@@ -149,3 +151,34 @@ def test_an_environment(fit):
 def test_each_is_described_with_a_command():
     for file in (ROOT / "examples").glob("*.py"):
         assert f"examples.{file.stem}." in file.read_text().split('"""')[1], file
+
+
+@pytest.mark.parametrize(
+    ("words", "recorded"),
+    [
+        (("--model.loss", "examples.loss.Renyi", "--model.loss.init_args.alpha", 0.3), True),
+        (("--model.teacher", "examples.teacher.SnapshotTeacher", "--model.teacher.init_args.every_n_steps", 1), False),
+        (("--model.rollout", "examples.rollout.TeacherStart", "--model.rollout.init_args.tokens", 3), False),
+    ],
+    ids=["loss", "teacher", "rollout"],
+)
+def test_every_command_takes_what_is_not_of_the_package(words, recorded, opcd, tiny, rows, context, tmp_path):
+    """A loss, a teacher and a rollout of the user's own: no command looks for the classes of opcd."""
+    common = ("--model.student.name", tiny, "--data.train", rows, "--data.val", rows, "--data.context", context)
+    runs = ("--trainer.default_root_dir", tmp_path / "runs")
+    short = ("--model.rollout.init_args.sampling.max_new_tokens", 2)
+    code, text = opcd("validate", *common, *runs, *words, *short)
+    assert code == 0 and "val/divergence" in text, text
+    code, text = opcd("doctor", "--plan", *common, *words, *short)
+    assert code == 0 and "peak" in text, text
+    config = {str(name).removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    base = {str(name).removeprefix("--"): str(value) for name, value in zip(common[::2], common[1::2], strict=True)}
+    sweep = {"base": {"set": base | config}, "axes": {"seed_everything": [0, 1]}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    code, text = opcd("sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "out", "--dry_run")
+    assert code == 0, text
+    writes = () if "--model.rollout" in words else ("--model.rollout", "TeacherRollout")
+    code, text = opcd("record", *common, *words, *writes, *short, "--out", tmp_path / "record")
+    assert (code, "opcd record wants a teacher that never changes" in text) == (
+        (0, False) if recorded else (2, True)
+    ), text

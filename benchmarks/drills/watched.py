@@ -1,5 +1,7 @@
 """A rollout that prints what it wrote, so that a drill can compare runs and strike within a step."""
 
+from contextlib import AbstractContextManager
+
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.modules import Rollout, Student, Teacher, Trajectories
 
@@ -14,17 +16,17 @@ class WatchedRollout(Rollout):
     def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
 
-    def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
+    def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
         """As the other's."""
-        return self.rollout.longest_response(data, split)
+        return self.rollout.max_response_tokens(data, split)
 
-    def synchronise(self, student: Student) -> None:
+    def active(self, student: Student) -> AbstractContextManager[None]:
         """As the other's."""
-        self.rollout.synchronise(student)
+        return self.rollout.active(student)
 
-    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+    def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """As the other's, and printed."""
-        trajectories = self.rollout.sample(student, teacher, batch)
+        trajectories = self.rollout.generate(student, teacher, batch)
         if student.training:
             print("RESPONSES", [response.tolist() for response in trajectories.responses], flush=True)
         return trajectories

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from opcd.accel.cpu.heap import give_back
+from opcd.accel import accelerator
 from opcd.accel.precision import warn_if_emulated
 from opcd.callbacks.log_folder import run_folder, still_there
 from opcd.data import ContextQueryDataModule, ExampleSource
@@ -131,7 +131,7 @@ class LMEval(Callback):
         """The metrics by their whole names, on every rank."""
         assert isinstance(pl_module, Distiller)
         results = self._evaluator(self._answering(trainer, pl_module.student))
-        give_back()
+        accelerator(pl_module.device).trim()
         main = {f"{self.name}/{task}/{self._evaluator.main_metric(task)}" for task in self._evaluator.answers}
         metrics = {}
         for task, result in results.items():

@@ -17,7 +17,7 @@ from opcd.models import ModelConfig, base_of, context_window, load_model, load_t
 from opcd.models.folders import explain
 from opcd.modules.answering import respond
 from opcd.modules.lm.generation import Sampling
-from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student
 from opcd.results.run_files import read_config
 from opcd.runtime.errors import UserError
@@ -128,7 +128,7 @@ class Speaker:
         kwargs = None if placement == "raw" else source.config.chat_template_kwargs
         keys = (source.key, source.key, "--")
         self.views = Views(source.tokenizer, source.tokenizer, placement, template, kwargs, kwargs, keys)
-        self.prefix = SharedPrefix()
+        self.prefix = PrefixCache()
         self.turns: list[Message] = []
         """What was asked and answered before, where the conversation goes on."""
 

@@ -83,10 +83,7 @@ def _dispatch(args: list[str]) -> int:
     if name in TRAINER:
         args = [name, *checked(name, args[1:])]
     if name not in WITHOUT_TORCH or "--plan" in args:
-        from opcd.accel.cpu.heap import keep_freed_blocks  # torch: what is above answers at once
-
-        _quiet()
-        keep_freed_blocks()
+        _quiet()  # transformers, and with it torch: what is above answers at once
     if name in COMMANDS:
         with leaving_at_once(signal.SIGTERM):  # Ctrl-C is Python's own KeyboardInterrupt, which some of them handle
             return _run_own(name, args[1:])

@@ -15,9 +15,9 @@ from opcd.data import ContextQueryDataModule
 from opcd.losses import Head
 from opcd.losses.log_probs import log_probs
 from opcd.models import architecture, load_tokenizer
-from opcd.modules import FrozenTeacher, RecordedTeacher, Student, TeacherRollout, Trajectories
-from opcd.modules.step.validation import check_data, check_teacher_parts
+from opcd.modules import RecordedTeacher, Student, Trajectories
 from opcd.modules.teachers.record_folder import Origin, RecordWriter, tokenizer_hash
+from opcd.modules.validation import Run, validate
 from opcd.runtime.errors import UserError
 
 ROWS_AT_A_TIME = 128
@@ -63,15 +63,16 @@ def _without_trainer(config: Any) -> Any:
 
 def _record(distiller: Any, data: ContextQueryDataModule, seed: int, options: argparse.Namespace) -> None:
     teacher, rollout = distiller.teacher, distiller.rollout
-    if not isinstance(teacher, FrozenTeacher) or not isinstance(rollout, TeacherRollout):
+    can = teacher.frozen and teacher.stands_alone and "distribution" in teacher.provides
+    if not can or any(part.writer != "teacher" for part in rollout.parts):
         raise UserError(
-            "opcd record wants model.teacher: FrozenTeacher and model.rollout: TeacherRollout, not "
-            f"{type(teacher).__name__} and {type(rollout).__name__}: what changes while a student learns is no record, "
-            "and each of several teachers has its own"
+            "opcd record wants a teacher that never changes and needs no student (model.teacher: FrozenTeacher), and "
+            f"responses of its own (model.rollout: TeacherRollout), not {type(teacher).__name__} and "
+            f"{type(rollout).__name__}: what changes while a student learns is no record, and each of several teachers "
+            "has its own"
         )
-    check_teacher_parts(teacher, rollout, ranks=1)
     data.setup("fit")
-    check_data(data, "fit", rollout, distiller.answer, distiller.student_config, teacher)
+    validate(Run(distiller, data))
     examples = data.examples("train")
     tokenizer = load_tokenizer(distiller.student_config)
     config = teacher.config or distiller.student_config
@@ -88,7 +89,7 @@ def _record(distiller: Any, data: ContextQueryDataModule, seed: int, options: ar
     )
     writer = RecordWriter(options.out, origin)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher.prepare(None, distiller.student_config, device)  # type: ignore[arg-type]  # it loads a model of its own
+    teacher.setup(None, distiller.student_config, device)
     student = Student(teacher.model, tokenizer)  # for the tokens that end and fill a row
     for first in range(0, len(examples), options.shard_rows):
         part = examples[first : first + options.shard_rows]
@@ -113,7 +114,7 @@ def _batch(
     """Prompts, responses, and of the N response tokens the k likeliest with their log-probabilities, [N, k] each."""
     teacher, sampling = distiller.teacher, distiller.rollout.sampling
     batch = data.encode([example for example in examples for _ in range(options.samples)]).to(teacher.model.device)
-    responses = teacher.respond(batch, sampling, student.eos_ids, student.pad_id)
+    responses = teacher.generate(batch, sampling, student.eos_ids, student.pad_id)
     trajectories = Trajectories.of(batch, responses, student.eos_ids)
     states = teacher.score(trajectories, distiller.micro_batch_tokens)
     # The student's vocabulary, as where the teacher is at hand: what either has more is padding.

@@ -22,7 +22,7 @@ CLASSES = {
 """What `opcd fit` makes of each part of a config."""
 DEFAULTS = {
     "model.teacher": "opcd.modules.teachers.model_teachers.FrozenTeacher",
-    "model.rollout": "opcd.modules.rollouts.plain_rollouts.StudentRollout",
+    "model.rollout": "opcd.modules.rollouts.student_rollout.StudentRollout",
 }
 """The class of a key that names none."""
 LINKED = ("data.student", "data.teacher")

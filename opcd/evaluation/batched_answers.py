@@ -12,7 +12,7 @@ from opcd.data import Example, Views
 from opcd.evaluation.batches import rows_that_fit
 from opcd.modules.answering import respond
 from opcd.modules.lm.generation import Sampling
-from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student
 
 Answers = TypeVar("Answers")
@@ -54,7 +54,7 @@ class Answering:
     context: str | None
     sampling: Sampling
     batch_size: int | Literal["auto"]
-    prefix: SharedPrefix
+    prefix: PrefixCache
 
     def in_batches(self, answer: Callable[..., Answers], longest: int, *args: Any) -> Answers:
         """What `answer(batch_size, *args)` gives; `longest` is the number of tokens of the longest prompt."""

@@ -23,7 +23,7 @@ from opcd.evaluation.task_loading import TaskRows, load_tasks
 from opcd.games import GameSeeds
 from opcd.models import ModelConfig, context_window, load_tokenizer
 from opcd.modules.lm.generation import Sampling
-from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
 from opcd.runtime.extras import require
@@ -72,7 +72,7 @@ class Evaluator:
         with generators_kept():
             for task in self.tasks:
                 rows: list[Row] = []
-                prefix = SharedPrefix(self.evaluation.shared_prefix)
+                prefix = PrefixCache(self.evaluation.shared_prefix)
                 for number in range(self.evaluation.samples):
                     rows += self._answers(task, number, student, prefix, show)
                 if rows:
@@ -108,7 +108,7 @@ class Evaluator:
         return {"data": task.source, **drawn, "chat_template_kwargs": self._kwargs[task.name]}
 
     def _answers(
-        self, task: TaskRows | GameRows, number: int, student: Student, prefix: SharedPrefix, show: Show
+        self, task: TaskRows | GameRows, number: int, student: Student, prefix: PrefixCache, show: Show
     ) -> list[Row]:
         """One answer to each question, or one play of each game, scored; nothing on ranks other than the first."""
         answering = Answering(

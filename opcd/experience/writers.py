@@ -14,7 +14,7 @@ from opcd.experience.problems import Writer, Written
 from opcd.models import ModelConfig, context_window, load_model, load_tokenizer
 from opcd.modules.answering import respond
 from opcd.modules.lm.generation import Sampling
-from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
 
@@ -45,7 +45,7 @@ class ModelWriter(Writer):
 
     def __init__(self, student: Student, views: Views, sampling: Sampling, window: int | None, name: str) -> None:
         self.student, self.views, self.sampling, self.window, self.name = student, views, sampling, window, name
-        self._prefix = SharedPrefix()
+        self._prefix = PrefixCache()
         self._context: str | None = None
 
     def write(self, conversations: Sequence[list[Message]], context: str | None = None) -> list[Written]:

@@ -18,7 +18,7 @@ Examples:
 
 from opcd.losses import functional
 from opcd.losses.chunking import chunked
-from opcd.losses.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
+from opcd.losses.divergences import JSD, Divergence, ForwardKL, Loss, ReverseKL, SkewKL, SkewReverseKL
 from opcd.losses.from_hidden import chunked_divergence
 from opcd.losses.functional import clip_nats, entropy, retained_mass, top1_agreement
 from opcd.losses.head import Head, as_head
@@ -32,6 +32,7 @@ __all__ = [
     "Divergence",
     "ForwardKL",
     "Head",
+    "Loss",
     "Mixture",
     "RecordedTokens",
     "RecordedTopK",

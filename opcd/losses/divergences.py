@@ -4,6 +4,7 @@ Adding one is a subclass of ``Divergence`` that implements ``from_log_probs``.
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -11,9 +12,58 @@ from opcd.losses import _kernels as kernels
 from opcd.losses._validation import check_alpha, check_beta, check_logits, check_positive
 from opcd.losses.log_probs import log_probs
 
+Known = Literal["distribution", "topk", "token"]
+"""What is known of a teacher at a position: all of it, its likeliest tokens, or the sampled token alone."""
 
-class Divergence(ABC):
+
+class Loss(ABC):
+    """What is compared at every response token.
+
+    Attributes:
+        on_policy: whether the tokens must be draws from the student's own distribution.
+    """
+
+    on_policy: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def needs(self) -> Known:
+        """The least that must be known of the teacher at a position; the whole distribution serves every loss."""
+
+    @abstractmethod
+    def values(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """`divergence` in nats, with gradient to the student, and statistics of the loss without: [n] each.
+
+        From both log-probabilities [n, V] and the sampled tokens [n].
+        """
+
+    def values_of_record(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
+        """The same from log-probabilities [n, V] of the student, and tokens [n, k] or [n] with the teacher's log p.
+
+        Raises:
+            ValueError: this loss needs the whole distribution.
+        """
+        raise ValueError(f"{self!r} needs the teacher's whole distribution")
+
+    def check_record(self, recorded: int) -> None:
+        """``ValueError`` unless `values_of_record` can work with that many tokens a position (0: the sampled one)."""
+        raise ValueError(
+            f"{self!r} needs the teacher's whole distribution; of a few tokens a position, TopK(..., "
+            "support='teacher') or SampledReverseKL can be had"
+        )
+
+
+class Divergence(Loss):
     """How far the student's next-token distribution is from the teacher's, per position and in nats."""
+
+    @property
+    def needs(self) -> Known:
+        """The whole distribution."""
+        return "distribution"
+
+    def values(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """The divergence, and nothing beside it."""
+        return {"divergence": self.from_log_probs(student, teacher)}
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         """D(softmax(student_logits / temperature), softmax(teacher_logits / temperature)).

@@ -46,7 +46,7 @@ def chunked_divergence(
 
 def _of_distributions(divergence: Divergence | SampledReverseKL, teacher_head: object) -> LogProbsFunction:
     """Values from both distributions."""
-    if isinstance(divergence, SampledReverseKL):
+    if not isinstance(divergence, Divergence):
         raise ValueError(
             "SampledReverseKL looks at the sampled tokens only: give the teacher as RecordedTokens(tokens, log_probs); "
             "with the teacher's hidden states and head, ReverseKL has the same expected gradient and no variance"

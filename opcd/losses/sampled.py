@@ -1,9 +1,12 @@
 """The reverse KL from the sampled tokens alone: for teachers that give one log-probability a token."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from opcd.losses._validation import check_device, check_floating, check_positive
+from opcd.losses.divergences import Known, Loss
 
 
 def sampled_reverse_kl(
@@ -42,11 +45,13 @@ def sampled_reverse_kl(
     return value + value * (student - student.detach())
 
 
-class SampledReverseKL:
+class SampledReverseKL(Loss):
     """KL(p_S ‖ p_T) estimated on the sampled tokens of a response: a policy-gradient term with a per-token advantage.
 
     Where the teacher's whole distribution is there, ``ReverseKL`` has the same expected gradient and no variance.
     """
+
+    on_policy: ClassVar[bool] = True
 
     def __init__(self, max_importance: float | None = None) -> None:
         """Hold the clip.
@@ -69,6 +74,22 @@ class SampledReverseKL:
         ``ValueError`` as there; a ``max_importance`` needs ``rollout_log_probs``.
         """
         return sampled_reverse_kl(student_log_probs, teacher_log_probs, rollout_log_probs, self.max_importance)
+
+    @property
+    def needs(self) -> Known:
+        """The log-probability of the sampled token."""
+        return "token"
+
+    def values(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """The estimate, from the sampled tokens' places in both distributions."""
+        return {"divergence": self(*(log_p.gather(-1, tokens[:, None])[:, 0] for log_p in (student, teacher)))}
+
+    def values_of_record(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
+        """The estimate, from the sampled tokens [n] and log p_T of them."""
+        return {"divergence": self(student.gather(-1, tokens[:, None])[:, 0], log_probs)}
+
+    def check_record(self, recorded: int) -> None:
+        """Any record holds the sampled token."""
 
     def __repr__(self) -> str:
         return f"SampledReverseKL(max_importance={self.max_importance!r})"

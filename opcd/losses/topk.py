@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opcd.losses._kernels import blocks
-from opcd.losses.divergences import Divergence
+from opcd.losses.divergences import Divergence, Known
 from opcd.losses.log_probs import NEVER, at_least_float32, log_total
 
 Support = Literal["student", "teacher", "union", "intersection"]
@@ -52,6 +52,20 @@ class TopK(Divergence):
         self.k = k
         self.support: Support = support
         self.tail: Tail = tail
+
+    @property
+    def needs(self) -> Known:
+        """With the teacher's support, its likeliest tokens alone."""
+        return "topk" if self.support == "teacher" else "distribution"
+
+    def values(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """The divergence, and both models' mass on the support."""
+        names = ("divergence", "student_retained_mass", "teacher_retained_mass")
+        return dict(zip(names, self.with_retained_mass(student, teacher), strict=True))
+
+    def values_of_record(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
+        """The divergence, from recorded tokens [n, k]."""
+        return {"divergence": self.from_record(student, tokens, log_probs)}
 
     def from_log_probs(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``inner`` on the support and its tail, [..., V] x2 -> [...]; 0 at positions where the support is empty."""

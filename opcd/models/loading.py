@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file  # type: ignore[attr-defined]
 
-from opcd.accel.cpu.heap import let_go
+from opcd.accel import accelerator
 from opcd.accel.precision import fast_dtype, warn_if_emulated
 from opcd.models import gguf_folder as gguf
 from opcd.models.folders import (
@@ -221,7 +221,8 @@ def load_model(
     if name != base:
         model = _with_adapter(model, config, Path(name), key)
     check_weights(model, f"{key}.name: {name}")
-    let_go(model.parameters())  # what is mapped from a file has been read once; an embedding holds on to all of it
+    # What is mapped from a file has been read once; an embedding holds on to all of it.
+    accelerator(device).forget_pages(list(model.parameters()))
     model.eval()
     for layer in _layers(model):
         layer.register_forward_pre_hook(_leave_here)

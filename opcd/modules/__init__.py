@@ -3,8 +3,12 @@
 from opcd.modules.distiller import Distiller
 from opcd.modules.lm.adapters import Lora
 from opcd.modules.lm.generation import Sampling
+from opcd.modules.rollouts.base import Rollout
 from opcd.modules.rollouts.colocated_vllm import ColocatedVLLM
-from opcd.modules.rollouts.plain_rollouts import MixedRollout, RecordedRollout, Rollout, StudentRollout, TeacherRollout
+from opcd.modules.rollouts.mixed_rollout import MixedRollout
+from opcd.modules.rollouts.recorded_rollout import RecordedRollout
+from opcd.modules.rollouts.student_rollout import StudentRollout
+from opcd.modules.rollouts.teacher_rollout import TeacherRollout
 from opcd.modules.rollouts.vllm_rollout import VLLMRollout
 from opcd.modules.rollouts.vllm_server import VLLMServer
 from opcd.modules.student import Student

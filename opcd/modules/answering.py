@@ -6,7 +6,7 @@ from torch import Tensor
 from opcd.data import Views
 from opcd.modules.lm.decoding import Told
 from opcd.modules.lm.generation import Sampling, eval_mode, generate, own_precision
-from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student
 
 
@@ -16,7 +16,7 @@ def respond(
     prompts: list[list[int]],
     context: str | None,
     sampling: Sampling,
-    prefix: SharedPrefix,
+    prefix: PrefixCache,
     told: Told | None = None,
 ) -> list[Tensor]:
     """Token ids [R] of one response to each prompt.

@@ -11,54 +11,36 @@ How a step works:
     opcd fit --config configs/quickstart.yaml
 """
 
-from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from opcd.accel.cpu.heap import LARGE, give_back, large_blocks_kept
+from opcd.accel import accelerator
 from opcd.accel.precision import warn_if_emulated
-from opcd.data import Batch, ContextQueryDataModule
-from opcd.losses import Divergence, ReverseKL, SampledReverseKL
+from opcd.data import Batch
+from opcd.losses import Loss, ReverseKL
 from opcd.models import ModelConfig
-from opcd.modules.distributed.fsdp_strategy import check_strategy
-from opcd.modules.distributed.sharding import whole
 from opcd.modules.lm.adapters import Lora, trainable
 from opcd.modules.lm.generation import Sampling, computing_dtype, eval_mode, own_precision
 from opcd.modules.objective import Objective
-from opcd.modules.prefix.prefix_cache import Mode, SharedPrefix
-from opcd.modules.rollouts.plain_rollouts import Rollout, StudentRollout
-from opcd.modules.step.metrics import SHOWN, UNEVEN, Stopwatch, TokenMeans, step_metrics
-from opcd.modules.step.nonfinite import FOLDER, BadNumbers, BadSteps, keep_batch, what_is_bad
-from opcd.modules.step.oom import halving, naming_the_knob
-from opcd.modules.step.ranks import OnRanks
-from opcd.modules.step.rollout_mismatch import Drift
-from opcd.modules.step.validation import (
-    check_adapter,
-    check_data,
-    check_engine,
-    check_positive,
-    check_recorded,
-    check_sampled,
-    check_scheduler,
-    check_served,
-    check_shards,
-    check_teacher_parts,
-    check_weights,
-    engines_of,
-)
+from opcd.modules.prefix.prefix_cache import Mode, PrefixCache
+from opcd.modules.rollouts.base import Rollout
+from opcd.modules.rollouts.student_rollout import StudentRollout
+from opcd.modules.step.metrics import SHOWN, UNEVEN, TokenMeans
+from opcd.modules.step.nonfinite import BadNumbers, BadSteps
+from opcd.modules.step.ranks import Ranks, is_sharded
+from opcd.modules.step.runner import Step, StepRunner
 from opcd.modules.student import Student
 from opcd.modules.teachers.base import Teacher
 from opcd.modules.teachers.model_teachers import FrozenTeacher
 from opcd.modules.trajectories import Reduction, Trajectories, token_weights
+from opcd.modules.validation import Run, check_on_policy, check_positive, check_scheduler, check_weights, validate
 from opcd.runtime.activity import doing
 from opcd.runtime.errors import UserError
-from opcd.runtime.interruption import check, leaving_together
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -66,7 +48,7 @@ def default_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=5e-6, weight_decay=0.01, fused=True)
 
 
-class Distiller(OnRanks):
+class Distiller(LightningModule):
     """Trains a student to answer without the context as the teacher answers with it.
 
     Args:
@@ -99,7 +81,7 @@ class Distiller(OnRanks):
         self,
         student: ModelConfig = ModelConfig(),  # noqa: B008
         teacher: Teacher | None = None,
-        loss: Divergence | SampledReverseKL = ReverseKL(),  # noqa: B008
+        loss: Loss = ReverseKL(),  # noqa: B008
         rollout: Rollout | None = None,
         adapter: Lora | None = None,
         optimizer: OptimizerCallable = default_optimizer,
@@ -126,47 +108,25 @@ class Distiller(OnRanks):
             max_nats=max_nats,
             gradient_clip_val=gradient_clip_val,
         )
-        self.student_config, self.adapter, self.objective = student, adapter, Objective(loss, temperature, max_nats)
+        self.student_config, self.adapter = student, adapter
         self.teacher, self.rollout = teacher or FrozenTeacher(), rollout or StudentRollout()
-        self.teacher.share_prefixes(shared_prefix, prefix_memory_mib)
-        self.answering = SharedPrefix(shared_prefix, prefix_memory_mib)
+        self.objective = Objective(loss, temperature, max_nats, self.rollout.max_importance)
+        self.teacher.share_contexts(shared_prefix, prefix_memory_mib)
+        self.answering = PrefixCache(shared_prefix, prefix_memory_mib)
         self.uneven = [*UNEVEN, *(f"divergence/{name}" for name in self.teacher.parts if name is not None)]
-        if isinstance(loss, SampledReverseKL):
-            check_sampled(loss, self.rollout, temperature)
+        check_on_policy(loss, self.rollout, temperature)
         self.optimizer, self.lr_scheduler, self._taught = optimizer, lr_scheduler, False
         check_scheduler(optimizer, lr_scheduler)
         self.reduction, self.micro_batch_tokens, self.answer = reduction, micro_batch_tokens, answer
         self.halve_micro_batches = halve_micro_batches
         self.gradient_checkpointing, self.gradient_clip_val = gradient_checkpointing, gradient_clip_val
-        # Bytes of a teacher that are worth giving back between the parts of a step; with checkpointing, all are.
-        self.least_released = 0 if gradient_checkpointing else LARGE
-        self.held_out, self.bad_steps = TokenMeans(), BadSteps(bad_numbers)
+        self.runner, self.bad_steps = StepRunner(), BadSteps(bad_numbers)
 
     def setup(self, stage: str) -> None:
         """Check what can be known before a model is loaded."""
-        if str(self.trainer.precision).startswith("16"):
-            raise UserError(
-                "trainer.precision: float16 needs loss scaling, which is not here; use bf16-mixed or 32-true"
-            )
-        if self.halve_micro_batches and self.trainer.world_size > 1:
-            raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
+        validate(Run.of(self, self.trainer, getattr(self.trainer, "datamodule", None), stage))
         if str(self.trainer.precision).startswith("bf16"):
             warn_if_emulated("trainer.precision", torch.bfloat16, self.trainer.strategy.root_device)
-        check_strategy(self.trainer.strategy)
-        check_engine(self.rollout, self.trainer.world_size)
-        if stage != "predict":  # no teacher is there
-            check_teacher_parts(self.teacher, self.rollout, self.trainer.world_size)
-        check_adapter(self.student_config, self.adapter, self.teacher, trains=stage == "fit")
-        if self._sharded:
-            optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
-            check_shards(self.adapter, self.rollout, self.halve_micro_batches, type(optimizer))
-        check_recorded(self.teacher, self.rollout, self.objective.loss, self.objective.temperature)
-        for engine in engines_of(self.rollout) if stage != "predict" else []:
-            engine.connect()
-        check_served(self.teacher, stage, self.rollout, self.objective, self.student_config)
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if isinstance(datamodule, ContextQueryDataModule):
-            check_data(datamodule, stage, self.rollout, self.answer, self.student_config, self.teacher)
 
     def configure_model(self) -> None:
         """Load the student and, but for predictions, the teacher; each once."""
@@ -181,9 +141,9 @@ class Distiller(OnRanks):
                 f"merge it first: opcd export {self.student_config.name} --to merged --out FOLDER, and train FOLDER"
             )
         if self.trainer.state.fn != "predict" and not self._taught:  # in a notebook, predict may come before fit
-            self.teacher.prepare(self.student, self.student_config, self.trainer.strategy.root_device)
+            self.teacher.setup(self.student, self.student_config, self.trainer.strategy.root_device)
             self._taught = True
-        if first and self._sharded:
+        if first and is_sharded(self.trainer):
             dtype = computing_dtype(self.trainer.precision, self.student.model.dtype)
             mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
             self.student.shard(mesh, dtype if dtype != self.student.model.dtype else None)
@@ -212,84 +172,25 @@ class Distiller(OnRanks):
         return [optimizer], [scheduler]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One optimizer step on one batch of queries."""
-        clock = Stopwatch(self.device)
-        with clock("step"), naming_the_knob(clock, alone=self.trainer.world_size == 1):
-            with clock("sync"), leaving_together(self._largest):
-                self.rollout.synchronise(self.student)
-                self.teacher.synchronise(self.student)
-            with clock("rollout"), leaving_together(self._largest):
-                trajectories = self.rollout.sample(self.student, self.teacher, batch)
-                self.rollout.release()
-                self.student.release()
-            with clock("teacher"), leaving_together(self._largest):
-                self.teacher.ask(trajectories)
-            means = self._gradients_that_fit(trajectories, clock)
-            with clock("optimizer"):
-                gradient_norm = self._optimizer_step(batch, trajectories, means.compute())
-        self._log_step(trajectories, means, clock, gradient_norm)
+        """One optimizer step on one batch of queries; a validation takes the same way without a gradient."""
+        with self.runner.step(self, batch, batch_idx) as step:
+            with step.active(self.rollout):  # it has this step's weights
+                rollouts = step.generate(self.rollout)  # y ~ p_S(. | x), without gradient
+            weights = token_weights(rollouts.lengths, self.reduction, step.all_sum)  # their sum over the step is 1
+            with step.session(self.teacher, rollouts):
+                step.accumulate(self.losses, rollouts, weights)
+            step.optimize(rollouts)
 
-    def _gradients_that_fit(self, trajectories: Trajectories, clock: Stopwatch) -> TokenMeans:
-        """`_gradients`; in smaller micro-batches where memory does not suffice and `halve_micro_batches` says so."""
-        run = partial(self._gradients, trajectories, clock)
-        if not self.halve_micro_batches:
-            return run(self.micro_batch_tokens)
-        undo = self.optimizers().zero_grad  # type: ignore[union-attr]
-        means, self.micro_batch_tokens = halving(run, undo, self.micro_batch_tokens, trajectories.longest)
-        return means
-
-    def _gradients(self, trajectories: Trajectories, clock: Stopwatch, max_tokens: int) -> TokenMeans:
-        """Teacher, student and loss over all responses, a micro-batch at a time; gradients add up in the student."""
-        means, least = TokenMeans(), self.least_released
-        weights = token_weights(trajectories.lengths, self.reduction, self._all_sum)
-        micro_batches = self._in_step(trajectories.micro_batches(max_tokens), self._gathering)
-        for number, (rows, counts) in enumerate(micro_batches, start=1):
-            check()
-            part = trajectories.select(rows)
-            with clock("teacher"):
-                target = self.teacher.score(part, max_tokens)
-                self.teacher.release(least)
-            with clock("student"):
-                states = self.student.score(part)
-                self.student.release()
-            # With checkpointing, holes that kept blocks leave between gradients cost more than new pages do.
-            with clock("loss"), nullcontext() if self.gradient_checkpointing else large_blocks_kept():
-                measured = means if counts else TokenMeans()
-                share = self._share(weights[rows] * counts, part, self.student.model.dtype)
-                if (drift := Drift.of(states, part)) is not None:
-                    measured.add({"rollout_gap": drift.gap})
-                    if (limit := self.rollout.max_importance) is not None:
-                        share = share * drift.importance(limit)
-                values = self.objective(states, target, part, share)
-                measured.add(values)
-                self.teacher.release(least)  # its head, which the loss has read
-                self.student.release()
-            with clock("student"):
-                self._backward((values["divergence"] * share).sum(), last=number == len(micro_batches))
-        return means
+    def losses(self, step: Step, part: Trajectories, weights: Tensor | None) -> dict[str, Tensor]:
+        """Compare student and teacher at every response token of a micro-batch: see `Objective`."""
+        target = step.run("teacher", self.teacher.score, part, step.max_tokens)  # p_T(. | c, x, y<t)
+        states = step.run("student", self.student.score, part)  # p_S(. | x, y<t)
+        return step.run("loss", self.objective, states, target, part, weights)
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Divergence on rollouts of held-out queries."""
-        if batch_idx == 0:
-            self.held_out = TokenMeans()
-        # The same draws at every validation, and none taken from the generator that training draws from.
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(batch_idx)
-            with leaving_together(self._largest):
-                self.rollout.synchronise(self.student)
-                self.teacher.synchronise(self.student)
-            with leaving_together(self._largest):
-                trajectories = self.rollout.sample(self.student, self.teacher, batch)
-                self.rollout.release()
-        with leaving_together(self._largest):
-            self.teacher.ask(trajectories)
-        for rows, counts in self._in_step(trajectories.micro_batches(self.micro_batch_tokens), self._gathering):
-            part = trajectories.select(rows)
-            target = self.teacher.score(part, self.micro_batch_tokens)
-            measured = self.held_out if counts else TokenMeans()
-            measured.add(self.objective(self.student.score(part), target, part))
-        self.student.reshard()
+        """Measure the divergence on rollouts of held-out queries."""
+        self.training_step(batch, batch_idx)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As `validation_step`, on the test queries."""
@@ -349,12 +250,13 @@ class Distiller(OnRanks):
             return student.answer(batch.student_prompts, self.answer, told=told)
         model = student.model
         with torch.no_grad(), eval_mode(model), own_precision(model):
+            self.answering.use(self.student.version)
             prefixes = self.answering.encoded(model, batch.teacher_prefixes, batch.teacher_prompts)
         return student.answer(batch.teacher_prompts, self.answer, prefixes, told)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the teacher's state where it cannot be loaded again; a frozen teacher stays out."""
-        give_back()  # Lightning builds the file in memory: a copy of weights and optimizer
+        accelerator(self.device).trim()  # Lightning builds the file in memory: a copy of weights and optimizer
         if state := self.teacher.state_dict():
             checkpoint["teacher"] = state
         checkpoint["bad_steps"] = [self.bad_steps.total, self.bad_steps.in_a_row]
@@ -371,45 +273,18 @@ class Distiller(OnRanks):
         self.bad_steps.total, self.bad_steps.in_a_row = checkpoint.get("bad_steps", (0, 0))
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
+        self.student.count_step()  # its weights are others now
 
-    @property
-    def _gathering(self) -> bool:
-        """Whether ranks gather weights of the student or the teacher from one another."""
-        return self._sharded or self.teacher.shard
-
-    def _optimizer_step(self, batch: Batch, trajectories: Trajectories, means: dict[str, float]) -> Tensor:
-        """Step where all numbers are finite; the norm of the gradients."""
-        optimizer = self.optimizers()
-        limit = float("inf") if self.gradient_clip_val is None else self.gradient_clip_val
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit))
-        problem = what_is_bad(means, norm)
-        if self._largest(problem is not None):
-            optimizer.zero_grad()  # type: ignore[union-attr]
-            self._refuse_step(batch, trajectories, means, problem or "not finite on another rank")
-            return norm
-        self.bad_steps.good()
-        optimizer.step()  # type: ignore[union-attr]
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        if self.lr_scheduler is not None:
-            self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.teacher.after_step(self.student)
-        self.answering.clear()
-        self.student.release()
-        return norm
-
-    def _refuse_step(self, batch: Batch, trajectories: Trajectories, means: dict[str, float], problem: str) -> None:
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / FOLDER
-        file = folder / f"step={self.trainer.global_step}-bad={self.bad_steps.total}-rank={self.global_rank}.json"
-        keep_batch(file, batch, trajectories, problem, means)
-        self.bad_steps.bad(self.trainer.global_step, problem, file)
+    def log_step(self, logged: dict[str, float], means: TokenMeans, rows: int) -> None:
+        """Log what a step has measured: `logged` by whole names, and of `means` what some ranks may lack."""
+        all_sum, several = Ranks(self.trainer, self.device).all_sum, self.trainer.world_size > 1
+        logged = logged | {"train/bad_steps": self.bad_steps.total}
+        logged |= {f"train/{name}": value for name, value in means.over_ranks(self.uneven, all_sum).items()}
+        for name, value in logged.items():
+            self.log(name, value, prog_bar=name in SHOWN, batch_size=rows, sync_dist=several)
 
     def _log_held_out(self, split: str) -> None:
-        for name, value in self.held_out.over_ranks(self.uneven, self._all_sum).items():
+        self.runner.finish()
+        all_sum = Ranks(self.trainer, self.device).all_sum
+        for name, value in self.runner.held_out.over_ranks(self.uneven, all_sum).items():
             self.log(f"{split}/{name}", value, prog_bar=True, sync_dist=self.trainer.world_size > 1)
-
-    def _log_step(self, trajectories: Trajectories, means: TokenMeans, clock: Stopwatch, gradient_norm: Tensor) -> None:
-        logged = step_metrics(trajectories, means, clock, gradient_norm) | {"train/bad_steps": self.bad_steps.total}
-        logged |= {f"train/{name}": value for name, value in means.over_ranks(self.uneven, self._all_sum).items()}
-        several = self.trainer.world_size > 1
-        for name, value in logged.items():
-            self.log(name, value, prog_bar=name in SHOWN, batch_size=len(trajectories), sync_dist=several)

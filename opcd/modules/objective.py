@@ -1,29 +1,34 @@
 """What is compared at every response token, and what is measured beside it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from opcd.losses import Divergence, SampledReverseKL, TopK, chunked, clip_nats, top1_agreement
+from opcd.losses import Loss, chunked, clip_nats, top1_agreement
 from opcd.losses import log_probs as measure
 from opcd.modules.lm.hidden_states import Routed, States, Target
+from opcd.modules.rollout_mismatch import RolloutMismatch
 from opcd.modules.trajectories import Trajectories
 
 
 @dataclass
 class Objective:
-    """The divergence between student and teacher and its statistics.
+    """The loss between student and teacher and its statistics.
 
     Attributes:
-        loss: the divergence at one token.
+        loss: what is compared at one token.
         temperature: divides the logits of both models.
         max_nats: clips a token's divergence from above, with a gradient of zero; None clips nothing.
+        max_importance: the most that a token counts by min(p_S(y) / p_B(y), max_importance), where p_B wrote it; None:
+            all count the same.
     """
 
-    loss: Divergence | SampledReverseKL
+    loss: Loss
     temperature: float
     max_nats: float | None
+    max_importance: float | None = None
 
     def __call__(
         self, student: States, teacher: Target, trajectories: Trajectories, weights: Tensor | None = None
@@ -31,18 +36,30 @@ class Objective:
         """Nats of every response token (`divergence`), with gradient, and statistics without: each [N].
 
         Of several teachers, also the `divergence/<name>` of each one's n tokens, [n], where it has any.
-        `weights` [N] is what each token will count in the loss, where that is known: see `opcd.losses.chunked`.
+        With `weights` [N], what each token counts in the step, also the `loss`, a scalar with gradient, and, where the
+        policy that wrote the tokens has said their log-probabilities, `rollout_gap` in nats.
         """
+        if weights is None:
+            return self._values(student, teacher, trajectories, None)
+        mismatch = RolloutMismatch.of(student, trajectories)
+        if mismatch is not None and self.max_importance is not None:
+            weights = weights * mismatch.importance(self.max_importance)
+        values = self._values(student, teacher, trajectories, weights)
+        gap = {} if mismatch is None else {"rollout_gap": mismatch.gap}
+        return values | gap | {"loss": (values["divergence"] * weights).sum()}
+
+    def _values(
+        self, student: States, teacher: Target, trajectories: Trajectories, weights: Tensor | None
+    ) -> dict[str, Tensor]:
         if isinstance(teacher, Routed):
             return self._routed(student, teacher, trajectories, weights)
-        if not isinstance(teacher, States):
-            known = {"weights": weights, "temperature": self.temperature}
-            values = chunked(self._recorded_terms, student.hidden, student.head, per_token=teacher.rows, **known)  # type: ignore[arg-type]
-            return dict(zip(self._recorded_names(), values, strict=True))
-        states = (student.hidden, student.head, teacher.hidden, teacher.head)
-        tokens = torch.cat(trajectories.responses).to(student.hidden.device)
-        measured = chunked(self._terms, *states, (tokens,), weights=weights, temperature=self.temperature)
-        return dict(zip(self._names(), measured, strict=True))
+        known = {"weights": weights, "temperature": self.temperature}
+        if isinstance(teacher, States):
+            sides = (student.hidden, student.head, teacher.hidden, teacher.head)
+            tokens = torch.cat(trajectories.responses).to(student.hidden.device)
+            return _named(self._terms, lambda terms: chunked(terms, *sides, (tokens,), **known))  # type: ignore[arg-type]
+        rows, side = teacher.rows, (student.hidden, student.head)
+        return _named(self._recorded_terms, lambda terms: chunked(terms, *side, per_token=rows, **known))  # type: ignore[arg-type]
 
     def _routed(
         self, student: States, teacher: Routed, trajectories: Trajectories, weights: Tensor | None
@@ -54,45 +71,47 @@ class Objective:
             tokens = torch.cat([by_row[row] for row in rows])
             share = None if weights is None else weights[tokens]
             own = States(student.hidden[tokens], student.head)
-            found[name] = self(own, target, trajectories.select(rows), share)
+            found[name] = self._values(own, target, trajectories.select(rows), share)
             places.append(tokens)
         order, parts = torch.cat(places).argsort(), list(found.values())
         whole = {name: torch.cat([values[name] for values in parts])[order] for name in parts[0]}
         return whole | {f"divergence/{name}": values["divergence"] for name, values in found.items()}
 
-    def _terms(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Everything for one chunk, from the log-probabilities [n, V] and the tokens [n], in the order of `_names`."""
-        if isinstance(self.loss, SampledReverseKL):
-            values = [self.loss(*(log_p.gather(-1, tokens[:, None])[:, 0] for log_p in (student, teacher)))]
-        elif isinstance(self.loss, TopK):
-            values = list(self.loss.with_retained_mass(student, teacher))
-        else:
-            values = [self.loss.from_log_probs(student, teacher)]
-        values = self._clipped(values)
-        values += [measure.entropy(student), measure.entropy(teacher), top1_agreement(student, teacher)]
-        return tuple(values)
+    def _terms(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Everything for one chunk, from the log-probabilities [n, V] and the tokens [n]."""
+        return self._clipped(self.loss.values(student, teacher, tokens)) | {
+            "student_entropy": measure.entropy(student),
+            "teacher_entropy": measure.entropy(teacher),
+            "top1_agreement": top1_agreement(student, teacher),
+        }
 
-    def _recorded_terms(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> tuple[Tensor, ...]:
+    def _recorded_terms(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
         """The same from the teacher's recorded tokens and their log-probabilities, [n, k] each; [n] of the sampled."""
-        if isinstance(self.loss, SampledReverseKL):
-            values = self._clipped([self.loss(student.gather(-1, tokens[:, None])[:, 0], log_probs)])
-            return *values, measure.entropy(student)
-        assert isinstance(self.loss, TopK)  # the teacher's `check`
-        values = self._clipped([self.loss.from_record(student, tokens, log_probs)])
-        agrees = student.argmax(-1) == tokens.gather(-1, log_probs.argmax(-1, keepdim=True))[:, 0]
-        return *values, measure.entropy(student), agrees.float()
+        values = self._clipped(self.loss.values_of_record(student, tokens, log_probs))
+        values["student_entropy"] = measure.entropy(student)
+        if tokens.dim() > 1:
+            likeliest = tokens.gather(-1, log_probs.argmax(-1, keepdim=True))[:, 0]
+            values["top1_agreement"] = (student.argmax(-1) == likeliest).float()
+        return values
 
-    def _recorded_names(self) -> list[str]:
-        agreement = [] if isinstance(self.loss, SampledReverseKL) else ["top1_agreement"]
-        return ["divergence", *([] if self.max_nats is None else ["clipped"]), "student_entropy", *agreement]
-
-    def _clipped(self, values: list[Tensor]) -> list[Tensor]:
-        """The first value clipped, and whether it was, where there is a limit."""
+    def _clipped(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The divergence clipped, and whether it was, where there is a limit."""
         if self.max_nats is None:
             return values
-        return [clip_nats(values[0], self.max_nats), (values[0] > self.max_nats).float(), *values[1:]]
+        whole = values["divergence"]
+        clipped = {"divergence": clip_nats(whole, self.max_nats), "clipped": (whole > self.max_nats).float()}
+        return clipped | {name: value for name, value in values.items() if name != "divergence"}
 
-    def _names(self) -> list[str]:
-        clipped = [] if self.max_nats is None else ["clipped"]
-        retained = ["student_retained_mass", "teacher_retained_mass"] if isinstance(self.loss, TopK) else []
-        return ["divergence", *clipped, *retained, "student_entropy", "teacher_entropy", "top1_agreement"]
+
+def _named(
+    terms: Callable[..., dict[str, Tensor]], run: Callable[[Callable[..., tuple[Tensor, ...]]], tuple[Tensor, ...]]
+) -> dict[str, Tensor]:
+    """What `run` makes of a function that gives values by name, where it knows tuples alone (`opcd.losses.chunked`)."""
+    names: list[str] = []
+
+    def values(*sides: Tensor) -> tuple[Tensor, ...]:
+        found = terms(*sides)
+        names[:] = found
+        return tuple(found.values())
+
+    return dict(zip(names, run(values), strict=True))

@@ -11,9 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opcd.accel.cpu.attention import use_cpu_attention
-from opcd.accel.cpu.backward_memory import less_memory_in_backward
-from opcd.accel.cpu.heap import KEPT, give_back
+from opcd.accel import accelerator
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.distributed.sharding import blank_copy, fill, shard
 from opcd.modules.lm.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
@@ -21,7 +19,7 @@ from opcd.modules.lm.decoding import Told
 from opcd.modules.lm.generation import EncodedPrefix, Sampling, generate
 from opcd.modules.lm.hidden_states import States, check_head, head_of
 from opcd.modules.prefix.prefix_cache import Mode
-from opcd.modules.prefix.student_prefix import SharedRows
+from opcd.modules.prefix.student_prefix import StudentPrefix
 from opcd.modules.trajectories import Trajectories
 
 
@@ -38,6 +36,7 @@ class Student(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.share_beginnings("never")
+        self._steps = 0
         self._structure: tuple[PreTrainedModel, ...] = ()  # within a tuple it is no part of this module
         if has_adapter(model):  # frozen weights are no part of a checkpoint: they can be loaded again
             self.register_state_dict_post_hook(_only_trainable)  # type: ignore[no-untyped-call]
@@ -58,7 +57,7 @@ class Student(nn.Module):
         """
         model = load_model(config, None if adapter else torch.float32, "model.student", device)
         keep_differentiable(model)
-        use_cpu_attention(model)
+        accelerator(device).prepare(model)
         check_head(model, "model.student.name")
         if adapter is not None:
             add_lora(model, adapter)
@@ -66,7 +65,7 @@ class Student(nn.Module):
             # Its name of before transformers 5.20, which vLLM still wants, is deprecated.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-            less_memory_in_backward(model)
+            accelerator(device).prepare_recomputation(model)
         # Training mode is what Lightning expects to find, and what dropout and gradient checkpointing act in.
         return cls(model.train(), load_tokenizer(config, "model.student"))
 
@@ -83,14 +82,23 @@ class Student(nn.Module):
         return int(self.tokenizer.pad_token_id)
 
     def share_beginnings(self, mode: Mode) -> None:
-        """Whether `score` computes once what all rows of a pass begin with; see `SharedRows`."""
-        self._rows = SharedRows(mode)
+        """Whether `score` computes once what all rows of a pass begin with; see `StudentPrefix`."""
+        self._rows = StudentPrefix(mode)
 
     def shard(self, mesh: DeviceMesh, low: torch.dtype | None) -> None:
         """Leave each rank its part of the weights; see `distributed.sharding.shard`. Only `score` runs them then."""
         self.share_beginnings("never")  # to compare would be a pass more on ranks whose rows share something
         self._structure = (blank_copy(self.model, device=torch.device("meta")),)
         shard(self, self.model, mesh, low)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Equal for equal weights: optimizer steps, and writes in place that torch knows of."""
+        return self._steps, sum(weight._version for weight in self.model.parameters())
+
+    def count_step(self) -> None:
+        """Note that the weights have changed in a way that torch may not know of."""
+        self._steps += 1
 
     @property
     def is_sharded(self) -> bool:
@@ -130,15 +138,6 @@ class Student(nn.Module):
         """States of p_S(. | x, y<t) for all response tokens, with gradient."""
         with _without_kept_casts(self.model):
             return States(self(trajectories), head_of(self.model))
-
-    def release(self) -> None:
-        """Give back what the next part of a step does not need, where memory matters more than time: with gradient
-        checkpointing, casts of weights and all that the heap keeps; else what it keeps beyond `KEPT`."""
-        if _recomputes(self.model):
-            torch.clear_autocast_cache()
-            give_back()
-        else:
-            give_back(beyond=KEPT)
 
     def answer(
         self,

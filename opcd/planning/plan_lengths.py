@@ -5,7 +5,7 @@ from typing import Any
 
 from opcd.data import ContextQueryDataModule
 from opcd.data.contexts import read_contexts
-from opcd.modules.step.validation import check_data
+from opcd.modules.validation import Run, validate
 from opcd.runtime.errors import UserError
 
 
@@ -32,10 +32,10 @@ def read_lengths(made: Any, query: int | None, context: int | None) -> Lengths:
     data, rollout, distiller = made.data, made.model.rollout, made.model
     try:
         if query is not None and context is not None:
-            return Lengths(query, context, rollout.longest_response(data, "train"))
+            return Lengths(query, context, rollout.max_response_tokens(data, "train"))
         data.setup("fit")
-        response = rollout.longest_response(data, "train")
-        check_data(data, "fit", rollout, distiller.answer, distiller.student_config, distiller.teacher)
+        response = rollout.max_response_tokens(data, "train")
+        validate(Run(distiller, data, connect=False))
     except RuntimeError as error:
         raise UserError(
             f"model.rollout: the length of what {type(rollout).__name__} gives stands in the rows of data.train; leave "

@@ -9,7 +9,7 @@ from opcd.accel.precision import fast_dtype
 from opcd.callbacks import AnswerSamples
 from opcd.modules import Distiller, RecordedTeacher
 from opcd.modules.distributed.fsdp_strategy import SHARDED, FullyShard, chosen
-from opcd.modules.step.validation import check_adapter, check_engine, check_recorded, check_shards, check_teacher_parts
+from opcd.modules.validation import Run, validate
 from opcd.planning.plan_lengths import Lengths
 from opcd.planning.roles import student_of, teacher_of, writers_of
 from opcd.planning.setting import UNPACKED, Setting
@@ -47,7 +47,7 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
     ranks, sharded = _ranks(trainer, gpu)
     student = student_of(distiller, forced, fast)
     optimizer = _optimizer(distiller, torch.float32 if distiller.adapter else student.dtype)
-    _check(distiller, ranks, sharded, type(optimizer))
+    _check(distiller, ranks, sharded)
     teachers = list(distiller.teacher.parts.values())
     scoring = [teacher.config or distiller.student_config for teacher in teachers]
     prefixes = [teacher.prefix for teacher in teachers]
@@ -62,7 +62,7 @@ def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Length
         answers=_sample_answers(trainer),
         answer=distiller.answer.max_new_tokens,
         micro_batch_tokens=distiller.micro_batch_tokens,
-        several_turns=distiller.rollout.several_turns,
+        multi_turn=distiller.rollout.multi_turn,
         checkpointing=distiller.gradient_checkpointing,
         shared_prefix=prefixes[0].mode != "never",
         prefix_bytes=sum(prefix.memory_mib for prefix in prefixes) * 2**20,
@@ -91,14 +91,9 @@ def on_gpu(trainer: Any) -> bool:
     return name in ("gpu", "cuda") or (name == "auto" and torch.cuda.is_available())
 
 
-def _check(distiller: Distiller, ranks: int, sharded: bool, optimizer: type[torch.optim.Optimizer]) -> None:
+def _check(distiller: Distiller, ranks: int, sharded: bool) -> None:
     """Refuse what `opcd fit` refuses, as far as memory depends on it, and attention that is not counted."""
-    check_engine(distiller.rollout, ranks)
-    check_teacher_parts(distiller.teacher, distiller.rollout, ranks)
-    check_adapter(distiller.student_config, distiller.adapter, distiller.teacher)
-    check_recorded(distiller.teacher, distiller.rollout, distiller.objective.loss, distiller.objective.temperature)
-    if sharded:
-        check_shards(distiller.adapter, distiller.rollout, distiller.halve_micro_batches, optimizer)
+    validate(Run(distiller, None, "fit", ranks, sharded, connect=False))
     models = [distiller.student_config, *(part.config for part in distiller.teacher.parts.values())]
     if any(model is not None and model.attention == "eager" for model in models):
         raise UserError("attention: there is no plan for eager, which has a score for every pair of tokens; use sdpa")

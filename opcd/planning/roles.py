@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from opcd.accel.cpu.heap import LARGE
 from opcd.models import ModelConfig
 from opcd.modules import (
     BaseTeacher,
@@ -62,7 +63,7 @@ def _one_teacher(
         if teacher.shard:
             return model, _in_parts(model, ranks), False
         mapped = model.quantization == "none" and model.dtype == shape.dtype
-        return model, model.bytes, mapped and model.bytes >= distiller.least_released
+        return model, model.bytes, mapped and (distiller.gradient_checkpointing or model.bytes >= LARGE)
     if isinstance(teacher, MovingAverageTeacher):
         average = student if lora is not None else Weights(student.shape, torch.float32)
         return average, 4 * adapter_weights(student.shape, lora) if lora is not None else average.bytes, False

@@ -51,7 +51,7 @@ class Setting:
     answer: int = 128
     """Most tokens of one."""
     micro_batch_tokens: int = 4096
-    several_turns: bool = False
+    multi_turn: bool = False
     """A row makes more than one response (games)."""
     checkpointing: bool = False
     shared_prefix: bool = True
@@ -94,7 +94,7 @@ class Setting:
     @property
     def several_passes(self) -> bool:
         """Whether gradients of one micro-batch are there when the next comes."""
-        return self.several_turns or self.micro_rows < self.batch
+        return self.multi_turn or self.micro_rows < self.batch
 
     @property
     def adapter_weights(self) -> int:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from opcd.data import ContextQueryDataModule
+from opcd.modules.validation import Run, validate
 from opcd.runtime.did_you_mean import nearest_key
 from opcd.runtime.differences import plain_config
 from opcd.runtime.errors import UserError
@@ -34,7 +35,7 @@ class ConfigChecker:
 
     def __init__(self, parser: LightningArgumentParser, base: Base) -> None:
         self.parser, self.base = parser, base
-        self._read: set[str] = set()
+        self._read: dict[str, ContextQueryDataModule] = {}
         for file in base.config:
             require_file(file, "base.config")
         self._known = self._keys()
@@ -62,12 +63,14 @@ class ConfigChecker:
         """The whole config of a run, as its config.yaml will hold it, less the folder that it writes to.
 
         Raises:
-            UserError: a value does not fit its key, a class refuses its arguments, or the rows cannot be read.
+            UserError: a value does not fit its key, a class refuses its arguments, the rows cannot be read, or
+                `opcd fit` would refuse the run before a model loads.
         """
         config = self._parse(self.words(settings), where, settings)
         try:
             objects = self.parser.instantiate(config)
-            self._read_rows(objects.data, config)
+            data = self._rows(objects.data, config)
+            validate(Run.of(objects.model, objects.trainer, data, "fit"))
         except (ValueError, UserError, MisconfigurationException) as error:
             raise UserError(f"{where}: {error}") from error
         return plain_config(self.parser, config)
@@ -84,13 +87,15 @@ class ConfigChecker:
         finally:
             quiet.disabled = False
 
-    def _read_rows(self, data: ContextQueryDataModule, config: Any) -> None:
-        """Read the rows once for all arms that have the same."""
+    def _rows(self, data: ContextQueryDataModule, config: Any) -> ContextQueryDataModule:
+        """The data with its rows, which are read once for all arms that have the same."""
         rows = {key: value for key, value in config.data.as_dict().items() if key not in NOT_ROWS}
-        key = json.dumps([rows, config.model.student.as_dict()], default=str, sort_keys=True)
+        models = [config.model.student, config.model.teacher]
+        key = json.dumps([rows, *models], default=str, sort_keys=True)
         if key not in self._read:
             data.setup("fit")
-            self._read.add(key)
+            self._read[key] = data
+        return self._read[key]
 
     def _keys(self) -> list[str]:
         names = (action.dest for action in self.parser._actions)

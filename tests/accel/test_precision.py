@@ -32,12 +32,12 @@ def test_every_part_follows_the_hardware(tiny, batch, bfloat16):
     assert precision.trainer_precision("cpu") == ("bf16-mixed" if bfloat16 else "32-true")
     student, teacher, rollout = Student.load(config), FrozenTeacher(), StudentRollout(Sampling(2))
     assert student.model.dtype == torch.float32  # it is trained
-    teacher.prepare(student, config, torch.device("cpu"))
+    teacher.setup(student, config, torch.device("cpu"))
     assert teacher.model.dtype == fast
-    rollout.synchronise(student)
-    wrote = rollout._copy.dtype if rollout._copy is not None else student.model.dtype
-    assert wrote == fast
-    assert len(rollout.sample(student, teacher, batch)) == len(batch)
+    with rollout.active(student):
+        wrote = rollout._copy.dtype if rollout._copy is not None else student.model.dtype
+        assert wrote == fast
+        assert len(rollout.generate(student, teacher, batch)) == len(batch)
     adapted = Student.load(config, adapter=Lora(rank=2)).model
     assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {fast}
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
@@ -62,7 +62,8 @@ def test_a_choice_that_is_emulated_is_warned_of_once(tiny, bfloat16):
         warnings.simplefilter("always")
         for _ in range(2):
             student = Student.load(config)
-            StudentRollout(Sampling(2), dtype="float16").synchronise(student)
+            with StudentRollout(Sampling(2), dtype="float16").active(student):
+                pass
             precision.warn_if_emulated("trainer.precision", torch.bfloat16, "cpu")
     found = [str(warning.message) for warning in told if "is emulated on this CPU" in str(warning.message)]
     keys = ["model.rollout's dtype: float16"]  # an AVX512-BF16 CPU has no float16 instructions either

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from opcd.callbacks import step_progress as progress
 from opcd.models import ModelConfig, load_model
-from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.runtime import activity, interruption
 from opcd.runtime.interruption import Interrupted
 from tests.helpers.rows import write_rows
@@ -149,7 +149,7 @@ def test_a_second_context_of_a_prefix_is_not_a_first_pass(tiny):
         said.append((what, how_far))
 
     activity.start(show)
-    prefix = SharedPrefix("always")
+    prefix = PrefixCache("always")
     with torch.no_grad():
         for first in (5, 6):
             prefix._entry(model, tuple(range(first, first + 20)))

@@ -8,7 +8,7 @@ from opcd.experience.experience_config import Experience, Stage
 from opcd.experience.writers import ModelWriters
 from opcd.models import ModelConfig
 from opcd.modules.lm.generation import Sampling
-from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.runtime.errors import UserError
 
 LIST = "Lessons:\n" + "\n".join(f"- Lesson number {n} says to add carefully." for n in range(9))
@@ -24,13 +24,13 @@ def writers(tiny: str, sampling: Sampling, **settings: object) -> ModelWriters:
 
 def test_a_list_is_encoded_once_and_changes_nothing_but_time(tiny, monkeypatch):
     encoded = []
-    entry = SharedPrefix._entry
+    entry = PrefixCache._entry
 
-    def counting(self: SharedPrefix, model: object, ids: tuple[int, ...]) -> object:
+    def counting(self: PrefixCache, model: object, ids: tuple[int, ...]) -> object:
         encoded.extend([] if ids in self._entries else [ids])
         return entry(self, model, ids)
 
-    monkeypatch.setattr(SharedPrefix, "_entry", counting)
+    monkeypatch.setattr(PrefixCache, "_entry", counting)
     writer = writers(tiny, Sampling(max_new_tokens=8, temperature=0)).open("select")
     together = writer.write(QUESTIONS, LIST)
     assert writer.write(QUESTIONS[:1], LIST) == together[:1]  # a batch of one, as the last may be

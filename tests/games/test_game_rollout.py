@@ -12,10 +12,11 @@ from opcd.games import FrozenLake, Game, GameRollout, GameSeeds
 from opcd.losses import ReverseKL
 from opcd.models import ModelConfig, load_model
 from opcd.modules import Distiller, FrozenTeacher, MixedRollout, Sampling, StudentRollout, TeacherRollout
-from opcd.modules.rollouts import plain_rollouts as rollouts
+from opcd.modules.rollouts import student_rollout
 from opcd.modules.student import Student
 from opcd.modules.teachers import base as teacher_module
 from tests.helpers.rows import LESSONS
+from tests.helpers.training import KeepGradients
 
 SHORT = Sampling(max_new_tokens=6)
 
@@ -28,7 +29,7 @@ def student(roomy):
 @pytest.fixture
 def teacher(roomy, student):
     frozen = FrozenTeacher()
-    frozen.prepare(student, ModelConfig(name=roomy), torch.device("cpu"))
+    frozen.setup(student, ModelConfig(name=roomy), torch.device("cpu"))
     return frozen
 
 
@@ -36,7 +37,7 @@ def teacher(roomy, student):
 def calls(monkeypatch):
     """(who, rows) of each call of `generate`."""
     made = []
-    for module, who in ((rollouts, "student"), (teacher_module, "teacher")):
+    for module, who in ((student_rollout, "student"), (teacher_module, "teacher")):
 
         def counted(model, prompts, *args, who=who, generate=module.generate):
             made.append((who, len(prompts)))
@@ -57,7 +58,7 @@ def scripted(monkeypatch, student):
         moves = [f"I try [{text.count('YOU: ') + 1}]<|im_end|>" for text in texts]
         return [torch.tensor(student.tokenizer(move)["input_ids"]) for move in moves]
 
-    monkeypatch.setattr(rollouts, "generate", replies)
+    monkeypatch.setattr(student_rollout, "generate", replies)
     return made
 
 
@@ -67,8 +68,8 @@ def batch_of(data):
 
 def sampled(rollout, student, teacher, batch):
     """A step's order of calls."""
-    rollout.synchronise(student)
-    return rollout.sample(student, teacher, batch)
+    with rollout.active(student):
+        return rollout.generate(student, teacher, batch)
 
 
 def expected_prompts(tokenizer, queries):
@@ -149,19 +150,14 @@ def test_who_moves_can_be_drawn(game_data, student, teacher, calls):
 
 def test_a_step_averages_over_all_turns_of_all_games(game_data, roomy, tiny_teacher, tmp_path, monkeypatch):
     """The logged divergence and the gradient are those of a dense float64 loop over every move."""
-    taken, gradients = [], {}
-    sample = GameRollout.sample
+    taken = []
+    generate = GameRollout.generate
 
     def kept(self, *args):
-        taken.append(sample(self, *args))
+        taken.append(generate(self, *args))
         return taken[-1]
 
-    def no_step(self, *args):
-        gradients.update({name: p.grad.clone() for name, p in self.student.model.named_parameters()})
-        return torch.tensor(0.0)
-
-    monkeypatch.setattr(GameRollout, "sample", kept)
-    monkeypatch.setattr(Distiller, "_optimizer_step", no_step)
+    monkeypatch.setattr(GameRollout, "generate", kept)
     config, other = ModelConfig(name=roomy), ModelConfig(name=tiny_teacher, dtype="float32")
     rollout = GameRollout(StudentRollout(SHORT, "float32"))
     distiller = Distiller(config, FrozenTeacher(other), ReverseKL(), rollout, micro_batch_tokens=512)
@@ -173,9 +169,11 @@ def test_a_step_averages_over_all_turns_of_all_games(game_data, roomy, tiny_teac
         accelerator="cpu",
         default_root_dir=tmp_path,
         precision="32-true",
+        callbacks=[kept_gradients := KeepGradients.of(distiller)],
         **options,
     )
     trainer.fit(distiller, datamodule=data)
+    gradients = {name.removeprefix("model."): value for name, value in kept_gradients.found.items()}
 
     rows = taken[0]
     assert len(rows) == 20
@@ -249,7 +247,7 @@ def test_a_window_must_hold_the_last_turn(game_data, tiny, lessons, tmp_path, op
     code, text = opcd(*words, "--model.rollout", "opcd.games.GameRollout")
     assert code == 2 and "takes 512 tokens, but the longest prompt of data.train has" in text
     data = game_data(FrozenLake(), 8)
-    added = GameRollout(StudentRollout(SHORT)).longest_response(data, "train") - SHORT.max_new_tokens
+    added = GameRollout(StudentRollout(SHORT)).max_response_tokens(data, "train") - SHORT.max_new_tokens
     first = data.longest_student_prompt("train")
     longest = 0
     for example in data.examples("train"):

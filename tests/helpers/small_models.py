@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from opcd.modules import FrozenTeacher
-from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.modules.prefix.prefix_cache import PrefixCache
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -62,7 +62,7 @@ class Teaches(FrozenTeacher):
     def __init__(self, model: PreTrainedModel, mode: str = "auto") -> None:
         super().__init__()
         self._model = model.eval()
-        self.prefix = SharedPrefix(mode)
+        self.prefix = PrefixCache(mode)
 
 
 def ids(*lengths: int, seed: int = 0) -> list[Tensor]:

@@ -1,9 +1,9 @@
 """One training step, its gradients, and the loss and the greedy response by their definitions."""
 
-import torch
-from lightning import Trainer
+from functools import partial
 
-from opcd.modules import Distiller
+import torch
+from lightning import Callback, Trainer
 
 RESPONSES = [
     "It is two.",
@@ -31,18 +31,27 @@ def trainer(tmp_path, steps=1, **options):
     )
 
 
-def gradients(monkeypatch, tmp_path, data, distiller, **options):
+class KeepGradients(Callback):
+    """Keeps what the optimizer gets; `of` makes it change no weight."""
+
+    def __init__(self):
+        self.found = {}
+
+    @classmethod
+    def of(cls, distiller):
+        distiller.gradient_clip_val, distiller.optimizer = None, partial(torch.optim.SGD, lr=0.0)
+        return cls()
+
+    def on_before_optimizer_step(self, trainer, distiller, optimizer):
+        self.found = {name: p.grad.clone() for name, p in distiller.student.named_parameters()}
+
+
+def gradients(tmp_path, data, distiller, **options):
     """The gradients of one step, as they are when the optimizer would use them."""
-    kept = {}
-
-    def keep(self, *measured):
-        kept.update({name: p.grad.clone() for name, p in self.student.named_parameters()})
-        return torch.tensor(0.0)
-
-    monkeypatch.setattr(Distiller, "_optimizer_step", keep)
-    run = trainer(tmp_path, steps=-1, max_epochs=1, limit_train_batches=1, **options)
+    kept = KeepGradients.of(distiller)
+    run = trainer(tmp_path, steps=-1, max_epochs=1, limit_train_batches=1, callbacks=[kept], **options)
     run.fit(distiller, datamodule=data)
-    return kept
+    return kept.found
 
 
 def relative_difference(one, other):

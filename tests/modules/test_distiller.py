@@ -33,11 +33,11 @@ from tests.helpers.training import dense_reference, gradients, greedily, relativ
 def test_gradient_equals_the_definition(monkeypatch, tmp_path, recorded, tiny, tiny_teacher, reduction, loss, name):
     config, teacher = ModelConfig(name=tiny), ModelConfig(name=tiny_teacher, dtype="float32")
     distiller = Distiller(config, FrozenTeacher(teacher), loss, RecordedRollout(), reduction=reduction)
-    found = gradients(monkeypatch, tmp_path, recorded, distiller)
+    found = gradients(tmp_path, recorded, distiller)
 
     student, frozen = load_model(config, torch.float32), load_model(teacher, torch.float32)
     batch = recorded.encode(recorded.examples("train"))
-    trajectories = RecordedRollout().sample(distiller.student, distiller.teacher, batch)
+    trajectories = RecordedRollout().generate(distiller.student, distiller.teacher, batch)
     dense_reference(student, frozen, trajectories, name, reduction).backward()
     expected = {f"model.{key}": value.grad for key, value in student.named_parameters()}
     assert relative_difference(found, expected) < 1e-5
@@ -59,7 +59,7 @@ def test_micro_batches_do_not_change_the_gradient(
     for tokens in (rows * longest, 8 * longest):
         make = partial(Distiller, ModelConfig(name=tiny), SelfTeacher(), rollout=RecordedRollout())
         distiller = make(reduction=reduction, micro_batch_tokens=tokens, shared_prefix=prefix)
-        runs.append(gradients(monkeypatch, tmp_path, recorded, distiller, precision="64-true"))
+        runs.append(gradients(tmp_path, recorded, distiller, precision="64-true"))
     assert next(iter(runs[0].values())).dtype == torch.float64
     assert relative_difference(runs[0], runs[1]) < close
 
@@ -76,7 +76,7 @@ def test_micro_batches_of_the_real_model(monkeypatch, tmp_path, recorded):
     runs = []
     for rows in (1, 3, 8):
         distiller = Distiller(teacher=SelfTeacher(), rollout=RecordedRollout(), micro_batch_tokens=rows * longest)
-        runs.append(gradients(monkeypatch, tmp_path, recorded, distiller, precision="64-true"))
+        runs.append(gradients(tmp_path, recorded, distiller, precision="64-true"))
     assert relative_difference(runs[0], runs[2]) < 1e-7
     assert relative_difference(runs[1], runs[2]) < 1e-7
 
@@ -87,7 +87,7 @@ def test_the_shared_prefix_of_the_real_model(monkeypatch, tmp_path, recorded):
     for mode in ("always", "never"):
         teacher = FrozenTeacher(ModelConfig(dtype="float32"))
         distiller = Distiller(teacher=teacher, rollout=RecordedRollout(), shared_prefix=mode)
-        runs.append(gradients(monkeypatch, tmp_path, recorded, distiller))
+        runs.append(gradients(tmp_path, recorded, distiller))
         losses.append(float(distiller.trainer.callback_metrics["train/divergence"]))
         assert bool(teacher.prefix._entries) == (mode == "always")
         assert distiller.student._rows._agrees == (mode == "always")
@@ -100,8 +100,8 @@ def test_the_live_student_as_teacher_gets_no_gradient_of_its_own(monkeypatch, tm
     """Its gradient equals that against a frozen copy: it is the same model, and only the student's side counts."""
     frozen = FrozenTeacher(ModelConfig(name=tiny, dtype="float32"))
     make = partial(Distiller, ModelConfig(name=tiny), rollout=RecordedRollout())
-    live = gradients(monkeypatch, tmp_path, recorded, make(SelfTeacher()), precision=precision)
-    other = gradients(monkeypatch, tmp_path, recorded, make(frozen), precision=precision)
+    live = gradients(tmp_path, recorded, make(SelfTeacher()), precision=precision)
+    other = gradients(tmp_path, recorded, make(frozen), precision=precision)
     assert all(float(value.abs().sum()) > 0 for value in live.values())
     assert relative_difference(live, other) < (1e-6 if precision == "32-true" else 5e-2)
 
@@ -138,10 +138,11 @@ def test_the_student_writes_without_the_context_and_the_teacher_with_it(tmp_path
     student, teacher = distiller.student, distiller.teacher
     greedy = Sampling(max_new_tokens=6, temperature=0.0)
     rollout = StudentRollout(greedy, dtype="float32")
-    rollout.synchronise(student)
+    with rollout.active(student):
+        own = rollout.generate(student, teacher, batch)
     written = {
-        "student": rollout.sample(student, teacher, batch),
-        "teacher": TeacherRollout(greedy).sample(student, teacher, batch),
+        "student": own,
+        "teacher": TeacherRollout(greedy).generate(student, teacher, batch),
     }
     for name, prompts in (("student", batch.student_prompts), ("teacher", batch.teacher_prompts)):
         for prompt, response in zip(prompts, written[name].responses, strict=True):
@@ -155,9 +156,9 @@ class Writes(RecordedRollout):
     def __init__(self):
         self.asked = []
 
-    def sample(self, student, teacher, batch):
+    def generate(self, student, teacher, batch):
         self.asked.append(len(batch))
-        return super().sample(student, teacher, batch)
+        return super().generate(student, teacher, batch)
 
 
 @pytest.mark.parametrize("draw", ["row", "batch"])
@@ -168,7 +169,7 @@ def test_a_mixture_draws_by_row_or_by_batch(recorded, tiny, draw):
     mixed = MixedRollout([first, second], [0.25, 0.75], draw)
     torch.manual_seed(0)
     for _ in range(200):
-        found = mixed.sample(student, FrozenTeacher(), batch)
+        found = mixed.generate(student, FrozenTeacher(), batch)
         assert [r.tolist() for r in found.responses] == [r.tolist() for r in batch.responses]  # in their order
     assert abs(sum(first.asked) / (200 * len(batch)) - 0.25) < 0.1
     whole = set(first.asked + second.asked) == {len(batch)}
@@ -185,15 +186,15 @@ def test_the_low_precision_copy_follows_the_master_weights(tiny):
     distiller.trainer = trainer(None)
     distiller.configure_model()
     rollout = StudentRollout(Sampling(max_new_tokens=4, temperature=0.0), dtype="bfloat16")
-    rollout.synchronise(distiller.student)
-    copied = rollout._copy
+    with rollout.active(distiller.student):
+        copied = rollout._copy
     with torch.no_grad():
         for weight in distiller.student.parameters():
             weight.add_(0.25)
-    rollout.synchronise(distiller.student)
-    assert rollout._copy is copied  # in place: nothing is allocated again
-    for master, low in zip(distiller.student.model.parameters(), copied.parameters(), strict=True):
-        assert torch.equal(master.to(torch.bfloat16), low)
+    with rollout.active(distiller.student):
+        assert rollout._copy is copied  # in place: nothing is allocated again
+        for master, low in zip(distiller.student.model.parameters(), copied.parameters(), strict=True):
+            assert torch.equal(master.to(torch.bfloat16), low)
     assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
@@ -204,15 +205,15 @@ def test_packed_layers_take_the_memory_of_the_copys_own(batch, tiny):
     rollout = StudentRollout(Sampling(max_new_tokens=FEWEST_STEPS, temperature=0.0))
     written = []
     for _ in range(2):
-        rollout.synchronise(student)
-        empty = {name for name, w in rollout._copy.named_parameters() if not w.untyped_storage().nbytes()}
-        layers = {name for name, module in student.model.base_model.named_modules() if type(module) is nn.Linear}
-        assert empty == {f"model.{name}.weight" for name in layers}  # not the head: it is the embedding
-        written += [rollout.sample(student, FrozenTeacher(), batch).responses for _ in range(2)]
+        with rollout.active(student):
+            empty = {name for name, w in rollout._copy.named_parameters() if not w.untyped_storage().nbytes()}
+            layers = {name for name, module in student.model.base_model.named_modules() if type(module) is nn.Linear}
+            assert empty == {f"model.{name}.weight" for name in layers}  # not the head: it is the embedding
+            written += [rollout.generate(student, FrozenTeacher(), batch).responses for _ in range(2)]
     plain = StudentRollout(Sampling(max_new_tokens=FEWEST_STEPS - 1, temperature=0.0))
-    plain.synchronise(student)
-    written.append(plain.sample(student, FrozenTeacher(), batch).responses)
-    assert all(weight.untyped_storage().nbytes() for weight in plain._copy.parameters())
+    with plain.active(student):
+        written.append(plain.generate(student, FrozenTeacher(), batch).responses)
+        assert all(weight.untyped_storage().nbytes() for weight in plain._copy.parameters())
     first = [[r.tolist()[: FEWEST_STEPS - 1] for r in responses] for responses in written]
     assert all(responses == first[0] for responses in first)
 
@@ -222,22 +223,20 @@ def test_a_copy_takes_no_memory_until_it_writes_again(batch, tiny):
     distiller.trainer = trainer(None)
     distiller.configure_model()
     student, greedy = distiller.student, Sampling(max_new_tokens=4, temperature=0.0)
-    kept, released = (StudentRollout(greedy, dtype="bfloat16") for _ in range(2))
+    kept, freed = (StudentRollout(greedy, dtype="bfloat16") for _ in range(2))
     for change in (0.0, 0.01):
         with torch.no_grad():
             for weight in student.parameters():
                 weight.add_(change)
-        written = []
-        for rollout in (kept, released):
-            rollout.synchronise(student)
-            written.append([r.tolist() for r in rollout.sample(student, distiller.teacher, batch).responses])
-        released.release()
-        assert written[0] == written[1]
-        assert sum(weight.untyped_storage().nbytes() for weight in released._copy.parameters()) == 0
+        with kept.active(student):
+            first = [r.tolist() for r in kept.generate(student, distiller.teacher, batch).responses]
+            with freed.active(student):
+                second = [r.tolist() for r in freed.generate(student, distiller.teacher, batch).responses]
+            assert first == second
+            assert sum(weight.untyped_storage().nbytes() for weight in freed._copy.parameters()) == 0
     own = StudentRollout(greedy, dtype="float32")
-    own.synchronise(student)
-    own.release()
-    assert own._copy is None
+    with own.active(student):
+        assert own._copy is None
     assert all(weight.untyped_storage().nbytes() for weight in student.parameters())
 
 
@@ -246,7 +245,7 @@ def test_clipped_tokens_have_no_gradient_and_top_k_reports_its_mass(
 ):
     teacher = FrozenTeacher(ModelConfig(name=tiny_teacher))
     distiller = Distiller(ModelConfig(name=tiny), teacher, TopK(ReverseKL(), k=4), RecordedRollout(), max_nats=1e-6)
-    found = gradients(monkeypatch, tmp_path, recorded, distiller)
+    found = gradients(tmp_path, recorded, distiller)
     assert all(float(value.abs().max()) == 0 for value in found.values())
     logged = distiller.trainer.callback_metrics
     assert float(logged["train/clipped"]) == 1.0
@@ -283,7 +282,7 @@ def test_the_sampled_reverse_kl_looks_at_the_tokens_of_the_response(tmp_path, re
     distiller.trainer = trainer(tmp_path)
     distiller.configure_model()
     batch = recorded.encode(recorded.examples("train"))
-    trajectories = RecordedRollout().sample(distiller.student, teacher, batch)
+    trajectories = RecordedRollout().generate(distiller.student, teacher, batch)
     states = distiller.student.score(trajectories), teacher.score(trajectories, 4096)
     found = distiller.objective(*states, trajectories)["divergence"]
     tokens = torch.cat(trajectories.responses)[:, None]

@@ -57,6 +57,9 @@ def test_keys_inside_of_classes_and_mappings(checker):
         ({"data.train": "nowhere.jsonl"}, "arm x: data.train: no file"),
         ({"data.context": "nowhere.txt"}, "arm x: data.context: no file"),
         ({"model.student.name": "nowhere"}, "arm x: .*nowhere"),
+        ({"model.teacher": "BaseTeacher"}, "arm x: model.teacher: BaseTeacher is the student without its adapter"),
+        ({"trainer.precision": "16-true"}, "arm x: trainer.precision: float16 needs loss scaling"),
+        ({"model.rollout": "RecordedRollout"}, "arm x: .*no `response`, but model.rollout is RecordedRollout"),
     ],
 )
 def test_a_wrong_arm_is_refused(checker, settings, message):

@@ -19,7 +19,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from opcd.modules.distributed.sharding import part_of, whole
+from opcd.modules.distributed.sharding import full_tensor, part_of
 from opcd.runtime.errors import UserError
 
 SHARDED = "ModelParallelStrategy"
@@ -112,7 +112,7 @@ class FullyShard(ModelParallelStrategy):
             if not isinstance(value, Tensor):
                 return value
             if id(value) not in found:
-                tensor = whole(value.detach())
+                tensor = full_tensor(value.detach())
                 found[id(value)] = tensor.cpu() if self.is_global_zero else None
             return found[id(value)]
 

@@ -90,7 +90,7 @@ def _layers(model: PreTrainedModel, key: str, instead: str) -> list[nn.Module]:
     return layers
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor of which each rank may hold a part: every rank must ask, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -122,4 +122,4 @@ def fill(model: PreTrainedModel, source: PreTrainedModel) -> None:
         torch._foreach_copy_([mine for mine, _ in pairs], [weight for _, weight in pairs])
         return
     for mine, weight in pairs:  # one whole tensor at a time, gathered in the type of the copy
-        mine.copy_(whole(weight.to(mine.dtype)))
+        mine.copy_(full_tensor(weight.to(mine.dtype)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from opcd.accel.cpu.onednn_linear import packed_linears
+from opcd.accel import accelerator
 from opcd.modules.lm.decoding import CACHE, Told, decode
 from opcd.modules.trajectories import first_sequence
 from opcd.runtime.did_you_mean import or_all
@@ -83,6 +83,11 @@ class Sampling:
         if self.temperature == 0 and name in DRAWING:
             raise ValueError(f"sampling.options: {name} has no effect at temperature 0 (greedy); remove it")
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether tokens are drawn from another distribution than the softmax at this temperature."""
+        return self.top_p < 1 or self.top_k > 0 or bool(self.options)
+
     def generation_config(self, eos_ids: set[int], pad_id: int) -> GenerationConfig:
         """The same in transformers' words. `no_settings_of_the_model` keeps a model's own settings out."""
         drawn: dict[str, Any] = {"do_sample": False} | self.options
@@ -143,7 +148,7 @@ def generate(
         eval_mode(model),
         no_settings_of_the_model(model),
         own_precision(model, keep_casts=True) as dtype,
-        packed_linears(model, dtype, sampling.max_new_tokens),
+        accelerator(model.device).fast_linears(model, dtype, sampling.max_new_tokens),
         _one_product_of_head(model),
     ):
         output = cast(Any, type(model)).generate(  # a folder can put a function of its own on the instance

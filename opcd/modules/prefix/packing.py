@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
-from opcd.accel.cpu import attention as cpu_attention
-from opcd.accel.cpu.prefix_attention import attends_by_rows, attention_by_rows
+from opcd.accel import accelerator
 from opcd.modules.lm.decoding import CACHE
 from opcd.modules.lm.generation import EncodedPrefix, joined_cache
 
@@ -50,7 +49,7 @@ def cannot_pack(model: PreTrainedModel) -> str | None:
         return "it has recurrent layers, which keep a state and no keys and values of each token"
     if unknown := kinds - {"full_attention", "sliding_attention"}:
         return f"its layers of the kind {', '.join(sorted(unknown))} need masks that are not made here"
-    name = model.config.get_text_config()._attn_implementation
+    name = accelerator(model.device).mask_name(model)
     if name not in MASKS:
         return f"attention {name} takes no mask of packed rows; set attention to sdpa, eager or flex_attention"
     return None
@@ -59,8 +58,8 @@ def cannot_pack(model: PreTrainedModel) -> str | None:
 @contextmanager
 def packed_rows(model: PreTrainedModel, prefix: EncodedPrefix, lengths: list[int]) -> Iterator[dict[str, Any]]:
     """Within, a pass of the model takes Q packed tokens behind a prefix, with the arguments that this gives."""
-    if attends_by_rows(model):
-        with attention_by_rows(model, prefix.layers, lengths):
+    if (attention := accelerator(model.device).packed_attention(model, prefix.layers, lengths)) is not None:
+        with attention:
             yield {"use_cache": False}
     else:
         mask = packed_masks(model, len(prefix.ids), lengths)
@@ -79,7 +78,7 @@ def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Mas
         ValueError: the model's attention takes no such mask.
     """
     config = model.config.get_text_config()
-    name = config._attn_implementation
+    name = accelerator(model.device).mask_name(model)
     if name not in MASKS:
         raise ValueError(f"attention {name} takes no mask of packed rows")
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(model.device)
@@ -133,7 +132,6 @@ def _block_mask(seen: Rule, queries: int, keys: int, model: PreTrainedModel) -> 
 
 MASKS: dict[str, Callable[[Rule, int, int, PreTrainedModel], Mask]] = {
     "sdpa": _dense_mask,
-    cpu_attention.NAME: _dense_mask,
     "eager": _added_mask,
     "flex_attention": _block_mask,
 }

@@ -1,7 +1,7 @@
-"""One prefix for everyone: the keys and values of a context, computed once and shared by all that follows it."""
+"""The teacher's prefix cache: keys and values of a context, computed once for all rows that follow it."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 LOW_PRECISION = 0.05
 
 
-class SharedPrefix:
+class PrefixCache:
     """Scores rows over shared prefixes, packed into one row without padding.
 
     Two rows of the first pack are scored both ways; where they differ, the full pass is taken from then on.
@@ -41,10 +41,21 @@ class SharedPrefix:
         self._seen: set[int] = set()  # hashes: contexts may be as many as rows
         self._agrees: bool | None = {"auto": None, "always": True, "never": False}[mode]
         self._said = False
+        self._version: Hashable = None
         self._missing: list[tuple[int, ...]] = []  # kept when the run was stopped; the next pass computes them
 
+    def use(self, version: Hashable) -> None:
+        """Say by which weights all that follows is computed; keys and values of another version are dropped.
+
+        Args:
+            version: equal for equal weights. A first one drops nothing: what was kept before a stop is computed anew.
+        """
+        if self._version is not None and version != self._version:
+            self.clear()
+        self._version = version
+
     def clear(self) -> None:
-        """Forget all keys and values: the weights have changed."""
+        """Free the memory of all keys and values."""
         self._entries.clear()
         self._missing.clear()
 

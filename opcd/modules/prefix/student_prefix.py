@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from opcd.accel.cpu.attention import NAME, ROWS
+from opcd.accel import accelerator
 from opcd.modules.lm.hidden_states import last_hidden
 from opcd.modules.prefix.packing import sliding_window
 from opcd.modules.prefix.prefix_cache import SHORTEST, Mode, disagreement
 
 
-class SharedRows:
+class StudentPrefix:
     """Last hidden states of rows, their common beginning computed once where that changes nothing.
 
     The first two rows go both ways at first; where the states differ, every row is whole from then on.
@@ -62,7 +62,7 @@ def _last_hidden(model: PreTrainedModel, prompts: list[Tensor], responses: list[
         position_ids=places[None].to(model.device),
         attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),  # four dimensions: none is made for this one row
         use_cache=False,
-        **{ROWS: (len(rows), shared)},
+        **(accelerator(model.device).shared_start(model, len(rows), shared) or {}),
     ).last_hidden_state[0, shared:]
     kept = [
         states[len(prompt) - shared - 1 : len(prompt) - shared + len(response) - 1]
@@ -82,13 +82,13 @@ def _common_start(prompts: list[Tensor]) -> int:
 
 
 def _can_share(model: PreTrainedModel) -> bool:
-    """Whether layers attend through `cpu_attention.attention` to all that came before, and nothing is dropped."""
+    """Whether layers attend to all that came before, by an attention that takes a shared start, and drop nothing."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
     dropped = model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     dropped |= model.training and bool(getattr(config, "attention_dropout", 0))
     return (
-        config._attn_implementation == NAME
+        accelerator(model.device).shared_start(model, 2, 1) is not None
         and kinds <= {"full_attention"}
         and sliding_window(model) is None
         and not dropped

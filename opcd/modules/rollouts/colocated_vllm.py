@@ -4,7 +4,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -33,6 +33,8 @@ class ColocatedVLLM(Engine):
             does so where there is a GPU.
         options: more arguments of `vllm.LLM`, such as {enforce_eager: true}.
     """
+
+    one_process: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class ColocatedVLLM(Engine):
         window: int | None = self._settings["max_model_len"]
         return window
 
-    def renew(self, student: Student, dtype: torch.dtype) -> None:
+    def sync_weights(self, student: Student, dtype: torch.dtype) -> None:
         """Hand the tensors over; the first time through a folder, as vLLM wants."""
         if self._llm is None:
             with TemporaryDirectory(prefix="opcd-vllm-") as folder, isolate_rng():  # vLLM seeds all generators
@@ -86,7 +88,7 @@ class ColocatedVLLM(Engine):
         except (ValueError, TypeError) as error:
             raise UserError(f"model.rollout: vLLM refuses the engine's arguments: {error}") from error
 
-    def complete(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
+    def generate(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
         """All prompts at once; vLLM makes its own batches of them."""
         from vllm import SamplingParams, TokensPrompt
 

@@ -3,14 +3,19 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from opcd.modules.distributed.fsdp_strategy import SHARDED
 from opcd.modules.lm.adapters import has_adapter, merged
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.student import Student
+from opcd.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from opcd.modules.validation import Run
 
 OPTIONS = {
     "min_p": ("min_p", 0.0),
@@ -34,26 +39,42 @@ class Completion:
 
 
 class Engine(ABC):
-    """Writes responses faster than the trainer's own model would."""
+    """Writes responses faster than the trainer's own model would.
+
+    Attributes:
+        one_process: whether it works for one process alone, which has the student's weights whole.
+    """
+
+    one_process: ClassVar[bool] = False
 
     @property
     def window(self) -> int | None:
         """Most tokens of a prompt and its response; None where that is not known."""
         return None
 
+    def check(self, run: "Run") -> None:
+        """Refuse a run that this engine cannot serve (UserError)."""
+        name = type(self).__name__
+        if self.one_process and run.sharded:
+            raise UserError(f"model.rollout: {name} takes no sharded weights ({SHARDED}); use VLLMServer, or ddp")
+        if self.one_process and run.ranks > 1:
+            raise UserError(f"model.rollout: {name} is for one process; use VLLMServer with several trainer.devices")
+        if run.connect:
+            self.connect()
+
     def connect(self) -> None:  # noqa: B027
         """See that the engine is there, before a model loads (UserError); `window` may be known only then."""
 
     @abstractmethod
-    def renew(self, student: Student, dtype: torch.dtype) -> None:
+    def sync_weights(self, student: Student, dtype: torch.dtype) -> None:
         """Take over the student's weights in `dtype`, an adapter merged; starts the engine the first time."""
 
     @abstractmethod
-    def complete(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
+    def generate(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
         """A response to each prompt of token ids, drawn as `vllm_settings` says, each from a seed of its own."""
 
     def sleep(self) -> None:  # noqa: B027
-        """Give back what only `complete` needs; `renew` or `complete` takes it again."""
+        """Give back what only `generate` needs; `sync_weights` or `generate` takes it again."""
 
 
 def named_weights(student: Student, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -1,17 +1,22 @@
 """The student's responses from an inference engine that takes over its weights."""
 
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from opcd.accel.precision import fast_dtype
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.modules.lm.generation import Sampling
+from opcd.modules.rollouts.base import Rollout, Writer, rollout_dtype
 from opcd.modules.rollouts.engine import Engine, check_options, vllm_settings
-from opcd.modules.rollouts.plain_rollouts import Rollout, rollout_dtype
 from opcd.modules.student import Student
 from opcd.modules.teachers.base import Teacher
 from opcd.modules.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opcd.modules.validation import Run
 
 
 class VLLMRollout(Rollout):
@@ -28,6 +33,8 @@ class VLLMRollout(Rollout):
             corrects what stale or low-precision weights draw otherwise. null: all tokens count the same.
     """
 
+    writer: ClassVar[Writer] = "student"
+
     def __init__(
         self,
         engine: Engine,
@@ -42,32 +49,42 @@ class VLLMRollout(Rollout):
         _check_importance(max_importance, sampling)
         self.engine, self.sampling, self.every_n_steps = engine, sampling, every_n_steps
         self.dtype = rollout_dtype(dtype)
-        self.max_importance = max_importance
+        self.max_importance, self.stale = max_importance, every_n_steps > 1
         self._steps = 0
 
-    def longest_response(self, data: ContextQueryDataModule, split: str) -> int:
+    @property
+    def engines(self) -> list[Engine]:
+        """Its own."""
+        return [self.engine]
+
+    def check(self, run: "Run") -> None:
+        """Refuse an engine that does not serve these ranks, or is not there."""
+        self.engine.check(run)
+
+    def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
         """As many as are sampled at most."""
         return self.sampling.max_new_tokens
 
-    @torch.no_grad()
-    def synchronise(self, student: Student) -> None:
-        """Hand over the weights, in training at every n-th step."""
+    @contextmanager
+    def active(self, student: Student) -> Iterator[None]:
+        """Hand over the weights, in training at every n-th step; the engine may sleep afterwards."""
         if not student.training or self._steps % self.every_n_steps == 0:
-            self.engine.renew(student, self.dtype or fast_dtype(student.model.device))
+            with torch.no_grad():
+                self.engine.sync_weights(student, self.dtype or fast_dtype(student.model.device))
         self._steps += student.training
+        try:
+            yield
+        finally:
+            self.engine.sleep()
 
-    def sample(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+    def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Ask the engine; the seeds come from torch's default generator."""
         seeds = torch.randint(2**31, (len(batch),)).tolist()
         prompts = [prompt.tolist() for prompt in batch.student_prompts]
-        written = self.engine.complete(prompts, vllm_settings(self.sampling, student.eos_ids), seeds)
+        written = self.engine.generate(prompts, vllm_settings(self.sampling, student.eos_ids), seeds)
         responses = [torch.tensor(each.tokens) for each in written]
         log_probs = [torch.tensor(each.log_probs) for each in written]
         return Trajectories.of(batch, responses, student.eos_ids, log_probs)
-
-    def release(self) -> None:
-        """The engine may sleep."""
-        self.engine.sleep()
 
 
 def _check_importance(limit: float | None, sampling: Sampling) -> None:
@@ -75,7 +92,7 @@ def _check_importance(limit: float | None, sampling: Sampling) -> None:
         return
     if not limit > 0:
         raise ValueError(f"max_importance must be greater than 0, got {limit}")
-    if sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k > 0 or sampling.options:
+    if sampling.temperature != 1 or sampling.is_cut:
         raise ValueError(
             "max_importance needs tokens drawn from the softmax itself, whose log-probabilities the engine gives: set "
             "sampling.temperature to 1 and leave out top_p, top_k and options, or leave out max_importance"

@@ -72,7 +72,7 @@ class VLLMServer(Engine):
         except ServerError as error:
             raise UserError(f"model.rollout's engine: {error}") from error
 
-    def renew(self, student: Student, dtype: torch.dtype) -> None:
+    def sync_weights(self, student: Student, dtype: torch.dtype) -> None:
         """Through the folder, on the first rank; the step waits for it on all (`leaving_together`).
 
         Sharded weights are gathered there first, on the CPU.
@@ -115,7 +115,7 @@ class VLLMServer(Engine):
         if not isinstance(answer, dict) or not answer.get("success"):
             raise ServerError(f"{self._server.base_url} keeps what it has computed with the former weights")
 
-    def complete(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
+    def generate(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
         """A request a prompt; the server makes batches of them.
 
         Raises:

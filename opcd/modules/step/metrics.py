@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,31 +19,49 @@ UNEVEN = ("divergence", "rollout_gap")
 """How the names begin of values that a rank may lack, for it has no row of a teacher or of an engine's."""
 
 
-class Stopwatch:
-    """Seconds spent in named parts, each part summed over its visits.
+class PhaseTimer:
+    """Seconds spent in named phases, each summed over its visits.
 
-    On a GPU a part ends with a synchronisation, so that the seconds are those of the kernels it launched.
+    On a GPU events on the stream measure them: no phase waits for the kernels that it has launched.
 
     Attributes:
-        seconds: of each part.
-        part: the one that was begun last.
+        phase: the one that was begun last.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.part = ""
+        self.device, self.phase = device, ""
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Count the time inside the `with` block to `part`."""
-        self.part, start = part, time.perf_counter()
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time inside the `with` block to `phase`."""
+        self.phase, start = phase, self._now()
         try:
             yield
         finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.seconds[part] += time.perf_counter() - start
+            end = self._now()
+            if isinstance(start, float):
+                self._seconds[phase] += end - start
+            else:
+                self._events.append((phase, start, end))
+
+    def _now(self) -> Any:
+        """Seconds on a CPU, an event on a GPU."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each phase that has ended; on a GPU this waits for the kernels of all."""
+        for phase, start, end in self._events:
+            end.synchronize()
+            self._seconds[phase] += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return dict(self._seconds)
 
 
 class TokenMeans:
@@ -85,20 +104,20 @@ def repetition(responses: list[Tensor], length: int = 4) -> float:
 
 
 def step_metrics(
-    trajectories: Trajectories, means: TokenMeans, clock: Stopwatch, gradient_norm: Tensor
+    trajectories: Trajectories, means: TokenMeans, timer: PhaseTimer, gradient_norm: Tensor
 ) -> dict[str, float]:
     """What one step is logged as beside what is `UNEVEN`, by name: the same names, in one order, on every rank."""
-    rows = len(trajectories)
+    rows, seconds = len(trajectories), timer.seconds
     return {
         **{f"train/{name}": mean for name, mean in means.compute().items() if not name.startswith(UNEVEN)},
-        "train/tokens_per_s": means.tokens / clock.seconds["step"],
+        "train/tokens_per_s": means.tokens / seconds["step"],
         "train/response_tokens": means.tokens / rows,
         "train/ended": sum(trajectories.ended) / rows,
         "train/empty": trajectories.empty / rows,
         "train/repetition": repetition(trajectories.responses),
         "train/gradient_norm": float(gradient_norm),
-        "memory/peak_mib": peak_memory_mib(clock.device),
-        **{f"seconds/{part}": seconds for part, seconds in clock.seconds.items()},
+        "memory/peak_mib": peak_memory_mib(timer.device),
+        **{f"seconds/{phase}": spent for phase, spent in seconds.items()},
     }
 
 

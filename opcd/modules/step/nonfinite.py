@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -13,6 +13,9 @@ from opcd.data import Batch
 from opcd.modules.trajectories import Trajectories
 from opcd.runtime.errors import StepAbandoned
 from opcd.runtime.files.disk import write_whole
+
+if TYPE_CHECKING:
+    from opcd.modules.distiller import Distiller
 
 FOLDER = "bad_batches"
 
@@ -76,6 +79,21 @@ def what_is_bad(means: dict[str, float], gradient_norm: Tensor) -> str | None:
     bad += [] if math.isfinite(means["divergence"]) else ["the loss"]
     bad += [] if math.isfinite(float(gradient_norm)) else ["the gradients"]
     return f"not finite: {', '.join(bad)}" if bad else None
+
+
+def refuse_step(
+    module: "Distiller", batch: Batch, trajectories: Trajectories, means: dict[str, float], problem: str
+) -> None:
+    """Keep the batch of a step that is not taken, and count it.
+
+    Raises:
+        StepAbandoned: the run is to stop.
+    """
+    trainer, bad = module.trainer, module.bad_steps
+    folder = Path(trainer.log_dir or trainer.default_root_dir) / FOLDER
+    file = folder / f"step={trainer.global_step}-bad={bad.total}-rank={module.global_rank}.json"
+    keep_batch(file, batch, trajectories, problem, means)
+    bad.bad(trainer.global_step, problem, file)
 
 
 def keep_batch(file: Path, batch: Batch, trajectories: Trajectories, problem: str, means: dict[str, float]) -> None:

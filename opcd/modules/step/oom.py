@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opcd.modules.step.metrics import Stopwatch
+from opcd.modules.step.metrics import PhaseTimer
 from opcd.runtime.errors import StepAbandoned, UserError
-
-Result = TypeVar("Result")
 
 KNOBS = {
     "sync": "model.rollout's dtype: bfloat16",
@@ -31,11 +28,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def naming_the_knob(clock: Stopwatch, alone: bool) -> Iterator[None]:
+def explain_oom(timer: PhaseTimer, alone: bool) -> Iterator[None]:
     """Turn a failed allocation within a step into one message that names the settings to lower.
 
     Args:
-        clock: knows in which part of the step it happened.
+        timer: knows in which phase of the step it happened.
         alone: there are no other ranks, which would wait for this one: the state before the step can be saved.
 
     Raises:
@@ -47,7 +44,7 @@ def naming_the_knob(clock: Stopwatch, alone: bool) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        part = clock.part
+        part = timer.phase
         kind = StepAbandoned if alone and part != "optimizer" else UserError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise kind(
@@ -55,8 +52,8 @@ def naming_the_knob(clock: Stopwatch, alone: bool) -> Iterator[None]:
         ) from error
 
 
-def halving(run: Callable[[int], Result], undo: Callable[[], None], tokens: int, fewest: int) -> tuple[Result, int]:
-    """The result of `run(tokens)`, with half the tokens each time an allocation fails, and the tokens that it took.
+def shrinking(run: Callable[[int], None], undo: Callable[[], None], tokens: int, fewest: int) -> int:
+    """Call `run(tokens)`, with half the tokens each time an allocation fails; the tokens that it took.
 
     Args:
         run: draws the same random numbers each time, as its first attempt did.
@@ -68,7 +65,8 @@ def halving(run: Callable[[int], Result], undo: Callable[[], None], tokens: int,
     gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     while True:
         try:
-            return run(tokens), tokens
+            run(tokens)
+            return tokens
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or tokens <= fewest:
                 raise

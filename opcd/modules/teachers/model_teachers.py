@@ -1,22 +1,24 @@
 """Teachers that are models: another one, the student's base, an average of it, or the student itself."""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opcd.accel.cpu.attention import use_cpu_attention
-from opcd.accel.cpu.heap import let_go
+from opcd.accel import accelerator
 from opcd.models import ModelConfig, load_model
-from opcd.modules.distributed.sharding import InParts, whole
+from opcd.modules.distributed.sharding import InParts, full_tensor
 from opcd.modules.lm.adapters import trainable, twin, without_adapter
 from opcd.modules.lm.hidden_states import States, check_head
 from opcd.modules.student import Student
 from opcd.modules.teachers.base import ModelTeacher
 from opcd.modules.trajectories import Trajectories
 from opcd.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from opcd.modules.validation import Run
 
 
 class FrozenTeacher(ModelTeacher):
@@ -27,20 +29,42 @@ class FrozenTeacher(ModelTeacher):
         shard: each rank keeps a part of its layers, and one is whole while it computes; false: all of it on every rank.
     """
 
+    frozen: ClassVar[bool] = True
+    stands_alone: ClassVar[bool] = True
+
     def __init__(self, model: ModelConfig | None = None, shard: bool = False) -> None:
         self.config, self.shard = model, shard
         self._model: PreTrainedModel | None = None
         self._parts: InParts | None = None
 
-    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+    def setup(self, student: Student | None, student_config: ModelConfig, device: torch.device) -> None:
         """Load the model. UserError where that fails."""
         key = f"{self.key}.init_args.model" if self.config else "model.student"
         self._model = load_model(self.config or student_config, key=key, device=device)
-        use_cpu_attention(self._model)
+        accelerator(device).prepare(self._model)
         check_head(self._model, f"{key}.name")
         if self.shard:
             self._parts = InParts(self._model, device, f"{key}.name")
         self._model.to(device)  # type: ignore[arg-type]
+
+    def check(self, run: "Run") -> None:
+        """Refuse what a teacher whose layers lie in parts cannot do."""
+        if not self.shard:
+            return
+        key, distiller = f"{self.key}.init_args.shard", run.distiller
+        if run.ranks == 1:
+            raise UserError(f"{key} has no effect on one rank; remove it, or set trainer.devices")
+        if len(distiller.teacher.parts) > 1:
+            raise UserError(f"{key}: a rank without rows of this teacher would keep the others waiting; remove it")
+        if any(writer.asks_teacher for writer in distiller.rollout.parts):
+            raise UserError(f"{key}: a teacher in parts scores and does not write; use StudentRollout, or remove it")
+        if self.config is not None and self.config.quantization != "none":
+            raise UserError(f"{key}: quantized weights cannot lie in parts; remove it, or the quantization")
+        if self.prefix.mode == "auto":
+            raise UserError(
+                f"{key}: model.shared_prefix: auto may fail on one rank alone, and the others would wait; set it to "
+                "always (after a run on one rank that does not warn) or never"
+            )
 
     def score(self, trajectories: Trajectories, max_tokens: int) -> States:
         """As any model; where its layers lie in parts, the ranks make their passes together."""
@@ -49,25 +73,14 @@ class FrozenTeacher(ModelTeacher):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that scores; there after `prepare`."""
-        assert self._model is not None, "prepare() comes first"
+        """The model that scores; there after `setup`."""
+        assert self._model is not None, "setup() comes first"
         return self._model
 
-    def release(self, least: int = 0) -> None:
-        """The pages of weights that are mapped from a file: they are for the student's gradients meanwhile."""
-        weights = list(self.model.parameters())
-        if not self.shard and sum(weight.nbytes for weight in weights) >= least:
-            let_go(weights)
-
-    def after_step(self, student: Student) -> None:
-        """Nothing to follow."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the weights are elsewhere."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
+    @property
+    def idle_weights(self) -> list[Tensor]:
+        """All of them, but of layers that lie in parts."""
+        return [] if self.shard else list(self.model.parameters())
 
 
 class MovingAverageTeacher(ModelTeacher):
@@ -88,7 +101,7 @@ class MovingAverageTeacher(ModelTeacher):
         self.decay = decay
         self._model: PreTrainedModel | None = None
 
-    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+    def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Start from the student's weights."""
         self._model = twin(student.model).to(device)  # type: ignore[arg-type]
         for average in trainable(self._model).values():
@@ -97,21 +110,20 @@ class MovingAverageTeacher(ModelTeacher):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that scores; there after `prepare`."""
-        assert self._model is not None, "prepare() comes first"
+        """The model that scores; there after `setup`."""
+        assert self._model is not None, "setup() comes first"
         return self._model
 
     @torch.no_grad()
-    def after_step(self, student: Student) -> None:
+    def on_student_step(self, student: Student) -> None:
         """Move the average."""
         averages: list[Tensor] = list(trainable(self.model).values())
         if student.is_sharded:  # one whole tensor at a time
             for average, weight in zip(averages, trainable(student.model).values(), strict=True):
-                average.lerp_(whole(weight).float(), 1 - self.decay)
+                average.lerp_(full_tensor(weight).float(), 1 - self.decay)
         else:
             weights = [weight.float() for weight in trainable(student.model).values()]
             torch._foreach_lerp_(averages, weights, 1 - self.decay)
-        self.prefix.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The average."""
@@ -124,34 +136,30 @@ class MovingAverageTeacher(ModelTeacher):
             raise UserError("ckpt_path: its moving average is of other weights than model.adapter gives here")
         for name, average in averages.items():
             average.data.copy_(state["model"][name])
-        self.prefix.clear()
 
 
 class BaseTeacher(ModelTeacher):
     """The student's own base under the context, without the adapter: the frozen weights serve both, in one memory."""
 
+    frozen: ClassVar[bool] = True
+
     def __init__(self) -> None:
         self._model: PreTrainedModel | None = None
 
-    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+    def check(self, run: "Run") -> None:
+        """Refuse a student without an adapter."""
+        if run.distiller.adapter is None:
+            raise UserError("model.teacher: BaseTeacher is the student without its adapter; set model.adapter")
+
+    def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Take the base of a student with an adapter."""
         self._model = without_adapter(student.model).to(device)  # type: ignore[arg-type]
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that scores; there after `prepare`."""
-        assert self._model is not None, "prepare() comes first"
+        """The model that scores; there after `setup`."""
+        assert self._model is not None, "setup() comes first"
         return self._model
-
-    def after_step(self, student: Student) -> None:
-        """Nothing to follow: the base does not learn."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the weights are elsewhere."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
 
 
 class SelfTeacher(ModelTeacher):
@@ -163,12 +171,12 @@ class SelfTeacher(ModelTeacher):
     def __init__(self) -> None:
         self._student: Student | None = None
 
-    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+    def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Keep the student itself."""
         self._student = student
 
-    @torch.inference_mode(mode=False)  # as in `StudentRollout.synchronise`
-    def synchronise(self, student: Student) -> None:
+    @torch.inference_mode(mode=False)  # as in `StudentRollout.active`
+    def sync_weights(self, student: Student) -> None:
         """Gather sharded weights: a pass of the student's own would wait for ranks that have fewer."""
         if student.is_sharded:
             self._student = None  # the former copy goes first
@@ -176,17 +184,6 @@ class SelfTeacher(ModelTeacher):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that scores; there after `prepare`, of a sharded student after `synchronise`."""
-        assert self._student is not None, "prepare() comes first"
+        """The model that scores; there after `setup`, of a sharded student after `sync_weights`."""
+        assert self._student is not None, "setup() comes first"
         return self._student.model
-
-    def after_step(self, student: Student) -> None:
-        """Nothing to follow; what was computed with the old weights is dropped."""
-        self.prefix.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the weights are elsewhere."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""

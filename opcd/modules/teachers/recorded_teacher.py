@@ -1,13 +1,14 @@
 """A teacher out of a record: nothing of it is in memory but what it said."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from opcd.data import Batch
-from opcd.losses import Divergence, RecordedTopK, SampledReverseKL, TopK
+from opcd.losses import RecordedTopK
+from opcd.losses.divergences import Known
 from opcd.models import ModelConfig
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.student import Student
@@ -15,6 +16,9 @@ from opcd.modules.teachers.base import Teacher
 from opcd.modules.teachers.record_folder import Record, read_origin, tokenizer_hash
 from opcd.modules.trajectories import Trajectories
 from opcd.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from opcd.modules.validation import Run
 
 
 class RecordedTeacher(Teacher):
@@ -26,6 +30,9 @@ class RecordedTeacher(Teacher):
         folder: of the record.
     """
 
+    provides: ClassVar[tuple[Known, ...]] = ("topk",)
+    frozen: ClassVar[bool] = True
+
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
@@ -33,15 +40,25 @@ class RecordedTeacher(Teacher):
     def _folder_key(self) -> str:
         return f"{self.key}.init_args.folder"
 
-    def check(self, loss: Divergence | SampledReverseKL, temperature: float, sampling: Sampling) -> None:
-        """Refuse a run that the record does not serve, before a model is loaded.
+    def check(self, run: "Run") -> None:
+        """Refuse a run that the record does not serve.
 
         Raises:
-            UserError: there is no record, or it was made for another loss, temperature or sampling.
+            UserError: there is no record, or it was made for another loss, temperature or sampling; or the responses
+                are not the teacher's own.
         """
         origin = read_origin(self.folder, self._folder_key)
-        if not isinstance(loss, TopK):
-            raise UserError(f"model.loss: a record holds {origin.k} tokens a position; use TopK with support: teacher")
+        loss, temperature = run.distiller.objective.loss, run.distiller.objective.temperature
+        for part in run.distiller.rollout.parts:
+            if part.writer != "teacher" or part.sampling is None:
+                raise UserError(
+                    f"model.rollout: RecordedTeacher knows its own responses alone, and {type(part).__name__} takes "
+                    "others; use TeacherRollout"
+                )
+            if vars(part.sampling) != origin.sampling:
+                raise UserError(
+                    f"model.rollout: its sampling must be the record's, {origin.sampling}; nothing is drawn"
+                )
         try:
             loss.check_record(origin.k)
         except ValueError as error:
@@ -51,10 +68,7 @@ class RecordedTeacher(Teacher):
                 f"model.temperature is {temperature}, but {self.folder} was recorded at {origin.temperature}"
             )
 
-        if vars(sampling) != origin.sampling:
-            raise UserError(f"model.rollout: its sampling must be the record's, {origin.sampling}; nothing is drawn")
-
-    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+    def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Read and verify the record. UserError where it is damaged or has another tokenizer."""
         self._record = Record(self.folder, self._folder_key)
         if self._record.origin.tokenizer != tokenizer_hash(student.tokenizer):
@@ -69,20 +83,10 @@ class RecordedTeacher(Teacher):
         device = trajectories.responses[0].device
         return RecordedTopK(torch.cat(tokens).to(device), torch.cat(log_probs).to(device))
 
-    def respond(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
+    def generate(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
         """A recorded response a prompt, drawn where there are several; `check` has compared the sampling."""
         chosen = []
         for prompt in batch.teacher_prompts:
             responses = self._record.responses(prompt)
             chosen.append(responses[int(torch.randint(len(responses), ()))].to(prompt.device))
         return chosen
-
-    def after_step(self, student: Student) -> None:
-        """Nothing to follow."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the record is elsewhere."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""

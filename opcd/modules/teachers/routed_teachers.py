@@ -1,7 +1,8 @@
 """Several teachers in one run: each row is scored by its own (multi-teacher distillation without averaging)."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +14,6 @@ from opcd.modules.lm.generation import Sampling
 from opcd.modules.lm.hidden_states import Routed
 from opcd.modules.student import Student
 from opcd.modules.teachers.base import Teacher
-from opcd.modules.teachers.recorded_teacher import RecordedTeacher
-from opcd.modules.teachers.served_teacher import ServedTeacher
 from opcd.modules.trajectories import Trajectories
 
 
@@ -45,20 +44,23 @@ class RoutedTeachers(Teacher):
         """What a ContextQueryDataModule must know of them, as its `teacher`."""
         return TeacherModels({name: teacher.config for name, teacher in self.teachers.items()}, self.default)
 
-    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+    def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Get all of them ready."""
         for teacher in self.teachers.values():
-            teacher.prepare(student, student_config, device)
+            teacher.setup(student, student_config, device)
 
-    def synchronise(self, student: Student) -> None:
+    def sync_weights(self, student: Student) -> None:
         """Let all of them take over what they need."""
         for teacher in self.teachers.values():
-            teacher.synchronise(student)
+            teacher.sync_weights(student)
 
-    def ask(self, trajectories: Trajectories) -> None:
-        """Let each hear of its own rows."""
-        for name, rows in _by_name(trajectories.teachers).items():
-            self.teachers[name].ask(trajectories.select(rows))
+    @contextmanager
+    def session(self, trajectories: Trajectories) -> Iterator[None]:
+        """Those of all, each with its own rows."""
+        with ExitStack() as sessions:
+            for name, rows in _by_name(trajectories.teachers).items():
+                sessions.enter_context(self.teachers[name].session(trajectories.select(rows)))
+            yield
 
     def score(self, trajectories: Trajectories, max_tokens: int) -> Routed:
         """What each teacher says of its own rows."""
@@ -67,18 +69,18 @@ class RoutedTeachers(Teacher):
             parts[name] = rows, self.teachers[name].score(trajectories.select(rows), max_tokens)
         return Routed(parts)
 
-    def respond(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
+    def generate(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
         """Each row's response by its own teacher."""
         written: dict[int, Tensor] = {}
         for name, rows in _by_name([example.teacher for example in batch.examples]).items():
-            responses = self.teachers[name].respond(batch.select(rows), sampling, eos_ids, pad_id)
+            responses = self.teachers[name].generate(batch.select(rows), sampling, eos_ids, pad_id)
             written.update(zip(rows, responses, strict=True))
         return [written[row] for row in range(len(batch))]
 
-    def after_step(self, student: Student) -> None:
+    def on_student_step(self, student: Student) -> None:
         """Let all of them follow."""
         for teacher in self.teachers.values():
-            teacher.after_step(student)
+            teacher.on_student_step(student)
 
     def state_dict(self) -> dict[str, Any]:
         """The states of those that have one, by name."""
@@ -89,10 +91,10 @@ class RoutedTeachers(Teacher):
         for name, own in state.items():
             self.teachers[name].load_state_dict(own)
 
-    def release(self, least: int = 0) -> None:
-        """All of them."""
-        for teacher in self.teachers.values():
-            teacher.release(least)
+    @property
+    def idle_weights(self) -> list[Tensor]:
+        """Those of all."""
+        return [weight for teacher in self.teachers.values() for weight in teacher.idle_weights]
 
 
 def _by_name(names: Sequence[str | None]) -> dict[str, list[int]]:
@@ -111,12 +113,13 @@ def _check(teachers: dict[str, Teacher], default: str | None) -> None:
             "model.teacher: RoutedTeachers wants teachers: a mapping from the names in the rows to teachers"
         )
     for name, teacher in teachers.items():
-        if isinstance(teacher, RoutedTeachers):
+        if teacher.parts.keys() != {None}:
             raise ValueError(f"{teacher_key(name)} is itself RoutedTeachers; name its teachers one level up")
-    for kind in (RecordedTeacher, ServedTeacher):
-        if len({isinstance(teacher, kind) for teacher in teachers.values()}) > 1:
-            raise ValueError(
-                f"model.teacher: {kind.__name__} goes with others of its kind alone: of its positions less is known"
-            )
+    if len({teacher.provides for teacher in teachers.values()}) > 1:
+        least = min(teachers.values(), key=lambda teacher: "distribution" in teacher.provides)
+        raise ValueError(
+            f"model.teacher: {type(least).__name__} cannot be combined with other teacher types: it provides "
+            f"{' and '.join(least.provides)} log-probabilities only"
+        )
     if default is not None and default not in teachers:
         raise ValueError(f"model.teacher.init_args.default: no teacher {default!r}; {nearest(default, teachers)}")

@@ -1,21 +1,26 @@
 """A teacher behind a server: it is asked for log-probabilities, and no weight of it is in this process."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from opcd.data import Batch
-from opcd.losses import Divergence, RecordedTokens, RecordedTopK, SampledReverseKL, TopK
+from opcd.losses import Loss, RecordedTokens, RecordedTopK
+from opcd.losses.divergences import Known
 from opcd.losses.log_probs import NEVER
-from opcd.models import ModelConfig
-from opcd.modules.lm.generation import Sampling
+from opcd.models import ModelConfig, load_tokenizer
 from opcd.modules.student import Student
-from opcd.modules.teachers.base import Teacher
+from opcd.modules.teachers.base import Reader, Teacher
 from opcd.modules.trajectories import Trajectories
 from opcd.runtime.errors import StepAbandoned, UserError
 from opcd.serving import ServedModel, Server, ServerError
+
+if TYPE_CHECKING:
+    from opcd.modules.validation import Run
+
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of the prompt with the context, and of the response."""
@@ -37,6 +42,8 @@ class ServedTeacher(Teacher):
         patience: seconds for which a row without an answer is asked for again, before the run ends with a checkpoint.
     """
 
+    provides: ClassVar[tuple[Known, ...]] = ("topk", "token")
+
     def __init__(
         self,
         base_url: str,
@@ -52,29 +59,38 @@ class ServedTeacher(Teacher):
         self._said: dict[Row, tuple[Tensor, Tensor]] = {}
 
     @property
-    def window(self) -> int | None:
-        """Most tokens of a prompt and its response; None where the server does not say."""
-        return self._model.window
+    def reader(self) -> Reader:
+        """The model behind the server."""
+        return Reader(f"{self.key}.init_args.name", self.name, self._model.window)
 
-    def check(self, loss: Divergence | SampledReverseKL, temperature: float) -> None:
-        """Refuse what a few log-probabilities a position do not serve (UserError), and note how many there must be."""
-        if temperature != 1:
+    def check(self, run: "Run") -> None:
+        """Refuse what a few log-probabilities a position do not serve, or a server that has not what is asked for."""
+        distiller = run.distiller
+        if any(part.asks_teacher for part in distiller.rollout.parts):
             raise UserError(
-                f"model.temperature is {temperature}, but a server gives log-probabilities at 1; set it to 1"
+                "model.rollout: ServedTeacher scores responses and writes none; use StudentRollout, or "
+                "RecordedRollout, which takes those of the data"
             )
-        if isinstance(loss, SampledReverseKL):
-            self._k = 0
-            return
-        if not isinstance(loss, TopK):
+        if distiller.objective.temperature != 1:
             raise UserError(
-                "model.loss: a server tells log-probabilities of a few tokens a position; use TopK with support: "
-                "teacher, or SampledReverseKL"
+                f"model.temperature is {distiller.objective.temperature}, but a server gives log-probabilities at 1; "
+                "set it to 1"
             )
+        self.serve(distiller.objective.loss)
+        if run.connect:
+            self.connect(load_tokenizer(distiller.student_config, "model.student"))
+
+    def serve(self, loss: Loss) -> None:
+        """Note how many tokens a position a loss needs; 0: the sampled one alone.
+
+        Raises:
+            UserError: the loss needs more than a server tells.
+        """
+        self._k = 0 if loss.needs == "token" else getattr(loss, "k", 0)
         try:
-            loss.check_record(loss.k)
+            loss.check_record(self._k)
         except ValueError as error:
             raise UserError(f"model.loss: {error}") from error
-        self._k = loss.k
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Ask the server whether it has the model, the tokenizer and as many tokens a position; needs no weights.
@@ -87,12 +103,13 @@ class ServedTeacher(Teacher):
         except ServerError as error:
             raise UserError(f"{self.key}.init_args: {error}") from error
 
-    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+    def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Learn how many tokens the student has."""
         self._vocabulary = int(student.model.config.get_text_config().vocab_size)
 
-    def ask(self, trajectories: Trajectories) -> None:
-        """Send all rows, several at a time; equal ones once.
+    @contextmanager
+    def session(self, trajectories: Trajectories) -> Iterator[None]:
+        """Ask for all rows' log-probabilities, several requests at a time; equal rows once.
 
         Raises:
             StepAbandoned: the server does not answer in time, or gives what cannot be right.
@@ -106,9 +123,13 @@ class ServedTeacher(Teacher):
                 "--ckpt_path last"
             ) from error
         self._said = dict(zip(rows, said, strict=True))
+        try:
+            yield
+        finally:
+            self._said = {}
 
     def score(self, trajectories: Trajectories, max_tokens: int) -> RecordedTopK | RecordedTokens:
-        """What the server has said of all response tokens, [N, k] or [N]; `ask` comes first."""
+        """What the server has said of all response tokens, [N, k] or [N]; within a `session`."""
         tokens, log_probs = zip(*(self._said[row] for row in _rows(trajectories)), strict=True)
         device = trajectories.responses[0].device
         ids, values = torch.cat(tokens).to(device), torch.cat(log_probs).to(device)
@@ -117,20 +138,6 @@ class ServedTeacher(Teacher):
         # A longer vocabulary is padding, which the student has no token for: its mass is that of all the others.
         padding = ids >= self._vocabulary
         return RecordedTopK(ids.masked_fill(padding, self._vocabulary), values.masked_fill(padding, NEVER))
-
-    def respond(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
-        """It writes nothing; `check_served` refuses a rollout that would ask."""
-        raise UserError("model.rollout: ServedTeacher scores responses and writes none; use StudentRollout")
-
-    def after_step(self, student: Student) -> None:
-        """Nothing to follow."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the weights are elsewhere."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
 
 
 def _rows(trajectories: Trajectories) -> list[Row]:

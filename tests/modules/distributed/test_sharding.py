@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from opcd.models import ModelConfig
-from opcd.modules import FrozenTeacher, RoutedTeachers, SelfTeacher, Student, StudentRollout, TeacherRollout
-from opcd.modules.step.validation import check_teacher_parts
+from opcd.modules import Distiller, FrozenTeacher, RoutedTeachers, SelfTeacher, Student, StudentRollout, TeacherRollout
+from opcd.modules.validation import Run, validate
 from opcd.runtime.errors import UserError
 from tests.helpers.ranks import SHARDED, run
 from tests.helpers.rows import write_rows
@@ -212,9 +212,9 @@ def test_a_teacher_in_parts_teaches_what_it_teaches_whole(strategy, taught, opcd
     ],
 )
 def test_what_a_teacher_in_parts_cannot_do_is_refused(teacher, rollout, ranks, prefix, said):
-    teacher.share_prefixes(prefix, 64)
+    distiller = Distiller(teacher=teacher, rollout=rollout, shared_prefix=prefix)
     with pytest.raises(UserError, match=said):
-        check_teacher_parts(teacher, rollout, ranks)
+        validate(Run(distiller, ranks=ranks))
 
 
 def test_predictions_need_no_teacher_and_so_none_in_parts(tiny, rows, context, opcd, tmp_path):
@@ -228,4 +228,4 @@ def test_predictions_need_no_teacher_and_so_none_in_parts(tiny, rows, context, o
 
 def test_several_teachers_cannot_lie_in_parts():
     with pytest.raises(UserError, match="a rank without rows of this teacher"):
-        check_teacher_parts(RoutedTeachers({"a": FrozenTeacher(shard=True), "b": SelfTeacher()}), StudentRollout(), 2)
+        validate(Run(Distiller(teacher=RoutedTeachers({"a": FrozenTeacher(shard=True), "b": SelfTeacher()})), ranks=2))

@@ -8,11 +8,12 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opcd.accel.cpu import prefix_attention as packed_attention
+from opcd.accel.cpu.accelerator import CPUAccelerator
 from opcd.models import ModelConfig
 from opcd.modules import MovingAverageTeacher, SelfTeacher
 from opcd.modules.lm.generation import Sampling, generate
 from opcd.modules.prefix import packing
-from opcd.modules.prefix.prefix_cache import SharedPrefix
+from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories
 from opcd.planning.sizes import MASK
@@ -51,7 +52,7 @@ def test_sdpa_with_a_mask(family, mixed, monkeypatch) -> None:
     """What a GPU takes without FlexAttention."""
     torch.manual_seed(0)
     model = FAMILIES[family]()
-    monkeypatch.setattr(packing, "attends_by_rows", lambda model: False)
+    monkeypatch.setattr(CPUAccelerator, "packed_attention", lambda *arguments: None)
     fast, full = Teaches(model).score(mixed, 4096), Teaches(model, "never").score(mixed, 4096)
     assert_close(fast.hidden, full.hidden, rtol=1e-5, atol=1e-5)
 
@@ -103,9 +104,9 @@ def test_attention_without_such_masks_falls_back_before_any_pass(name, mixed, mo
     monkeypatch.setattr(model.config, "_attn_implementation", name)
     monkeypatch.setattr(model.model, "forward", None)
     with pytest.warns(UserWarning, match=f"attention {name} takes no mask of packed rows; set attention to sdpa"):
-        assert SharedPrefix("auto").score(model, mixed.teacher_prefixes, rows, 4096) == {}
+        assert PrefixCache("auto").score(model, mixed.teacher_prefixes, rows, 4096) == {}
     with pytest.raises(UserError, match=r"model\.shared_prefix: always does not work for LlamaForCausalLM"):
-        SharedPrefix("always").score(model, mixed.teacher_prefixes, rows, 4096)
+        PrefixCache("always").score(model, mixed.teacher_prefixes, rows, 4096)
     with pytest.raises(ValueError, match="takes no mask of packed rows"):
         packing.packed_masks(model, 4, [3, 2])
 
@@ -221,17 +222,19 @@ def test_the_least_used_prefix_goes_first(mixed) -> None:
 def test_changed_weights_compute_the_context_anew(make, tiny, batch) -> None:
     config = ModelConfig(name=tiny)
     student, teacher = Student.load(config), make()
-    teacher.prefix = SharedPrefix("always")
-    teacher.prepare(student, config, torch.device("cpu"))
+    teacher.prefix = PrefixCache("always")
+    teacher.setup(student, config, torch.device("cpu"))
+    teacher.prefix.use(student.version)
     trajectories = Trajectories.of(batch, ids(*[4] * len(batch)), {2})
     teacher.score(trajectories, 4096)
     assert teacher.prefix._entries
     with torch.no_grad():
         for weight in student.parameters():
             weight.mul_(1.1)
-    teacher.after_step(student)
+    teacher.on_student_step(student)
+    teacher.prefix.use(student.version)
     fast = teacher.score(trajectories, 4096).hidden
-    teacher.prefix = SharedPrefix("never")
+    teacher.prefix = PrefixCache("never")
     assert_close(fast, teacher.score(trajectories, 4096).hidden, rtol=1e-4, atol=1e-4)
 
 
@@ -252,11 +255,11 @@ def test_generation_behind_shared_prefixes(family) -> None:
     prompts = [torch.cat(pair) for pair in zip(contexts, ids(3, 9, 1, 14, seed=2), strict=True)]
     if "sliding" in family or "both kinds" in family:
         with torch.no_grad():
-            assert SharedPrefix("always").encoded(model, contexts, prompts) is None  # padding counts as distance
+            assert PrefixCache("always").encoded(model, contexts, prompts) is None  # padding counts as distance
         contexts, prompts = [one] * 2, [torch.cat([one, query]) for query in ids(5, 5, seed=2)]
     greedy = Sampling(12, temperature=0.0)
     expected = [row.tolist() for row in generate(model, prompts, greedy, {96}, 0)]
-    prefix = SharedPrefix()
+    prefix = PrefixCache()
     for _ in range(2):
         with torch.no_grad():
             encoded = prefix.encoded(model, contexts, prompts)
@@ -269,8 +272,8 @@ def test_prompts_that_share_nothing_are_generated_whole() -> None:
     contexts = ids(30, 30, seed=1)
     prompts = [torch.cat([context, query]) for context, query in zip(contexts, ids(3, 9), strict=True)]
     with torch.no_grad():
-        assert SharedPrefix("always").encoded(model, contexts, prompts) is None
-        assert SharedPrefix("never").encoded(model, contexts[:1] * 2, prompts[:1] * 2) is None
+        assert PrefixCache("always").encoded(model, contexts, prompts) is None
+        assert PrefixCache("never").encoded(model, contexts[:1] * 2, prompts[:1] * 2) is None
 
 
 class Layer:

@@ -27,10 +27,10 @@ from opcd.modules import (
 )
 from opcd.modules.lm.generation import generate
 from opcd.modules.lm.hidden_states import States, head_of, last_hidden
+from opcd.modules.rollout_mismatch import RolloutMismatch
 from opcd.modules.rollouts.engine import Completion, Engine, vllm_settings
-from opcd.modules.step.rollout_mismatch import Drift
-from opcd.modules.step.validation import check_engine, check_shards
 from opcd.modules.student import Student
+from opcd.modules.validation import Run, validate
 from opcd.runtime.errors import StepAbandoned, UserError
 from opcd.runtime.extras import install_hint
 from tests.helpers.ranks import SHARDED, run
@@ -45,7 +45,7 @@ class Plain(Engine):
     def __init__(self, noise: float = 0.0) -> None:
         self.noise, self.renewed, self.model = noise, 0, None
 
-    def renew(self, student, dtype):
+    def sync_weights(self, student, dtype):
         self.renewed += 1
         self.model = copy.deepcopy(student.model).to(dtype)
         with torch.random.fork_rng(), torch.no_grad():
@@ -53,7 +53,7 @@ class Plain(Engine):
             for weight in self.model.parameters():
                 weight.mul_(1 + self.noise * torch.randn_like(weight))
 
-    def complete(self, prompts, settings, seeds):
+    def generate(self, prompts, settings, seeds):
         answers = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             with torch.random.fork_rng():
@@ -95,7 +95,7 @@ def test_the_gap_of_responses_that_are_known(tiny, batch):
     given = [torch.tensor([-1.0, -2.0, -3.0]), None, torch.tensor([-4.0, -5.0])]
     trajectories = Trajectories.of(part, responses, {2}, given)
     states = States(last_hidden(student.model, trajectories.student_prompts, responses), head_of(student.model))
-    drift = Drift.of(states, trajectories)
+    drift = RolloutMismatch.of(states, trajectories)
     own = []
     for prompt, response in zip(trajectories.student_prompts, responses, strict=True):
         logits = student.model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].double()
@@ -105,7 +105,7 @@ def test_the_gap_of_responses_that_are_known(tiny, batch):
     assert_close(drift.gap, expected[[0, 1, 2, 4, 5]].abs(), rtol=1e-4, atol=1e-4)
     assert_close(drift.importance(1.5), expected.exp().clamp(max=1.5), rtol=1e-3, atol=1e-4)
     assert not drift.log_ratios.requires_grad
-    assert Drift.of(states, Trajectories.of(part, responses, {2})) is None
+    assert RolloutMismatch.of(states, Trajectories.of(part, responses, {2})) is None
 
 
 def test_what_follows_the_end_has_no_log_probability(batch):
@@ -119,10 +119,10 @@ def test_importance_weighs_every_token(monkeypatch, tmp_path, data, tiny, tiny_t
     """The gradient of a whole step against the definition, in float64."""
     rollout = VLLMRollout(Plain(noise=0.05), Sampling(6), dtype="float32", max_importance=limit)
     seen = []
-    monkeypatch.setattr(VLLMRollout, "sample", _keeping(VLLMRollout.sample, seen))
+    monkeypatch.setattr(VLLMRollout, "generate", _keeping(VLLMRollout.generate, seen))
     teacher = FrozenTeacher(ModelConfig(name=tiny_teacher, dtype="float32"))
     distiller = Distiller(ModelConfig(name=tiny), teacher, rollout=rollout, reduction="token", micro_batch_tokens=200)
-    found = gradients(monkeypatch, tmp_path, data, distiller, precision="64-true", limit_val_batches=0)
+    found = gradients(tmp_path, data, distiller, precision="64-true", limit_val_batches=0)
 
     (trajectories,) = seen
     student, frozen = distiller.student.model, teacher.model.double()
@@ -202,11 +202,12 @@ def test_a_rollout_within_another_is_looked_at_as_well(monkeypatch):
     assert GameRollout(writes).max_importance == 2.0
     mixed = MixedRollout([VLLMRollout(ColocatedVLLM()), RecordedRollout()], [0.5, 0.5])
     for rollout in (writes, GameRollout(writes), mixed, GameRollout(mixed)):
-        check_engine(rollout, 1)
+        distiller = Distiller(rollout=rollout)
+        validate(Run(distiller))
         with pytest.raises(UserError, match="ColocatedVLLM is for one process"):
-            check_engine(rollout, 2)
+            validate(Run(distiller, ranks=2))
         with pytest.raises(UserError, match="ColocatedVLLM takes no sharded weights"):
-            check_shards(None, rollout, False, torch.optim.AdamW)
+            validate(Run(distiller, ranks=2, sharded=True))
 
 
 def test_a_server_that_is_not_vllms_is_one_message(tiny, monkeypatch, tmp_path):
@@ -215,19 +216,19 @@ def test_a_server_that_is_not_vllms_is_one_message(tiny, monkeypatch, tmp_path):
     with serving(Served(tiny)) as server:
         engine = VLLMServer(server.url, "teacher", str(tmp_path / "weights"), timeout=20.0, patience=20.0)
         with pytest.raises(StepAbandoned, match=r"start the server with VLLM_SERVER_DEV_MODE=1.*--ckpt_path last"):
-            engine.renew(Student.load(ModelConfig(name=tiny)), torch.float32)
+            engine.sync_weights(Student.load(ModelConfig(name=tiny)), torch.float32)
         assert load_file(tmp_path / "weights" / "model.safetensors").keys() >= {"lm_head.weight"}
         settings = vllm_settings(Sampling(4), {2}) | {
             "prompt_logprobs": 0
         }  # the test server's answer, which is replaced
         server.fault = lambda handler, path, answer: {"choices": [{"text": "It is."}]}
         with pytest.raises(StepAbandoned, match="not of vLLM's form"):
-            engine.complete([[5, 6]], settings, [0])
+            engine.generate([[5, 6]], settings, [0])
         server.fault = lambda handler, path, answer: {
             "choices": [{"token_ids": [7, 2], "logprobs": {"token_logprobs": [-0.5]}}]
         }
         with pytest.raises(StepAbandoned, match="1 log-probabilities of 2 tokens"):
-            engine.complete([[5, 6]], settings, [0])
+            engine.generate([[5, 6]], settings, [0])
 
 
 @pytest.mark.case("E1")
@@ -241,7 +242,7 @@ def test_a_folder_of_the_users_is_refused_and_kept(tiny, monkeypatch, tmp_path):
         with pytest.raises(UserError, match=r"weights of VLLMServer: .* holds files that opcd did not write there"):
             engine.connect()
         with pytest.raises(UserError, match="did not write there"):
-            engine.renew(student, torch.float32)
+            engine.sync_weights(student, torch.float32)
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["work", "work/model.safetensors"]
     assert (tmp_path / "work" / "model.safetensors").read_text() == "mine"
 
@@ -251,12 +252,12 @@ def test_weights_take_the_place_of_former_ones_only(tiny, monkeypatch, tmp_path)
     engine = VLLMServer("http://127.0.0.1:9", "student", str(tmp_path / "weights"))
     monkeypatch.setattr(engine, "_develop", lambda *args: {"success": True})
     student = Student.load(ModelConfig(name=tiny))
-    engine.renew(student, torch.float32)
-    engine.renew(student, torch.bfloat16)
+    engine.sync_weights(student, torch.float32)
+    engine.sync_weights(student, torch.bfloat16)
     assert load_file(tmp_path / "weights" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     (tmp_path / "weights" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="notes"):
-        engine.renew(student, torch.float32)
+        engine.sync_weights(student, torch.float32)
     assert len(list((tmp_path / "weights").iterdir())) == 3
 
 

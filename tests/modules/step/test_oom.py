@@ -8,6 +8,7 @@ from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Sampling, SelfTeacher, Student, StudentRollout
 from opcd.runtime.errors import StepAbandoned, UserError
+from tests.helpers.training import KeepGradients
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def too_much(*args: object, **kwargs: object) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "kind", "message"),
     [
-        (StudentRollout, "sample", StepAbandoned, "in a step's rollout .*lower data.batch_size, or max_new_tokens"),
+        (StudentRollout, "generate", StepAbandoned, "in a step's rollout .*lower data.batch_size, or max_new_tokens"),
         (SelfTeacher, "score", StepAbandoned, "in a step's teacher .*lower model.micro_batch_tokens, data.max_context"),
         (Student, "score", StepAbandoned, "in a step's student .*model.gradient_checkpointing: true"),
         (torch.optim.SGD, "step", UserError, "in a step's optimizer .*smaller state"),
@@ -61,24 +62,20 @@ def test_smaller_micro_batches_give_the_same_step(monkeypatch, tmp_path, tiny, r
     score = Student.score
 
     def gradient(limit: int, **options: object) -> tuple[torch.Tensor, int]:
-        fitted, found = [], []
+        fitted = []
 
         def limited(student, part):
             fitted.append(len(part) * part.longest <= limit)
             return too_much() if not fitted[-1] or (limit == 100 and sum(fitted) == 2) else score(student, part)
 
-        def no_step(self, *args):
-            found.append(torch.cat([weight.grad.flatten() for weight in self.student.parameters()]))
-            return torch.tensor(0.0)
-
         monkeypatch.setattr(Student, "score", limited)
-        monkeypatch.setattr(Distiller, "_optimizer_step", no_step)
         torch.manual_seed(0)
         distiller = Distiller(ModelConfig(name=tiny), rollout=StudentRollout(Sampling(max_new_tokens=4)), **options)
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        kept = KeepGradients.of(distiller)
+        quiet = {"callbacks": [kept], "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = Trainer(max_epochs=1, limit_train_batches=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
         trainer.fit(distiller, datamodule=ContextQueryDataModule(train=str(rows), context=str(context)))
-        return found[0], distiller.micro_batch_tokens
+        return torch.cat([value.flatten() for value in kept.found.values()]), distiller.micro_batch_tokens
 
     whole, tokens = gradient(4096, halve_micro_batches=True)
     assert tokens == 4096

@@ -24,7 +24,7 @@ from opcd.modules import (
     TeacherRollout,
     Trajectories,
 )
-from opcd.modules.step.metrics import Stopwatch, TokenMeans, step_metrics
+from opcd.modules.step.metrics import PhaseTimer, TokenMeans, step_metrics
 from opcd.runtime.errors import UserError
 from tests.helpers.rows import write_rows
 from tests.helpers.training import (
@@ -74,13 +74,13 @@ def test_a_step_is_the_weighted_sum_of_the_teachers(monkeypatch, tmp_path, sets,
         size = {"micro_batch_tokens": rows * (data.longest_student_prompt("train") + 12)}
         options = {"rollout": RecordedRollout(), "reduction": reduction, "shared_prefix": prefix, **size}
         distiller = Distiller(ModelConfig(name=tiny), routed(tiny, tiny_teacher), ReverseKL(), **options)
-        found.append(gradients(monkeypatch, tmp_path, data, distiller))
+        found.append(gradients(tmp_path, data, distiller))
 
     student = load_model(ModelConfig(name=tiny), torch.float32)
     folders = {"maths": tiny_teacher, "style": tiny}
     models = {name: load_model(ModelConfig(name=folder), torch.float32) for name, folder in folders.items()}
     batch = data.encode(data.examples("train"))
-    trajectories = RecordedRollout().sample(distiller.student, distiller.teacher, batch)
+    trajectories = RecordedRollout().generate(distiller.student, distiller.teacher, batch)
     lengths, loss, nats = trajectories.lengths, 0.0, {"maths": [], "style": []}
     for row, name in enumerate(trajectories.teachers):
         mean = dense_reference(student, models[name], trajectories.select([row]), "reverse", "token")
@@ -105,7 +105,7 @@ def test_one_batch_is_the_batches_of_both_teachers(monkeypatch, tmp_path, sets, 
 
     def step(order, teacher):
         run = Distiller(ModelConfig(name=tiny), teacher, rollout=RecordedRollout(), reduction="token")
-        return gradients(monkeypatch, tmp_path, module(sets, teacher, order), run, precision="64-true")
+        return gradients(tmp_path, module(sets, teacher, order), run, precision="64-true")
 
     def both():
         return RoutedTeachers({name: cls() for name, cls in make.items()})
@@ -124,7 +124,7 @@ def test_each_row_is_answered_by_its_own_teacher(sets, tiny, tiny_teacher):
     distiller.trainer = trainer(None)
     distiller.configure_model()
     batch = data.encode(data.examples("train"))
-    written = TeacherRollout(Sampling(max_new_tokens=5, temperature=0.0)).sample(distiller.student, teacher, batch)
+    written = TeacherRollout(Sampling(max_new_tokens=5, temperature=0.0)).generate(distiller.student, teacher, batch)
     assert written.teachers == ["style", "maths", "style", "maths"]
     for row, name in enumerate(written.teachers):
         response = written.responses[row]
@@ -148,7 +148,7 @@ def test_a_step_is_logged_under_the_same_names_on_every_rank(batch):
     trajectories = Trajectories.of(batch, [torch.tensor([4, 5, 2])] * len(batch), {2})
     known = {"divergence": torch.ones(3), "student_entropy": torch.ones(3)}
     more = {"rollout_gap": torch.ones(2), "divergence/a": torch.ones(3)}
-    clock = Stopwatch(torch.device("cpu"))
+    clock = PhaseTimer(torch.device("cpu"))
     with clock("step"):
         ranks = [TokenMeans(), TokenMeans()]
     for means, values in zip(ranks, (known, more | known), strict=True):

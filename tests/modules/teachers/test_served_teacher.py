@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import ExitStack
 from email.utils import formatdate
 
 import pytest
@@ -21,6 +22,7 @@ from opcd.losses.log_probs import NEVER
 from opcd.models import ModelConfig
 from opcd.models.hub_access import hub_reachable
 from opcd.modules import (
+    Distiller,
     FrozenTeacher,
     MixedRollout,
     RecordedRollout,
@@ -31,7 +33,7 @@ from opcd.modules import (
     Trajectories,
 )
 from opcd.modules.objective import Objective
-from opcd.modules.step.validation import check_served
+from opcd.modules.validation import Run, validate
 from opcd.runtime import interruption
 from opcd.runtime.errors import StepAbandoned, UserError
 from opcd.runtime.interruption import Interrupted
@@ -46,6 +48,20 @@ HASTY = {"timeout": 0.3, "patience": 0.4}
 BRIEF = {"timeout": 30.0, "patience": 0.4}
 CACHE = ("--enable-scale-out", "--enable-prompt-tokens-details", "--block-size", 32)
 KEY = "planted-KEY-0123456789"
+
+
+SESSIONS = ExitStack()
+
+
+@pytest.fixture(autouse=True)
+def closed_sessions():
+    yield
+    SESSIONS.close()
+
+
+def ask(teacher, trajectories):
+    """Begin a session, which ends with the test: its scores are there from now on."""
+    SESSIONS.enter_context(teacher.session(trajectories))
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +100,9 @@ def connected(server, student):
 
     def make(loss=TOP, **options):
         teacher = ServedTeacher(server.url, "teacher", concurrency=3)
-        teacher.check(loss, 1.0)
+        teacher.serve(loss)
         teacher.connect(student.tokenizer)
-        teacher.prepare(student, ModelConfig(), torch.device("cpu"))
+        teacher.setup(student, ModelConfig(), torch.device("cpu"))
         server.seen.clear()
         vars(teacher._model.server).update(options)  # from here on: a busy machine may be slow to connect
         return teacher
@@ -99,9 +115,9 @@ def connected(server, student):
 )
 def test_values_and_gradients_are_those_of_the_model_at_hand(loss, connected, student, trajectories, tiny_teacher):
     at_hand = FrozenTeacher(ModelConfig(name=tiny_teacher, dtype="float32"))
-    at_hand.prepare(student, ModelConfig(), torch.device("cpu"))
+    at_hand.setup(student, ModelConfig(), torch.device("cpu"))
     served = connected(loss)
-    served.ask(trajectories)
+    ask(served, trajectories)
     found = []
     for teacher in (served, at_hand):
         student.zero_grad()
@@ -119,7 +135,7 @@ def test_values_and_gradients_are_those_of_the_model_at_hand(loss, connected, st
 
 def test_rows_are_sent_whole_and_equal_ones_once(connected, server, trajectories):
     server.fault = lambda handler, path, answer: time.sleep(0.02) or answer
-    connected().ask(trajectories)
+    ask(connected(), trajectories)
     bodies = [body for path, body, _ in server.seen if path == COMPLETIONS]
     rows = zip(trajectories.teacher_prompts, trajectories.responses, strict=True)
     assert sorted(body["prompt"] for body in bodies) == sorted(torch.cat(row).tolist() for row in list(rows)[:8])
@@ -135,11 +151,11 @@ def paths(server):
 @pytest.mark.parametrize("loss", [TOP, SampledReverseKL()], ids=str)
 def test_contexts_come_from_the_servers_cache(loss, cache, connected, server, trajectories):
     whole, rows = connected(loss), trajectories.select([*range(8)])
-    whole.ask(rows)
+    ask(whole, rows)
     assert paths(server) == {COMPLETIONS}
     server.cache = cache
     cached = connected(loss)
-    cached.ask(rows)
+    ask(cached, rows)
     assert paths(server) == {GENERATE}
     assert sum(server.cached) >= 5 * 8, server.cached  # the context's eight tokens; three rows are asked for at a time
     assert_close(vars(cached.score(rows, 0)), vars(whole.score(rows, 0)))
@@ -155,11 +171,11 @@ def test_what_a_server_is_asked_first_is_never_cached(connected, server):
 def test_a_response_that_was_cached_is_asked_for_again(connected, server, trajectories, caplog):
     server.cache = "filled"
     teacher = connected()
-    teacher.ask(trajectories)
+    ask(teacher, trajectories)
     first = teacher.score(trajectories, 0)
     server.seen.clear()
     with caplog.at_level("INFO"):
-        teacher.ask(trajectories)  # every row is in the cache now, up to its response's last tokens
+        ask(teacher, trajectories)  # every row is in the cache now, up to its response's last tokens
     assert paths(server) == {GENERATE, COMPLETIONS}
     assert caplog.text.count("came from its cache, without values; asked in the ordinary way") == 1
     assert_close(vars(teacher.score(trajectories, 0)), vars(first))
@@ -180,20 +196,20 @@ def test_what_the_cache_does_not_give_is_computed(fault, connected, server, traj
     server.cache = "left out"
     whole, cached = connected(), connected(timeout=0.3, patience=20)
     whole._model.tells_cached = False
-    whole.ask(trajectories)
+    ask(whole, trajectories)
     server.fault = lambda handler, path, answer: fault(handler, path, answer) if path == GENERATE else answer
-    cached.ask(trajectories)
+    ask(cached, trajectories)
     assert {GENERATE, COMPLETIONS} <= paths(server)
     assert_close(vars(cached.score(trajectories, 0)), vars(whole.score(trajectories, 0)))
 
 
 def test_several_served_teachers_are_each_asked_for_their_own_rows(connected, server, student, trajectories):
     several = RoutedTeachers({"one": connected(), "other": connected()})
-    several.ask(trajectories)
+    ask(several, trajectories)
     asked = sum(path == COMPLETIONS for path, *_ in server.seen)
     assert asked == 8
     alone = connected()
-    alone.ask(trajectories)
+    ask(alone, trajectories)
     part = trajectories.select([0, 3, 4])
     found, expected = (
         Objective(TOP, 1.0, None)(student.score(part), teacher.score(part, 4096), part)["divergence"]
@@ -204,7 +220,7 @@ def test_several_served_teachers_are_each_asked_for_their_own_rows(connected, se
 
 def test_what_the_student_has_no_token_for_is_mass_of_the_others(connected, server, student, trajectories):
     teacher = connected()
-    teacher.ask(trajectories)
+    ask(teacher, trajectories)
     whole = teacher.score(trajectories, 4096)
     teacher._vocabulary = 40000  # the server's is longer
     cut = teacher.score(trajectories, 4096)
@@ -384,11 +400,11 @@ def test_whatever_a_server_does_has_an_end(name, connected, server, trajectories
     monkeypatch.setattr(client, "LARGEST", 2**20)
     begun = time.monotonic()
     if says is None:
-        teacher.ask(trajectories)
+        ask(teacher, trajectories)
         assert teacher.score(trajectories, 4096).tokens.shape == (sum(map(len, trajectories.responses)), 4)
     else:
         with pytest.raises(StepAbandoned, match=says) as raised:
-            teacher.ask(trajectories)
+            ask(teacher, trajectories)
         assert "--ckpt_path last" in str(raised.value) and server.url in str(raised.value)
     assert time.monotonic() - begun < 5
 
@@ -411,7 +427,7 @@ def test_a_key_that_a_server_echoes_is_masked(echo, key, connected, server, traj
     teacher = connected(**BRIEF)
     server.fault = completions(lambda handler, answer: echo(handler, key))
     with pytest.raises(StepAbandoned) as raised:
-        teacher.ask(trajectories)
+        ask(teacher, trajectories)
     assert key not in str(raised.value) and key[:6] not in str(raised.value)
 
 
@@ -473,7 +489,7 @@ def test_a_signal_is_noticed_while_a_server_is_waited_for(connected, server, tra
     begun = time.monotonic()
     try:
         with pytest.raises(Interrupted):
-            teacher.ask(trajectories)
+            ask(teacher, trajectories)
     finally:
         interruption.reset()
     assert time.monotonic() - begun < 4
@@ -490,7 +506,7 @@ def test_an_interrupt_does_not_wait_for_the_server(connected, server, trajectori
     begun = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            teacher.ask(trajectories)
+            ask(teacher, trajectories)
     finally:
         signal.signal(signal.SIGUSR2, former)
     assert time.monotonic() - begun < 4
@@ -568,7 +584,7 @@ def test_an_adapter_has_the_window_of_its_base(server, connected):
     base = {"id": "base", "max_model_len": 100}
     adapter = {"id": "teacher", "root": "lora", "parent": "base", "max_model_len": None}
     server.fault = lambda handler, path, answer: {"data": [base, adapter]} if path == MODELS else answer
-    assert connected().window == 99
+    assert connected().reader.window == 99
 
 
 @pytest.mark.parametrize(
@@ -595,7 +611,12 @@ def test_arguments_that_make_no_sense(options, says):
     ("loss", "temperature", "rollout", "says"),
     [
         (ReverseKL(), 1.0, RecordedRollout(), "use TopK with support: teacher, or SampledReverseKL"),
-        (TopK(ForwardKL(), 4, "student"), 1.0, RecordedRollout(), "model.loss: support='student'"),
+        (
+            TopK(ForwardKL(), 4, "student"),
+            1.0,
+            RecordedRollout(),
+            "needs the whole distribution; use TopK with support: teacher",
+        ),
         (TOP, 0.7, RecordedRollout(), "model.temperature is 0.7"),
         (TOP, 1.0, TeacherRollout(), "ServedTeacher scores responses and writes none"),
         (TOP, 1.0, MixedRollout([RecordedRollout(), TeacherRollout()], [0.5, 0.5]), "writes none"),
@@ -604,7 +625,7 @@ def test_arguments_that_make_no_sense(options, says):
 def test_what_a_server_does_not_serve(loss, temperature, rollout, says):
     teacher = ServedTeacher("http://localhost:1", "teacher")
     with pytest.raises(UserError, match=says):
-        check_served(teacher, "fit", rollout, Objective(loss, temperature, None), ModelConfig())
+        validate(Run(Distiller(teacher=teacher, rollout=rollout, loss=loss, temperature=temperature)))
 
 
 @pytest.fixture
@@ -699,7 +720,7 @@ def test_validation(opcd, words, rows):
 
 def test_predictions_need_no_server():
     teacher = ServedTeacher("http://localhost:1", "teacher")
-    check_served(teacher, "predict", RecordedRollout(), Objective(TOP, 1.0, None), ModelConfig())
+    validate(Run(Distiller(teacher=teacher, rollout=RecordedRollout(), loss=TOP), stage="predict"))
 
 
 @pytest.mark.slow

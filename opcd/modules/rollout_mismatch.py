@@ -11,7 +11,7 @@ from opcd.modules.trajectories import Trajectories
 
 
 @dataclass
-class Drift:
+class RolloutMismatch:
     """What is known of N response tokens.
 
     Attributes:
@@ -25,7 +25,7 @@ class Drift:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, student: States, trajectories: Trajectories) -> "Drift | None":
+    def of(cls, student: States, trajectories: Trajectories) -> "RolloutMismatch | None":
         """None where no rollout gave log-probabilities: nothing is computed then."""
         if all(log_probs is None for log_probs in trajectories.log_probs):
             return None

@@ -1,0 +1,68 @@
+"""One of several rollouts writes."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import torch
+
+from opcd.data import Batch, ContextQueryDataModule
+from opcd.modules.rollouts.base import Rollout
+from opcd.modules.student import Student
+from opcd.modules.teachers.base import Teacher
+from opcd.modules.trajectories import Trajectories
+
+
+class MixedRollout(Rollout):
+    """One of several rollouts writes, drawn with given shares (the lambda of GKD, arXiv:2306.13649).
+
+    Args:
+        rollouts: at least two rollouts.
+        shares: probability of each, in the same order; they sum to 1.
+        draw: row: for each example alone, so that a batch holds responses of several. batch: once for all examples of a
+            batch, as GKD does; a step then has the decode passes of one rollout, not of each.
+    """
+
+    def __init__(self, rollouts: list[Rollout], shares: list[float], draw: Literal["row", "batch"] = "row") -> None:
+        if len(rollouts) < 2 or len(rollouts) != len(shares):
+            raise ValueError(f"MixedRollout wants two or more rollouts and a share for each, got {len(shares)} shares")
+        if any(rollout.multi_turn for rollout in rollouts):
+            raise ValueError("MixedRollout wants one response a row: put it inside the GameRollout, not around it")
+        if any(rollout.max_importance is not None for rollout in rollouts):
+            raise ValueError("MixedRollout: a rollout's max_importance has no effect inside it; leave it out")
+        if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"shares must be positive and sum to 1, got {shares}")
+        if draw not in ("row", "batch"):
+            raise ValueError(f"MixedRollout: draw must be row or batch, got {draw!r}")
+        self.rollouts, self.shares, self.draw = rollouts, shares, draw
+
+    @property
+    def parts(self) -> list[Rollout]:
+        """Those of all."""
+        return [part for rollout in self.rollouts for part in rollout.parts]
+
+    def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
+        """The longest of all: any row may go to any rollout."""
+        return max(rollout.max_response_tokens(data, split) for rollout in self.rollouts)
+
+    @contextmanager
+    def active(self, student: Student) -> Iterator[None]:
+        """All of them, whichever is drawn."""
+        with ExitStack() as active:
+            for rollout in self.rollouts:
+                active.enter_context(rollout.active(student))
+            yield
+
+    def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        """Draw a rollout for each row, or for the batch; the rows keep their order."""
+        draws = len(batch) if self.draw == "row" else 1
+        drawn = torch.multinomial(torch.tensor(self.shares), draws, replacement=True).tolist()
+        drawn *= len(batch) // draws
+        parts: list[Trajectories] = []
+        order: list[int] = []
+        for number, rollout in enumerate(self.rollouts):
+            rows = [row for row, choice in enumerate(drawn) if choice == number]
+            if rows:
+                parts.append(rollout.generate(student, teacher, batch.select(rows)))
+                order += rows
+        return Trajectories.joined(parts).select([order.index(row) for row in range(len(batch))])

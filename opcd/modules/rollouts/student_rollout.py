@@ -1,0 +1,95 @@
+"""The student writes: on-policy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from opcd.accel import accelerator
+from opcd.accel.precision import fast_dtype, warn_if_emulated
+from opcd.data import Batch, ContextQueryDataModule
+from opcd.modules.distributed.sharding import fill
+from opcd.modules.lm.generation import Sampling, generate
+from opcd.modules.rollouts.base import Rollout, Writer, rollout_dtype
+from opcd.modules.student import Student
+from opcd.modules.teachers.base import Teacher
+from opcd.modules.trajectories import Trajectories
+from opcd.runtime.errors import UserError
+
+
+class StudentRollout(Rollout):
+    """On-policy: y ~ p_S(. | x), the student answers without the context.
+
+    Args:
+        sampling: how tokens are drawn.
+        dtype: type of the weights that generate; auto: bfloat16 where the device has instructions for it, else float32.
+            Where it differs from the student's, or these are sharded, a copy is filled from the master weights at each
+            step; its memory is freed after the rollout.
+    """
+
+    writer: ClassVar[Writer] = "student"
+
+    def __init__(
+        self,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    ) -> None:
+        self.sampling = sampling
+        self.dtype = rollout_dtype(dtype)
+        self._copy: PreTrainedModel | None = None
+
+    def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
+        """As many as are sampled at most."""
+        return self.sampling.max_new_tokens
+
+    @contextmanager
+    def active(self, student: Student) -> Iterator[None]:
+        """Fill the copy, where one is needed; its memory goes to the gradients that follow."""
+        if not self._needs_copy(student):
+            yield
+            return
+        dtype = self._dtype(student)
+        copied = self._filled(student, dtype)
+        fast = accelerator(copied.device)
+        try:
+            with fast.fast_linears(copied, dtype, self.sampling.max_new_tokens, consume=True):
+                yield
+        finally:
+            for parameter in copied.parameters():
+                parameter.untyped_storage().resize_(0)
+
+    @torch.inference_mode(mode=False)  # validation may come first, and its tensors could never be written again
+    @torch.no_grad()
+    def _filled(self, student: Student, dtype: torch.dtype) -> PreTrainedModel:
+        """The copy with the student's weights of this moment."""
+        master = student.model
+        if getattr(master, "is_quantized", False):
+            raise UserError(
+                f"model.rollout: a quantized student computes in {str(master.dtype)[6:]}; leave the rollout's dtype out"
+            )
+        if self._copy is None or self._copy.device != master.device:
+            self._copy = student.blank_copy(dtype)
+        for parameter in self._copy.parameters():
+            parameter.untyped_storage().resize_(parameter.nbytes)
+        fill(self._copy, master)
+        return self._copy
+
+    def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
+        """Generate with the student's weights of this step."""
+        model = self._copy if self._needs_copy(student) else student.model
+        assert model is not None, "within `active` only"
+        responses = generate(model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
+        return Trajectories.of(batch, responses, student.eos_ids)
+
+    def _needs_copy(self, student: Student) -> bool:
+        return student.is_sharded or student.model.dtype != self._dtype(student)
+
+    def _dtype(self, student: Student) -> torch.dtype:
+        """The configured type; auto: what the hardware computes fastest in, of a quantized student its own."""
+        device = student.model.device
+        if self.dtype is None:
+            return student.model.dtype if getattr(student.model, "is_quantized", False) else fast_dtype(device)
+        warn_if_emulated("model.rollout's dtype", self.dtype, device)
+        return self.dtype

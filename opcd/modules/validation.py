@@ -1,0 +1,241 @@
+"""What a run is refused for before a model is loaded: the same for `fit`, `record`, `sweep` and `doctor --plan`.
+
+`validate` asks the components (`Teacher.check`, `Rollout.check`, `Engine.check`) what only they know; the rest is here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from opcd.data import ContextQueryDataModule, TeacherModels
+from opcd.data.readers import STAGES
+from opcd.losses import Loss
+from opcd.models import base_of, context_window, own_quantization, resolve
+from opcd.modules.distributed.fsdp_strategy import SHARDED, FullyShard, check_strategy
+from opcd.modules.lm.adapters import second_adapter
+from opcd.modules.rollouts.base import Rollout
+from opcd.modules.teachers.base import Reader, Teacher
+from opcd.runtime.errors import UserError
+from opcd.runtime.extras import require
+
+if TYPE_CHECKING:
+    from opcd.modules.distiller import Distiller
+
+
+@dataclass
+class Run:
+    """What is known of a run before a model is loaded.
+
+    Attributes:
+        distiller: with its teacher, rollout and loss.
+        data: its data module, set up for the stage; None: there is another, or none.
+        stage: fit, validate, test or predict.
+        ranks: processes that train together.
+        sharded: whether they hold the student in parts.
+        precision: the trainer's.
+        strategy: the trainer's; None where there is no trainer.
+        connect: whether servers and engines are asked if they are there.
+    """
+
+    distiller: Distiller
+    data: ContextQueryDataModule | None = None
+    stage: str = "fit"
+    ranks: int = 1
+    sharded: bool = False
+    precision: str = "32-true"
+    strategy: Strategy | None = None
+    connect: bool = True
+
+    @classmethod
+    def of(cls, distiller: Distiller, trainer: Trainer, data: object, stage: str) -> Run:
+        """That of a trainer; only training shards, for whoever answers needs whole weights."""
+        strategy = trainer.strategy
+        sharded = isinstance(strategy, FullyShard) and stage == "fit"
+        rows = data if isinstance(data, ContextQueryDataModule) else None
+        return cls(distiller, rows, stage, trainer.world_size, sharded, str(trainer.precision), strategy)
+
+
+def validate(run: Run) -> None:
+    """Refuse what can be known to fail, or to be wrong.
+
+    Raises:
+        UserError: says what, where in the config, and what to do.
+    """
+    distiller, predicts = run.distiller, run.stage == "predict"
+    if run.precision.startswith("16"):
+        raise UserError("trainer.precision: float16 needs loss scaling, which is not here; use bf16-mixed or 32-true")
+    if run.strategy is not None:
+        check_strategy(run.strategy)
+    if distiller.halve_micro_batches and run.ranks > 1:
+        raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
+    _check_adapter(run)
+    if run.sharded:
+        _check_shards(run)
+    if not predicts:  # no teacher is there, and nobody writes
+        check_loss(distiller.objective.loss, distiller.teacher)
+        for part in distiller.rollout.parts:
+            part.check(run)
+        for teacher in distiller.teacher.parts.values():
+            teacher.check(run)
+    if run.data is not None:
+        _check_data(run, run.data)
+
+
+def check_positive(**values: float | None) -> None:
+    """Refuse settings that are given and no finite number greater than 0 (``ValueError``)."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"model.{name} must be a finite number greater than 0, got {value}")
+
+
+def check_scheduler(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+    """Refuse a scheduler that waits for a metric, or whose arguments are wrong (``ValueError``)."""
+    if lr_scheduler is None:
+        return
+    stepped = optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
+    try:
+        made = lr_scheduler(stepped)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.lr_scheduler: {error}") from error
+    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            f"model.lr_scheduler: {type(made).__name__} waits for a metric, and the rate is changed after every step "
+            "here; take one that follows the steps, such as torch.optim.lr_scheduler.LinearLR, CosineAnnealingLR or "
+            "OneCycleLR (warm-up, then a decay by cosine)"
+        )
+
+
+def check_weights(found: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str) -> None:
+    """Refuse the weights of a checkpoint that are not the student's (UserError)."""
+    missing, unknown = [name for name in own if name not in found], [name for name in found if name not in own]
+    other = [name for name in own if name in found and found[name].shape != own[name].shape]
+    shapes = [f"{name} is {list(found[name].shape)} and not {list(own[name].shape)}" for name in other]
+    for problem, names in (("does not have", missing), ("has also", unknown), ("has another shape of", shapes)):
+        if names:
+            raise UserError(
+                f"{path} is of another student than model.student (with model.adapter): of its weights it {problem} "
+                f"{names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1)
+            )
+
+
+def check_loss(loss: Loss, teacher: Teacher) -> None:
+    """Refuse a loss that needs more of the teacher than it provides (UserError)."""
+    for part in teacher.parts.values():
+        if "distribution" not in part.provides and loss.needs not in part.provides:
+            raise UserError(
+                f"model.loss: {type(part).__name__} gives log-probabilities of a few tokens a position, and {loss!r} "
+                f"needs the whole distribution; use {_what_serves(part)}"
+            )
+
+
+def _what_serves(teacher: Teacher) -> str:
+    losses = {"topk": "TopK with support: teacher", "token": "SampledReverseKL"}
+    return " or ".join(losses[known] for known in teacher.provides)
+
+
+def check_on_policy(loss: Loss, rollout: Rollout, temperature: float) -> None:
+    """Refuse rollouts that would bias a loss of sampled tokens (ValueError): no draws of the student's distribution."""
+    if not loss.on_policy:
+        return
+    name = type(loss).__name__
+    if getattr(loss, "max_importance", None) is not None:
+        raise ValueError(
+            "model.loss: max_importance has no effect here, the rollout gives the weights (VLLMRollout has "
+            "max_importance); remove it"
+        )
+    for part in rollout.parts:
+        if part.writer != "student":
+            raise ValueError(
+                f"model.loss: {name} needs tokens that the student has sampled, and {type(part).__name__} takes "
+                "others; use StudentRollout or VLLMRollout, or ReverseKL, which looks at the whole distribution"
+            )
+        sampling = part.sampling
+        if sampling is None or sampling.temperature != temperature or sampling.is_cut:
+            raise ValueError(
+                f"model.loss: {name} needs tokens drawn from the distribution that it compares: set model.rollout's "
+                f"sampling.temperature to model.temperature ({temperature}), and no top_p, top_k or options"
+            )
+        if part.stale and rollout.max_importance is None:
+            raise ValueError(f"model.loss: {name} with stale rollouts needs VLLMRollout's max_importance; set it")
+
+
+def _check_data(run: Run, data: ContextQueryDataModule) -> None:
+    """Refuse prompts that leave no room for a response in a model's window, and names of other teachers."""
+    distiller, predicts = run.distiller, run.stage == "predict"
+    if not predicts:
+        _check_names(data, distiller.teacher)
+    student = distiller.student_config
+    own = Reader("model.student.name", student.name, context_window(student, "model.student"))
+    parts = distiller.teacher.parts
+    readers = {None: own} if predicts else {name: part.reader or own for name, part in parts.items()}
+    engines = [] if predicts else [engine for part in distiller.rollout.parts for engine in part.engines]
+    for split in (split for split in STAGES[run.stage] if data.sources[split]):
+        sampled = distiller.answer.max_new_tokens
+        new = sampled if predicts else distiller.rollout.max_response_tokens(data, split)
+        asked = [own, *(Reader("model.rollout", type(engine).__name__, engine.window) for engine in engines)]
+        for reader in asked:
+            _check_window(reader, split, data.longest_student_prompt(split), new)
+        for name, reader in readers.items():
+            _check_window(reader, split, data.longest_teacher_prompt(split, name), new)
+
+
+def _check_window(reader: Reader, split: str, prompt: int, new: int) -> None:
+    if reader.window is not None and prompt + new > reader.window:
+        raise UserError(
+            f"{reader.key}: {reader.name} takes {reader.window} tokens, but the longest prompt of data.{split} has "
+            f"{prompt} and up to {new} are added; shorten the context (data.max_context_tokens, data.overlong_context)"
+        )
+
+
+def _check_names(data: ContextQueryDataModule, teacher: Teacher) -> None:
+    """Refuse a data module that knows of other teachers than there are; the command line links the two."""
+    known = data.teacher.models if isinstance(data.teacher, TeacherModels) else {None: data.teacher}
+    if known.keys() != teacher.parts.keys():
+        raise UserError(
+            "data.teacher: the data module knows of other teachers than model.teacher has; give it "
+            "ContextQueryDataModule(teacher=TEACHER.models) of RoutedTeachers, or of a single teacher its ModelConfig"
+        )
+
+
+def _check_adapter(run: Run) -> None:
+    """Refuse what needs an adapter without one, and an adapter over another or without its library."""
+    student, adapter = run.distiller.student_config, run.distiller.adapter
+    if adapter is not None:
+        require("adapters", "peft", "model.adapter")
+        name = resolve(student)
+        if base_of(name) != name:
+            raise UserError(second_adapter("model.adapter", student.name))
+    elif student.quantization != "none":
+        raise UserError("model.student.quantization: quantized weights cannot be trained; set model.adapter as well")
+    elif run.stage == "fit" and (method := own_quantization(student)) is not None:
+        raise UserError(
+            f"model.student.name: the weights of {student.name} are quantized ({method}), and quantized weights cannot "
+            "be trained; set model.adapter as well"
+        )
+
+
+def _check_shards(run: Run) -> None:
+    """Refuse what a sharded student cannot be trained with."""
+    distiller = run.distiller
+    optimizer = type(distiller.optimizer([torch.nn.Parameter(torch.zeros(1, 1))]))
+    if optimizer.__module__.startswith("bitsandbytes"):
+        raise UserError(
+            f"model.optimizer: {optimizer.__name__} of bitsandbytes takes no sharded weights; use torch.optim.AdamW, "
+            "whose moments are sharded, or ddp"
+        )
+    if distiller.adapter is not None:
+        raise UserError(
+            f"trainer.strategy: {SHARDED} is for a student whose own weights are trained: an adapter's gradients and "
+            "moments are small, and its base is needed whole on every rank that generates; use ddp with model.adapter"
+        )
+    if distiller.halve_micro_batches:
+        raise UserError(f"model.halve_micro_batches does not work under {SHARDED}; remove it")
