@@ -17,7 +17,7 @@ from opcd.results.plots import bars, curves, drawn
 from opcd.results.run_files import read_metrics
 from opcd.runtime.did_you_mean import did_you_mean
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 from opcd.runtime.files.safe_yaml import load_yaml
 from opcd.sweep.arm_checkpoints import keep_the_best
 from opcd.sweep.arm_checks import ConfigChecker
@@ -182,7 +182,7 @@ def _plot(out: Path, results: Sequence[ArmResult]) -> None:
         (out / "plots").mkdir(exist_ok=True)
         if any(curve for group in series.values() for curve in group):
             text = drawn(lambda axes, c=series: curves(axes, c), f"{metric} over steps", "step", unit)  # type: ignore[misc]
-            write_whole(out / "plots" / f"{file}_steps.svg", text)
+            write_atomic(out / "plots" / f"{file}_steps.svg", text)
         if last:
             text = drawn(lambda axes, b=last: bars(axes, b), f"{metric} at the end", unit, "")  # type: ignore[misc]
-            write_whole(out / "plots" / f"{file}.svg", text)
+            write_atomic(out / "plots" / f"{file}.svg", text)

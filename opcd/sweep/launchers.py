@@ -12,7 +12,7 @@ from typing import Any
 
 from opcd.runtime.errors import UserError
 from opcd.runtime.extras import require
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 from opcd.sweep.jobs import JobFolder
 
 GRACE_SECONDS = 5
@@ -163,7 +163,7 @@ class SlurmLauncher(Launcher):
         """Submit, and write down the job's id."""
         self.executor.update_parameters(name=folder.path.name[:60])
         job = self.executor.submit(run_here, folder.job.command, str(Path.cwd()), str(folder.log.resolve()))
-        write_whole(folder.path / "submitted.json", json.dumps({"cluster": self.cluster, "job_id": job.job_id}))
+        write_atomic(folder.path / "submitted.json", json.dumps({"cluster": self.cluster, "job_id": job.job_id}))
         return ClusterJob(job)
 
     def attach(self, folder: JobFolder) -> Running | None:

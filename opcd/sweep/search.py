@@ -11,7 +11,7 @@ from opcd.runtime.did_you_mean import or_all
 from opcd.runtime.differences import changed_keys
 from opcd.runtime.errors import UserError
 from opcd.runtime.extras import require
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 from opcd.runtime.files.user_files import read_json
 from opcd.sweep.summary import ArmResult
 from opcd.sweep.sweep_plan import Arm, Search, SweepFile, label
@@ -96,7 +96,7 @@ class ArmSearch:
             return self.study.ask(self.ranges)
         trial = self.study.ask(self.ranges)
         asked.append(trial.params)
-        write_whole(self._file, json.dumps(self._asked, indent=1))
+        write_atomic(self._file, json.dumps(self._asked, indent=1))
         return trial
 
     def _settings(self, params: dict[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def append_lines(path: Path, text: str, lasting: bool = False) -> None:
             os.fsync(stream.fileno())
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that it is whole or not there, also after a crash of the machine.
 
     Raises:
@@ -246,7 +246,7 @@ def claim_folder(folder: Path, names: list[str], key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     clear_scratch(folder)
     if not set(names) <= _manifest(folder):
-        write_whole(folder / MANIFEST, json.dumps({"written": sorted({*names, *_manifest(folder)} - {MANIFEST})}))
+        write_atomic(folder / MANIFEST, json.dumps({"written": sorted({*names, *_manifest(folder)} - {MANIFEST})}))
 
 
 def clear_scratch(folder: Path) -> None:
@@ -301,7 +301,7 @@ def remove_own(folder: Path, own: Collection[str] = ()) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Note all that is in a folder now as written by this program."""
-    write_whole(folder / MANIFEST, json.dumps({"written": sorted(_entries(folder))}))
+    write_atomic(folder / MANIFEST, json.dumps({"written": sorted(_entries(folder))}))
 
 
 def _manifest(folder: Path) -> set[str]:
