@@ -16,7 +16,7 @@ from opcd.sweep.job_engine import Task
 from opcd.sweep.jobs import Job, JobFolder
 from opcd.sweep.live_table import LiveTable
 from opcd.sweep.summary import ArmResult, markdown_table, mean_and_spread, write_summary
-from opcd.sweep.sweep_plan import Search, make_arm
+from opcd.sweep.sweep_plan import make_arm
 
 
 @pytest.fixture
@@ -165,10 +165,8 @@ def test_only_the_best_arm_keeps_its_checkpoints(task):
         for name in ("step=9.ckpt", "step=9.ckpt.json", "mine.txt"):
             (folder / name).touch()
     results = [ArmResult.of(arm, one) for arm, one in zip(arms, tasks, strict=True)]
-    keep_the_best(results, Search("train/divergence", "maximize"))
-    assert [len(saved(one)) for one in tasks] == [3, 1, 3]  # the search's own measure; one that failed is left alone
-    assert saved(tasks[1]) == ["mine.txt"]
-    keep_the_best(results, None)
+    keep_the_best(results)
+    assert [len(saved(one)) for one in tasks] == [1, 3, 3]  # the second is the best; one that failed is left alone
     assert saved(tasks[0]) == ["mine.txt"]
 
 
@@ -188,5 +186,5 @@ def test_arms_that_ask_for_checkpoints_keep_them_and_so_do_those_of_before(task,
     for one in tasks:
         (one.folder.run / "checkpoints").mkdir()
         (one.folder.run / "checkpoints" / "step=9.ckpt").touch()
-    keep_the_best([ArmResult.of(arm, one) for arm, one in zip(arms, tasks, strict=True)], None)
+    keep_the_best([ArmResult.of(arm, one) for arm, one in zip(arms, tasks, strict=True)])
     assert [saved(one) for one in tasks] == [["step=9.ckpt"]] * 3
