@@ -8,6 +8,7 @@ so the same command goes on where it stopped.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from opcd.sweep.arm_checkpoints import keep_the_best
 from opcd.sweep.arm_checks import ConfigChecker
 from opcd.sweep.job_engine import Engine, explain, locked
 from opcd.sweep.jobs import Job, fit_job
-from opcd.sweep.launchers import Launcher, LocalLauncher, SlurmLauncher
+from opcd.sweep.launchers import LocalLauncher, SlurmLauncher
 from opcd.sweep.summary import ArmResult, by_seed, write_summary
 from opcd.sweep.sweep_plan import Arm, grid, read_sweep
 
@@ -57,12 +58,10 @@ def main(args: list[str]) -> int:
         return _run(arms, jobs, engine, out)
 
 
-def engine_for(out: Path, jobs: int | None, launcher: str, slurm: dict[str, object], lock: int) -> Engine:
+def engine_for(out: Path, jobs: int | None, launcher: str, slurm: list[str], lock: int) -> Engine:
     """An engine for the folder `out`: here one job at a time unless `jobs` says more, on a cluster all at once."""
-    chosen: Launcher
     if launcher == "slurm":
-        chosen = SlurmLauncher(out / "slurm", slurm)
-        return Engine(out, chosen, jobs or 1000)
+        return Engine(out, SlurmLauncher(slurm, lock), jobs or sys.maxsize)
     return Engine(out, LocalLauncher(jobs or 1, lock), jobs or 1)
 
 

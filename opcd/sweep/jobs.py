@@ -14,7 +14,7 @@ from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import MANIFEST, explained, remove_own, require_own, write_atomic, write_manifest
 from opcd.runtime.files.user_files import read_json
 
-OWN = ("job.json", "log.txt", "submitted.json", "finished.json")
+OWN = ("job.json", "log.txt", "finished.json")
 """What is written into a job's folder beside what its process writes."""
 RUN = "runs/version_0"  # where `opcd` writes in a job's folder: the former attempt is gone before it starts
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -19,7 +19,6 @@ from opcd.runtime.files.safe_yaml import load_yaml
 from opcd.runtime.files.user_files import read_text, require_file
 
 LONGEST_NAME = 120
-NO_SEARCH = "opcd no longer searches with Optuna; list the values to try under axes"
 
 
 @dataclass
@@ -42,8 +41,8 @@ class SweepFile:
     """Dotted config key -> list of values; arms are their product."""
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> dotted config key -> value. Each is crossed with the axes."""
-    slurm: dict[str, Any] = field(default_factory=dict)
-    """Parameters of submitit's AutoExecutor, for --launcher slurm: timeout_min, slurm_partition, gpus_per_node, ..."""
+    slurm: list[str] = field(default_factory=list)
+    """Options of srun, for --launcher slurm: --time=4:00:00, --gpus=1, ..."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +61,14 @@ def read_sweep(path: Path) -> SweepFile:
     Raises:
         UserError: the file is missing, is no YAML, names a key twice, or holds what a sweep does not have.
     """
-    sweep: SweepFile = parse_yaml(path, SweepFile, "sweep", {"search": NO_SEARCH})
+    sweep: SweepFile = parse_yaml(path, SweepFile, "sweep")
     if not sweep.axes and not sweep.arms:
         raise UserError(f"{path}: neither axes nor arms, so there is nothing to sweep; `opcd fit` runs one config")
     return sweep
 
 
-def parse_yaml(path: Path, schema: type[Any], what: str, gone: Mapping[str, str] | None = None) -> Any:
-    """The dataclass `schema` out of a YAML file.
-
-    Args:
-        path: the file.
-        schema: the dataclass.
-        what: the name of the argument, for messages.
-        gone: keys of earlier versions -> what to do instead.
+def parse_yaml(path: Path, schema: type[Any], what: str) -> Any:
+    """The dataclass `schema` out of a YAML file; `what` names the argument in messages.
 
     Raises:
         UserError: the file is missing, is no YAML, names a key twice, or does not fit the dataclass.
@@ -85,10 +78,14 @@ def parse_yaml(path: Path, schema: type[Any], what: str, gone: Mapping[str, str]
     value = paths_taken(value, path.absolute().parent, Path.cwd())
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a mapping, not {type(value).__name__}")
+    if "search" in value:
+        raise UserError(f"{path}: search: opcd no longer searches with Optuna; list the values to try under axes")
+    if isinstance(value.get("slurm"), dict):
+        raise UserError(
+            f"{path}: slurm: opcd runs srun, not submitit; list options of srun: [--time=4:00:00, --gpus=1]"
+        )
     known = [own.name for own in fields(schema)]
     for key in value:
-        if key in (gone or {}):
-            raise UserError(f"{path}: {key}: {(gone or {})[key]}")
         if key not in known:
             raise UserError(f"{path}: no such key {key!r}{or_all(str(key), known)}")
     free = list(_mappings(schema, value, path))

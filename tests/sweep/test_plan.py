@@ -68,6 +68,11 @@ def test_words_of_the_command_line():
         ({"arms": {"x": 1}}, "arms must be a mapping"),
         ({"axes": {1: [1]}}, "axes must be a mapping with texts"),
         ({"axes": {"a": [1]}, "search": {"metric": "m"}}, "search: opcd no longer searches with Optuna; list"),
+        (
+            {"axes": {"a": [1]}, "slurm": {"timeout_min": 5}},
+            "slurm: opcd runs srun, not submitit; list",
+        ),
+        ({"axes": {"a": [1]}, "slurm": "--gpus=1"}, "slurm"),
     ],
 )
 def test_a_wrong_file_is_refused(sweep, content, message):

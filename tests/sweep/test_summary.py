@@ -1,4 +1,4 @@
-"""What a sweep says of its runs: figures, summary, plots, the live table."""
+"""What a sweep says of its runs: figures, summary, plots."""
 
 import csv
 import io
@@ -7,14 +7,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
 
 from opcd.results.plots import bars, curves, drawn
 from opcd.results.run_files import clock, figures, right_over_steps
 from opcd.sweep.arm_checkpoints import keep_the_best
 from opcd.sweep.job_engine import Task
 from opcd.sweep.jobs import Job, JobFolder
-from opcd.sweep.live_table import LiveTable
 from opcd.sweep.summary import ArmResult, markdown_table, mean_and_spread, write_summary
 from opcd.sweep.sweep_plan import make_arm
 
@@ -132,20 +130,7 @@ def test_plots_are_svg_with_their_text_and_ids_of_their_own():
         assert link is None or link.removeprefix("#") in ids[0]
 
 
-def test_the_live_table_of_a_terminal_and_the_lines_elsewhere(task):
-    tasks = {name: task(name, status, []) for name, status in (("a", "finished"), ("b", "running"), ("c", "failed"))}
-    tasks["b"].folder.log.write_text("step 1/2 [0.5 nats]\n")
-    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with LiveTable(tasks, screen) as table:
-        table.update()
-    shown = screen.file.getvalue()
-    assert "1 running, 1 finished, 1 failed" in shown and "step 1/2 [0.5 nats]" in shown
-    assert shown.index("step 1/2") < shown.index("finished", shown.index("step 1/2"))
-    plain = Console(file=io.StringIO(), width=10)
-    with LiveTable(tasks, plain) as table:
-        for _ in range(2):
-            table.update()
-    assert plain.file.getvalue() == "a: finished in 1:01\nb: running\nc: failed in 1:01\n"
+def test_clock():
     assert [clock(seconds) for seconds in (0, 61, 3661)] == ["0:00", "1:01", "1:01:01"]
 
 
