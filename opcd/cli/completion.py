@@ -23,7 +23,8 @@ DESCRIBED = ("opcd.", "lightning.", "torch.optim.")
 
 def main(args: list[str]) -> int:
     """Print the script. Returns 0."""
-    print(shtab.complete(_all_commands(), make_parser().parse_args(args).shell))
+    shell = make_parser().parse_args(args).shell  # before torch is imported
+    print(shtab.complete(_all_commands(), shell))
     return 0
 
 
