@@ -53,6 +53,7 @@ def test_a_dry_run_checks_and_leaves_nothing(opcd, sweep_file, tmp_path):
         ({"axes": {"model.loss": ["JSD", "JSD"]}}, "two arms are called loss=JSD"),
         ({"axes": {"model.loss": ["JSD", "KSD"]}}, "arm loss=KSD: "),
         ({"arms": {"a": {"model.los": "JSD"}}}, "arms.a: 'model.los' is no config key"),
+        ({"axes": {"model.optimizer.init_args.lrr": [1.0]}}, "AdamW has no option lrr; did you mean lr?"),
         ({"axes": {"model.temperature": [1.0]}, "search": {"metric": "x"}}, "search: opcd no longer searches"),
     ],
 )

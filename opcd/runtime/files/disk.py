@@ -106,12 +106,26 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         DiskError: the system refuses.
     """
     data = content.encode() if isinstance(content, str) else content
+    with atomic_write(path, len(data)) as scratch, create(scratch) as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def atomic_write(path: Path, needed: int | None = None) -> Iterator[Path]:
+    """A scratch name for what the block writes, a file or a folder; it becomes `path` when the block ends.
+
+    Args:
+        path: the name at the end. Left as it is where the block fails.
+        needed: bytes that the block writes, where that is known.
+
+    Raises:
+        DiskError: the system refuses.
+    """
     scratch = scratch_beside(path)
-    with explained(path, len(data)), removed_on_failure(scratch):
-        with create(scratch) as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+    with explained(path, needed), removed_on_failure(scratch):
+        yield scratch
         put_in_place(scratch, path)
 
 
