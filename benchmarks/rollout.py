@@ -14,12 +14,12 @@ import opcd  # noqa: F401  before torch: it sets how threads wait
 
 # isort: split
 import torch
-from opcd.modules.rollout_mismatch import RolloutMismatch
 
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import ColocatedVLLM, FrozenTeacher, Sampling, StudentRollout, VLLMRollout
 from opcd.modules.lm.hidden_states import States, head_of, last_hidden
+from opcd.modules.rollout_mismatch import RolloutMismatch
 from opcd.modules.rollouts.base import Rollout
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories

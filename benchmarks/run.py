@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError
 from opcd.cli.fit import fit_parser
 from opcd.cli.sweep import INTERRUPTED, add_engine_options, engine_for, with_dotted
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 from opcd.sweep.arm_checks import ConfigChecker
 from opcd.sweep.job_engine import explain, locked
 from opcd.sweep.sweep_plan import parse_yaml
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, dotted: dict[str, object], args: list[str])
         outcome = collect(plan, engine)
         command = shlex.join(["python", "benchmarks/run.py", *args])
         print(write_tables(out, outcome))
-        write_whole(out / "report.html", report(outcome, figures(outcome), command))
+        write_atomic(out / "report.html", report(outcome, figures(outcome), command))
     print(f"table, CSV and JSON: {out}/table.*   page: {out / 'report.html'}")
     if failed := engine.failed():
         print(f"{len(failed)} jobs failed; the same command tries them again\n{explain(failed)}")

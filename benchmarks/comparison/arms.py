@@ -71,8 +71,8 @@ class Benchmark:
     """Which arms, in the order of the table."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """A fit for each, with its own evaluations. Untrained arms are measured once, with the first."""
-    slurm: dict[str, Any] = field(default_factory=dict)
-    """Parameters of submitit's AutoExecutor, for --launcher slurm."""
+    slurm: list[str] = field(default_factory=list)
+    """Options of srun, for --launcher slurm."""
 
     @property
     def measures(self) -> dict[str, Measure]:

@@ -14,7 +14,7 @@ from opcd.evaluation.scores import Metric, difference, summarise
 from opcd.results.matching import right
 from opcd.results.run_files import Series, figures, read_jsonl, read_metrics, right_over_steps
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 from opcd.runtime.output import csv_cell
 from opcd.sweep.job_engine import Engine
 from opcd.sweep.jobs import JobFolder
@@ -228,7 +228,7 @@ def write_tables(out: Path, outcome: Outcome) -> str:
         for arm in outcome.arms
     }
     whole = {"reference": outcome.reference, "seeds": outcome.plan.benchmark.seeds, "arms": full}
-    write_whole(out / "table.md", markdown)
-    write_whole(out / "table.csv", text.getvalue())
-    write_whole(out / "table.json", json.dumps(whole, indent=1) + "\n")
+    write_atomic(out / "table.md", markdown)
+    write_atomic(out / "table.csv", text.getvalue())
+    write_atomic(out / "table.json", json.dumps(whole, indent=1) + "\n")
     return markdown

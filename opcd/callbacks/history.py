@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opcd.callbacks.log_folder import run_folder
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 from opcd.runtime.files.run_folder import FORMER_METRICS, FROM, METRICS
 
 ANSWERS = re.compile(r"step=(\d+)-.+\.jsonl")
@@ -45,7 +45,7 @@ class KeepHistory(Callback):
                 (own / file.parent.name).mkdir(exist_ok=True)
                 shutil.copyfile(file, own / file.parent.name / file.name)
         where = {"run": os.path.relpath(former, own), "step": step}
-        write_whole(own / FROM, json.dumps(where) + "\n")
+        write_atomic(own / FROM, json.dumps(where) + "\n")
 
 
 def _rows(file: Path) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ import time
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opcd.callbacks.log_folder import run_folder
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 from opcd.runtime.output import masked
 from opcd.runtime.system_info import FILE, machine, versions
 
@@ -28,4 +28,4 @@ class WriteEnvironment(Callback):
                 "machine": machine(),
                 "versions": versions(*PACKAGES),
             }
-            write_whole(folder / FILE, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+            write_atomic(folder / FILE, json.dumps(known, indent=2, ensure_ascii=False) + "\n")

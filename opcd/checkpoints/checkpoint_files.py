@@ -27,7 +27,7 @@ from opcd.runtime.files.disk import (
     put_in_place,
     removed_on_failure,
     scratch_beside,
-    write_whole,
+    write_atomic,
 )
 
 SPARE = 4 * 2**20
@@ -61,7 +61,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         step, config = checkpoint.get("global_step"), checkpoint.get("config")
         manifest = {"accepts": [digest, *former], "step": step, "config": config}
         whole = {"manifest": manifest, "sha256": _own_digest(manifest)}
-        write_whole(manifest_of(path), json.dumps(whole, indent=1))
+        write_atomic(manifest_of(path), json.dumps(whole, indent=1))
         put_in_place(scratch, path)
 
 

@@ -17,7 +17,7 @@ COMMANDS = {
     "sweep": ("opcd.cli.sweep", "many fits from one file"),
     "record": ("opcd.cli.record", "write down what a teacher says, for trainings without a teacher in memory"),
     "export": ("opcd.cli.export", "a trained student as a folder, merged, as a GGUF file, or on the hub"),
-    "completion": ("opcd.cli.completion", "what a shell or an editor needs to complete options and recipes"),
+    "completion": ("opcd.cli.completion", "what a shell needs to complete commands and options"),
     "doctor": ("opcd.cli.doctor", "what is installed here, which devices and models there are, what is missing"),
 }
 """The project's own: the module and what it does. `main` takes the words after the name, `make_parser` has the

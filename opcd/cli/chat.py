@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
-from difflib import get_close_matches
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -20,6 +19,7 @@ from opcd.cli.evaluate import torch_device
 from opcd.data import Placement
 from opcd.data.contexts import read_context
 from opcd.modules.lm.generation import Sampling
+from opcd.runtime.did_you_mean import did_you_mean
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.user_files import check_text
 from opcd.runtime.output import Screen
@@ -112,8 +112,7 @@ def _command(name: str, speakers: list[Speaker]) -> None:
 def _refuse_unknown(question: str) -> None:
     """A word like a command's is one that was misspelt: no model is asked."""
     if re.fullmatch(r"/[a-z]+", question):
-        near = get_close_matches(question, COMMANDS, n=1)
-        raise UserError(f"no command {question}" + (f"; did you mean {near[0]}?" if near else f"; {HELP} lists them"))
+        raise UserError(f"no command {question}{did_you_mean(question, COMMANDS, f'; {HELP} lists them')}")
 
 
 def _parse(args: list[str]) -> tuple[Namespace, Sampling]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from opcd.config.parsing import Parser
 from opcd.runtime.errors import UserError
-from opcd.runtime.extras import install_hint
+from opcd.runtime.extras import install_hint, pip_install
 from opcd.runtime.output import shown
 from opcd.runtime.versions import installed_version
 
@@ -59,7 +59,7 @@ def _python() -> Iterator[tuple[bool | None, str]]:
 def _packages() -> Iterator[tuple[bool | None, str]]:
     for name in REQUIRED:
         version = installed_version(name)
-        yield version is not None, f"{name} {version}" if version else f"{name}: pip install {name}"
+        yield version is not None, f"{name} {version}" if version else f"{name}: {pip_install(name)}"
     for name, (purpose, extra) in OPTIONAL.items():
         version = installed_version(name)
         text = f"{name} {version}" if version else f"{name} is not installed; for {purpose}: {install_hint(extra)}"

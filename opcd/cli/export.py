@@ -24,14 +24,7 @@ from opcd.models.model_card import Facts, model_card
 from opcd.modules.lm.adapters import has_adapter, merged
 from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import (
-    explained,
-    fsync_folder,
-    removed_on_failure,
-    require_room,
-    require_writable,
-    scratch_beside,
-)
+from opcd.runtime.files.disk import atomic_write, explained, require_room, require_writable
 from opcd.runtime.files.user_files import refuse_existing
 
 TARGETS = {
@@ -58,7 +51,8 @@ def main(args: list[str]) -> int:
             _write_folder(source, Path(folder) / "student", dtype, merge=False, publish=True)
             print(f"pushed: {push(Path(folder) / 'student', options.repo, options.private)}")
         return 0
-    with _whole(options.out) as scratch:
+    require_writable(options.out, "--out")
+    with atomic_write(options.out) as scratch:
         if options.to == "gguf":
             _write_gguf(source, scratch, dtype, options.run.resolve())
         else:
@@ -115,17 +109,6 @@ def _check_source(source: Source, options: argparse.Namespace) -> None:
         splitting_rule(load_tokenizer(source.model, KEY))
     if options.to == "hub":
         check_hub(source, options.repo, options.private)
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """Where to write so that `out` is whole or not there."""
-    require_writable(out, "--out")
-    scratch = scratch_beside(out)
-    with explained(out), removed_on_failure(scratch):
-        yield scratch
-        scratch.rename(out)
-        fsync_folder(out.parent)
 
 
 def _write_folder(source: Source, out: Path, dtype: torch.dtype, merge: bool, publish: bool = False) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from opcd.config.parsing import Parser
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 
 STARTER = Path(__file__).parent / "starter"
 FIT = "opcd fit --config recipe.yaml"
@@ -24,7 +24,7 @@ def main(args: list[str]) -> int:
     folder: Path = options.folder
     _make(folder)
     for file in sorted((STARTER / options.kind).iterdir()):
-        write_whole(folder / file.name, file.read_text(encoding="utf-8"))
+        write_atomic(folder / file.name, file.read_text(encoding="utf-8"))
         print(f"wrote {folder / file.name}")
     steps = [f"cd {shlex.quote(str(folder))}"] * (folder != Path()) + [LOOK, FIT, CHAT]
     print("next:", *steps, sep="\n    ")

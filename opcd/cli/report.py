@@ -17,7 +17,7 @@ from opcd.results.curves import plots
 from opcd.results.pages import render
 from opcd.results.run_tables import Run, read_runs
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import DiskError, write_whole
+from opcd.runtime.files.disk import DiskError, write_atomic
 from opcd.runtime.files.user_files import refuse_existing
 
 LISTED = 50
@@ -35,7 +35,7 @@ def main(args: list[str]) -> int:
     runs = read_runs(options.runs)
     text = page(runs)
     try:
-        write_whole(options.out, text)
+        write_atomic(options.out, text)
     except DiskError as error:
         raise UserError(f"--out: {error}") from error
     for folder in options.runs:

@@ -34,7 +34,7 @@ from opcd.results.plots import curves, drawn
 from opcd.results.run_files import Shape, misfits, read_object, read_shaped
 from opcd.runtime.did_you_mean import beside
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import DiskError, write_whole
+from opcd.runtime.files.disk import DiskError, write_atomic
 from opcd.runtime.files.user_files import refuse_existing
 from opcd.runtime.output import Screen, plain
 
@@ -75,7 +75,7 @@ def main(args: list[str]) -> int:
             f"{options.run.resolve()} holds something else than `opcd experience` writes ({why}; --debug shows where)"
         ) from error
     try:
-        write_whole(page, text)
+        write_atomic(page, text)
     except DiskError as error:
         raise UserError(f"--page: {error}") from error
     print(f"page: {page}")

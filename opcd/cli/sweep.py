@@ -8,6 +8,7 @@ so the same command goes on where it stopped.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,16 +18,15 @@ from opcd.results.plots import bars, curves, drawn
 from opcd.results.run_files import read_metrics
 from opcd.runtime.did_you_mean import did_you_mean
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 from opcd.runtime.files.safe_yaml import load_yaml
 from opcd.sweep.arm_checkpoints import keep_the_best
 from opcd.sweep.arm_checks import ConfigChecker
 from opcd.sweep.job_engine import Engine, explain, locked
 from opcd.sweep.jobs import Job, fit_job
-from opcd.sweep.launchers import Launcher, LocalLauncher, SlurmLauncher
-from opcd.sweep.search import ArmSearch, best
+from opcd.sweep.launchers import LocalLauncher, SlurmLauncher
 from opcd.sweep.summary import ArmResult, by_seed, write_summary
-from opcd.sweep.sweep_plan import Arm, SweepFile, grid, read_sweep
+from opcd.sweep.sweep_plan import Arm, grid, read_sweep
 
 INTERRUPTED = 130
 
@@ -45,21 +45,23 @@ def main(args: list[str]) -> int:
     sweep.base.set |= dotted
     checker = ConfigChecker(fit_parser(), sweep.base)
     out = options.out or Path("sweeps") / options.sweep.stem
-    arms = _checked_arms(sweep, checker, out)
+    arms = grid(sweep)
+    for name, settings in sweep.arms.items():
+        checker.check_keys(settings, f"arms.{name}")
+    checker.check_keys(sweep.axes, "axes")
+    jobs = [_checked_job(arm, checker, out) for arm in arms]
     if options.dry_run:
         print("\n".join(arm.name for arm in arms))
         return 0
     with locked(out) as lock:
         engine = engine_for(out, options.jobs, options.launcher, sweep.slurm, lock)
-        return _Sweep(sweep, checker, out, engine).run(arms)
+        return _run(arms, jobs, engine, out)
 
 
-def engine_for(out: Path, jobs: int | None, launcher: str, slurm: dict[str, object], lock: int) -> Engine:
+def engine_for(out: Path, jobs: int | None, launcher: str, slurm: list[str], lock: int) -> Engine:
     """An engine for the folder `out`: here one job at a time unless `jobs` says more, on a cluster all at once."""
-    chosen: Launcher
     if launcher == "slurm":
-        chosen = SlurmLauncher(out / "slurm", slurm)
-        return Engine(out, chosen, jobs or 1000)
+        return Engine(out, SlurmLauncher(slurm, lock), jobs or sys.maxsize)
     return Engine(out, LocalLauncher(jobs or 1, lock), jobs or 1)
 
 
@@ -86,7 +88,7 @@ def with_dotted(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argpa
 def make_parser() -> argparse.ArgumentParser:
     """The command's own options; those with a dot in their name are config keys."""
     parser = Parser(prog="opcd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, axes, arms, search (docs/sweep.md)")
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, axes, arms (docs/sweep.md)")
     add_engine_options(parser)
     parser.add_argument("--dry_run", action="store_true", help="check every arm, print their names, run nothing")
     return parser
@@ -98,71 +100,42 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _checked_arms(sweep: SweepFile, checker: ConfigChecker, out: Path) -> list[Arm]:
-    """All arms (of a search: the corners of its ranges), each of them parsed and built."""
-    for name, settings in sweep.arms.items():
-        checker.check_keys(settings, f"arms.{name}")
-    checker.check_keys(sweep.axes, "axes")
-    arms = ArmSearch(sweep, out / "trials.json").corners() if sweep.search else grid(sweep)
-    for arm in arms:
-        checker.resolve(arm.settings, f"arm {arm.name}")
-    return arms
+def _checked_job(arm: Arm, checker: ConfigChecker, out: Path) -> Job:
+    """The job of an arm, whose config has been parsed and built."""
+    config = checker.resolve(arm.settings, f"arm {arm.name}")
+    return fit_job(f"arms/{arm.name}", out, checker.words(arm.settings), config)
 
 
-class _Sweep:
-    """A sweep that runs: jobs for the engine, and results for the summary."""
+def _run(arms: Sequence[Arm], jobs: Sequence[Job], engine: Engine, out: Path) -> int:
+    """Run the job of each arm; returns the exit code."""
 
-    def __init__(self, sweep: SweepFile, checker: ConfigChecker, out: Path, engine: Engine) -> None:
-        self.sweep, self.checker, self.out, self.engine = sweep, checker, out, engine
-        self.arms: list[Arm] = []
-        engine.on_finish = lambda: keep_the_best(self._results(self.arms), sweep.search)
+    def results() -> list[ArmResult]:
+        """What has come of each arm by now."""
+        return [ArmResult.of(arm, engine.tasks[job.name]) for arm, job in zip(arms, jobs, strict=True)]
 
-    def run(self, arms: Sequence[Arm]) -> int:
-        """Run these arms, or search; returns the exit code."""
-        try:
-            if self.sweep.search:
-                ArmSearch(self.sweep, self.out / "trials.json").run(self._work, self.engine.jobs)
-            else:
-                self._work(arms)
-        except KeyboardInterrupt:
-            print(f"stopped; what has finished is in {self.out}, and the same command goes on from there")
-            return INTERRUPTED
-        finally:
-            self._report()
-        failed = self.engine.failed()
-        if failed:
-            print(
-                f"{len(failed)} of {len(self.arms)} arms failed; the same command tries them again\n{explain(failed)}"
-            )
-        return 1 if failed else 0
+    engine.add(jobs)
+    engine.on_finish = lambda: keep_the_best(results())
+    try:
+        engine.run()
+    except KeyboardInterrupt:
+        print(f"stopped; what has finished is in {out}, and the same command goes on from there")
+        return INTERRUPTED
+    finally:
+        _report(out, results())
+    failed = engine.failed()
+    if failed:
+        print(f"{len(failed)} of {len(arms)} arms failed; the same command tries them again\n{explain(failed)}")
+    return 1 if failed else 0
 
-    def _work(self, arms: Sequence[Arm]) -> list[ArmResult]:
-        """Run these arms, and give their results."""
-        self.engine.add([self._job(arm) for arm in arms])
-        self.arms += arms
-        self.engine.run()
-        return self._results(arms)
 
-    def _job(self, arm: Arm) -> Job:
-        config = self.checker.resolve(arm.settings, f"arm {arm.name}")
-        return fit_job(f"arms/{arm.name}", self.out, self.checker.words(arm.settings), config)
-
-    def _results(self, arms: Sequence[Arm]) -> list[ArmResult]:
-        return [ArmResult.of(arm, self.engine.tasks[f"arms/{arm.name}"]) for arm in arms]
-
-    def _report(self) -> None:
-        """Summary and plots of what there is now."""
-        results = self._results(self.arms)
-        if not results:
-            return
-        write_summary(self.out, results)
-        print(f"summary: {self.out / 'summary.md'}, {self.out / 'summary.csv'}")
-        try:
-            _plot(self.out, results)
-        except UserError as error:
-            print(f"no plots: {error}")
-        if self.sweep.search:
-            print(best(results, self.sweep.search))
+def _report(out: Path, results: Sequence[ArmResult]) -> None:
+    """Write the summary, and the plots where matplotlib is there."""
+    write_summary(out, results)
+    print(f"summary: {out / 'summary.md'}, {out / 'summary.csv'}")
+    try:
+        _plot(out, results)
+    except UserError as error:
+        print(f"no plots: {error}")
 
 
 def _plot(out: Path, results: Sequence[ArmResult]) -> None:
@@ -182,7 +155,7 @@ def _plot(out: Path, results: Sequence[ArmResult]) -> None:
         (out / "plots").mkdir(exist_ok=True)
         if any(curve for group in series.values() for curve in group):
             text = drawn(lambda axes, c=series: curves(axes, c), f"{metric} over steps", "step", unit)  # type: ignore[misc]
-            write_whole(out / "plots" / f"{file}_steps.svg", text)
+            write_atomic(out / "plots" / f"{file}_steps.svg", text)
         if last:
             text = drawn(lambda axes, b=last: bars(axes, b), f"{metric} at the end", unit, "")  # type: ignore[misc]
-            write_whole(out / "plots" / f"{file}.svg", text)
+            write_atomic(out / "plots" / f"{file}.svg", text)

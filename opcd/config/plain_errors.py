@@ -1,86 +1,71 @@
-"""What jsonargparse refuses, in the words of somebody who writes a config.
+"""What jsonargparse refuses, in one line: the key, what is wrong, and what was probably meant.
 
-Of a value that may be text or one of several classes, jsonargparse tells for each why it is not, and names no choices.
-Here that becomes one line: the key, what is wrong, and what there is instead.
+jsonargparse tells of a value that may be several things why it is none of them. Here the first reason counts that says
+more than "another type". `--debug` shows the whole message. A wording that is not known here is passed on.
 """
 
 import importlib
 import inspect
 import re
 from collections.abc import Iterator
-from itertools import chain
 
-from opcd.runtime.did_you_mean import did_you_mean
-from opcd.runtime.extras import install_hint
+from opcd.runtime.did_you_mean import or_all
 
-KEY = re.compile(r'^(?P<before>.*?)Parser key "(?P<key>[^"]+)":')
-OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<option>[\w.]+)' is not accepted")
-NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
-NO_MODULE = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+No module named '(?P<module>[\w.]+)'")
-NO_MODULE_OF_A_FUNCTION = re.compile(r"No module named '(?P<module>[\w.]+)'. Got value: (?P<path>[\w.]+)")
-NO_ATTRIBUTE = re.compile(r"given class_path '[\w.]+':\s+module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
-NO_SUBCLASS = re.compile(r"Import path (\S+ )?does not correspond to a subclass of (?P<base>\w+)")
-GIVEN = re.compile(r"Given value: (?P<path>[\w.]+)$")
-SUBTYPES = re.compile(r"Subtypes: \[(?P<types>.*)\]")
-ALTERNATIVES = re.compile(
-    r"Does not validate against any of the Union subtypes\n\s*Subtypes: .*\n\s*Errors:\n(?P<errors>(.*\n)*?)"
-    r"\s*Given value type: .*\n\s*Given value: .*"
+KEY = re.compile(r'Parser key "([^"]+)":')
+OWNER = re.compile(r"class_path[ =]'([\w.]+)'")
+FRAME = re.compile(
+    r"Expected a path but |Does not validate |Errors:|Given value type"
+    r"|Subclass types expect|a class path|a dict with"
 )
-OTHER_KIND = re.compile(r"\s*- Expected a .*\n")
-OTHER_CLASS = re.compile(
-    r"\n\s*- (Import path \S+ does not correspond to a subclass of \w+"
-    r"|Not a valid subclass of \w+.*\n\s*Subclass types expect one of:(\n\s*- a .*){4})"
-)
-LIBRARIES = ("torch.optim", "torch.optim.lr_scheduler", "opcd.callbacks", "lightning.pytorch.callbacks")
-"""Where a class may lie whose key does not name what it must be."""
-EXTRAS = {"bitsandbytes": "bitsandbytes"}
-"""Modules that configs name, and the extra that brings them."""
+"""How lines begin that say only what the next ones are about."""
+OTHER_TYPE = re.compile(r"Expected a (?!dot import )(?!.*Got value)|Import path .*does not|Not a valid subclass")
+NO_CLASS, GIVEN, SUBTYPES = "Expected a dot import path string: ", "Given value: ", "Subtypes: "
+OPTION = re.compile(r"Option '([\w.]+)' is not accepted")
+BASE = re.compile(r"\b((?:opcd|lightning|torch\.optim)[\w.]*)\.(\w+)")
+"""A class whose subclasses are listed: of torch.Tensor nobody wants them."""
+OPTIMIZERS = "torch.optim.Optimizer"
 
 
 def in_plain_words(message: str) -> str:
-    """The message; in one line where it is about a class, an option of one, or a module that is not found."""
-    key = KEY.match(message)
-    where = f"{key['before']}{key['key']}: " if key else ""
-    if found := OPTION.search(message):
-        return f"{where}{found['path']} has no option {found['option']}{_options(found['path'], found['option'])}"
-    if found := NO_MODULE.search(message) or NO_MODULE_OF_A_FUNCTION.search(message):
-        return f"{where}{found['path']}: no module {found['module']}; {_source(found['module'])}"
-    if found := NO_ATTRIBUTE.search(message):
-        known = vars(importlib.import_module(found["module"]))
-        return f"{where}{found['module']} has no {found['name']}{did_you_mean(found['name'], known)}"
-    if (found := GIVEN.search(message)) and (bases := [part["base"] for part in NO_SUBCLASS.finditer(message)]):
-        return f"{where}{found['path']} is no {' or '.join(bases)}"
-    if found := NO_CLASS.search(message):
-        return f"{where}no class {found['name']}{_classes(found['name'], message)}"
-    message = ALTERNATIVES.sub(lambda union: OTHER_KIND.sub("", union["errors"]).strip(" -\n") or union[0], message)
-    return OTHER_CLASS.sub("", message)
+    """The message; in one line where it is about a key of a config."""
+    before, about_a_key, _ = message.partition('Parser key "')
+    keys: list[str] = []
+    others: list[str] = []
+    owner = subtypes = given = ""
+    for line in message.splitlines() if about_a_key else ():
+        line = re.sub(r"^Type typing\.Callable.* callable class: ", "", line.strip(" -"))
+        if FRAME.match(line):
+            continue
+        keys += KEY.findall(line)
+        owner = found[1] if (found := OWNER.search(line)) else owner
+        if line.startswith(SUBTYPES):
+            subtypes = line
+        elif line.startswith(GIVEN):
+            given = line.removeprefix(GIVEN).partition(". Got value: ")[0]
+        elif OTHER_TYPE.match(line) or (line.startswith(NO_CLASS) and subtypes and not BASE.search(subtypes)):
+            others.append(line)
+        elif line and not KEY.search(line) and not line.startswith("Problem with given"):
+            return f"{before}{'.'.join(keys)}: {_reason(line, owner, subtypes or OPTIMIZERS)}"
+    return f"{before}{'.'.join(keys)}: {'; '.join(dict.fromkeys(others))}. Got value: {given}" if others else message
 
 
-def _source(module: str) -> str:
-    """Where a module would come from."""
-    if module in EXTRAS:
-        return install_hint(EXTRAS[module])
-    return "a file of yours is found in the folder that opcd is started in, and in those of PYTHONPATH"
+def _reason(line: str, owner: str, bases: str) -> str:
+    """A line of jsonargparse's, with what there is instead."""
+    if found := OPTION.search(line):
+        return f"{owner} has no option {found[1]}{or_all(found[1], _options(owner))}"
+    if line.startswith(NO_CLASS):
+        name = line.removeprefix(NO_CLASS)
+        known = {cls.__name__ for base in BASE.findall(bases) for cls in concrete(_imported(*base))}
+        return f"no class {name}{or_all(name, sorted(known))}; one of your own is named with its module: my_file.{name}"
+    return line
 
 
-def _options(path: str, wrong: str) -> str:
-    module, name = path.rsplit(".", 1)
-    taken = [p for p in inspect.signature(getattr(importlib.import_module(module), name)).parameters if p != "self"]
-    return f"{did_you_mean(wrong, taken)}; it has {', '.join(taken)}" if taken else "; it has none"
+def _options(owner: str) -> list[str]:
+    taken = inspect.signature(_imported(*owner.rsplit(".", 1))).parameters
+    return [name for name in taken if name != "self"]
 
 
-def _classes(wrong: str, message: str) -> str:
-    """What may stand there, where the message tells the base class; else the name that is nearest."""
-    union = SUBTYPES.search(message)
-    bases = [_imported(path) for path in re.findall(r"<class '(\w+\.[\w.]+)'>", union["types"])] if union else []
-    names = sorted({cls.__name__ for cls in chain.from_iterable(map(concrete, bases))})
-    known = names or list(chain.from_iterable(vars(importlib.import_module(library)) for library in LIBRARIES))
-    choices = f"; there are {', '.join(names)}" if names else ""
-    return f"{did_you_mean(wrong, known)}{choices}; one of your own is named with its module, such as my_file.{wrong}"
-
-
-def _imported(path: str) -> type:
-    module, _, name = path.rpartition(".")
+def _imported(module: str, name: str) -> type:
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 

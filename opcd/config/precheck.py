@@ -19,7 +19,7 @@ from opcd.config.signatures import DEFAULTS, OPTIMIZER, default_optimizer, inner
 from opcd.data.contexts import read_contexts
 from opcd.data.example import parse_row
 from opcd.data.readers import STAGES, find_file, not_set, read_rows
-from opcd.runtime.did_you_mean import beside, nearest_key
+from opcd.runtime.did_you_mean import beside, key_meant, nearest_key
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.recipe_paths import ReadRecipe
 
@@ -199,9 +199,8 @@ def _check_recipe(command: str, file: str) -> None:
             above = re.split(r"\.(?:class_path|init_args|dict_kwargs)(?:\.|$)", found["key"])[0]
             if above != found["key"] and above in options(command):
                 raise _Unclear from error
-            near = nearest_key(found["key"], [*options(command), *inner_keys()])
-            hint = f"; did you mean {near}?" if near else "; `opcd fit --print_config` shows all"
-            raise UserError(f"{file}: no key {found['key']}{hint}") from error
+            meant = key_meant(found["key"], [*options(command), *inner_keys()])
+            raise UserError(f"{file}: no key {found['key']}{meant}") from error
         raise UserError(f"{file}: {message}") from error
     for option in options(command).values():
         if option.group and isinstance(value := config.get(option.key), str):

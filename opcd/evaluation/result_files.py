@@ -11,7 +11,7 @@ from rich.table import Table
 
 from opcd.evaluation.scores import Metric, Results, Row
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 from opcd.runtime.output import plain
 from opcd.runtime.versions import installed_version
 
@@ -52,7 +52,7 @@ def write_results(
             for name, result in results.items()
         },
     }
-    write_whole(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def _plain(metrics: dict[str, Metric]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _plain(metrics: dict[str, Metric]) -> dict[str, Any]:
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
     """Write answers as JSONL, whole or not at all."""
-    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def print_results(results: Results, differences: dict[str, dict[str, Metric]], console: Console) -> None:

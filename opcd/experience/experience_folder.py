@@ -8,7 +8,7 @@ from typing import Any
 
 from opcd.runtime.differences import changed_keys
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import require_own, write_whole
+from opcd.runtime.files.disk import require_own, write_atomic
 from opcd.runtime.files.user_files import read_json
 
 IDENTITY = "run.json"
@@ -32,7 +32,7 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
     if not file.exists():
         require_own(folder, "out", (".lock",))
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(file, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
         return
     changed = changed_keys(read_json(file, "out"), new)
     if changed:
@@ -49,4 +49,4 @@ def fingerprint(ids: Sequence[str]) -> str:
 
 def write_records(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Write JSONL, whole or not at all."""
-    write_whole(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_atomic(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

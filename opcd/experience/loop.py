@@ -41,7 +41,7 @@ from opcd.experience.selection import Score, best, best_of_each, to_score
 from opcd.experience.stage_progress import Progress
 from opcd.experience.writers import Writers
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 
 Place = tuple[int, int]
 """(number of a list, step), steps from 1."""
@@ -157,10 +157,10 @@ class Loop:
         selected = best(scores)
         write_records(self.folder / SCORES, [asdict(score) for score in scores])
         write_records(self.folder / CONTEXTS, [{"context": texts[score.id]} for score in best_of_each(scores)])
-        write_whole(self.folder / CONTEXT, str(texts[selected.id]) + "\n")
+        write_atomic(self.folder / CONTEXT, str(texts[selected.id]) + "\n")
         without = {f"{name}_without": getattr(scores[0], name) for name in ("right", "success", "low", "high")}
         # Last: where this one is, all of them are.
-        write_whole(self.folder / SELECTION, json.dumps(asdict(selected) | without, indent=1) + "\n")
+        write_atomic(self.folder / SELECTION, json.dumps(asdict(selected) | without, indent=1) + "\n")
         return selected
 
     def student_score(self) -> Score:

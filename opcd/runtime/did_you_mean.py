@@ -44,6 +44,12 @@ def nearest_key(wrong: str, keys: Iterable[str]) -> str | None:
     return near(wrong, same, 0.0) if same else near(wrong, known, 0.5) or _by_last_part(last, known)
 
 
+def key_meant(wrong: str, keys: Iterable[str]) -> str:
+    """The end of a message about a config key that is not there."""
+    found = nearest_key(wrong, keys)
+    return f"; did you mean {found}?" if found else "; `opcd fit --print_config` shows all"
+
+
 def _by_last_part(last: str, keys: list[str]) -> str | None:
     """The key whose last part is nearest."""
     parts = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}

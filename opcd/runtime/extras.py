@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent.parent
 def install_hint(extra: str) -> str:
     """The command that installs an extra, of the clone that this package is imported from or of the installed wheel."""
     if not (ROOT / "pyproject.toml").is_file():
-        return f"{_pip()} install '{DISTRIBUTION}[{extra}]'"
+        return pip_install(f"'{DISTRIBUTION}[{extra}]'")
     if Path().samefile(ROOT):
-        return f"{_pip()} install -e '.[{extra}]'"
-    return f"{_pip()} install -e {shlex.quote(f'{ROOT}[{extra}]')}"
+        return pip_install(f"-e '.[{extra}]'")
+    return pip_install(f"-e {shlex.quote(f'{ROOT}[{extra}]')}")
 
 
 def require(extra: str, module: str, key: str) -> None:
@@ -38,7 +38,8 @@ def require(extra: str, module: str, key: str) -> None:
         raise UserError(f"{key} needs {module}, which is not installed: {install_hint(extra)}")
 
 
-def _pip() -> str:
-    """The pip of this environment, which need not be the first one on the path."""
+def pip_install(words: str) -> str:
+    """The command that installs with the pip of this environment, which need not be the first one on the PATH."""
     first, own = shutil.which("pip"), Path(sys.executable)
-    return "pip" if first and Path(first).parent == own.parent else f"{shlex.quote(str(own))} -m pip"
+    pip = "pip" if first and Path(first).parent == own.parent else f"{shlex.quote(str(own))} -m pip"
+    return f"{pip} install {words}"

@@ -4,19 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from opcd.sweep.summary import ArmResult
-from opcd.sweep.sweep_plan import Search
 
 MEASURES = (("samples/right", "maximize"), ("val/divergence", "minimize"), ("train/divergence", "minimize"))
-"""What tells the best arm where no search does: the first that all finished arms have."""
+"""What tells the best arm: the first that all finished arms have."""
 
 
-def keep_the_best(results: Sequence[ArmResult], search: Search | None) -> None:
+def keep_the_best(results: Sequence[ArmResult]) -> None:
     """Remove the checkpoints of all arms that have finished in this process but the best.
 
     Nothing but `step=N.ckpt` and its manifest is removed, and nothing of an arm whose config asks for checkpoints.
     """
     finished = [result for result in results if result.task.status == "finished"]
-    best = _best(finished, search)
+    best = _best(finished)
     if best is None:
         return
     for result in finished:
@@ -29,10 +28,9 @@ def keep_the_best(results: Sequence[ArmResult], search: Search | None) -> None:
             folder.rmdir()
 
 
-def _best(finished: Sequence[ArmResult], search: Search | None) -> ArmResult | None:
-    """The best by the search's metric, or by the first of `MEASURES` that all have; None where nothing tells."""
-    measures = [(search.metric, search.direction)] if search else MEASURES
-    for metric, direction in measures:
+def _best(finished: Sequence[ArmResult]) -> ArmResult | None:
+    """The best by the first of `MEASURES` that all have; None where nothing tells."""
+    for metric, direction in MEASURES:
         if finished and all(metric in result.numbers for result in finished):
             sign = 1 if direction == "minimize" else -1
             return min(finished, key=lambda result: sign * result.numbers[metric])

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from opcd.data import ContextQueryDataModule
 from opcd.modules.validation import Run, validate
-from opcd.runtime.did_you_mean import nearest_key
+from opcd.runtime.did_you_mean import key_meant
 from opcd.runtime.differences import plain_config
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.user_files import require_file
@@ -40,7 +40,7 @@ class ConfigChecker:
             require_file(file, "base.config")
         self._known = self._keys()
         self.check_keys(base.set, "base.set")
-        self._known = sorted({*self._known, *_leaves(self._parse([], "base"))})
+        self._known = sorted({*self._known, *self._parse(self.words({}), "base").keys()})
 
     def words(self, settings: dict[str, Any]) -> list[str]:
         """The words after `opcd fit` of a run with these settings over the base.
@@ -57,7 +57,7 @@ class ConfigChecker:
             if key in OWN_KEYS:
                 raise UserError(f"{where}: {key} is the sweep's own to set; remove it")
             if not self._is_key(key):
-                raise UserError(f"{where}: {key!r} is no config key{self._near(key)}")
+                raise UserError(f"{where}: {key!r} is no config key{key_meant(key, self._known)}")
 
     def resolve(self, settings: dict[str, Any], where: str) -> dict[str, Any]:
         """The whole config of a run, as its config.yaml will hold it, less the folder that it writes to.
@@ -66,7 +66,7 @@ class ConfigChecker:
             UserError: a value does not fit its key, a class refuses its arguments, the rows cannot be read, or
                 `opcd fit` would refuse the run before a model loads.
         """
-        config = self._parse(self.words(settings), where, settings)
+        config = self._parse(self.words(settings), where)
         try:
             objects = self.parser.instantiate(config)
             data = self._rows(objects.data, config)
@@ -75,15 +75,13 @@ class ConfigChecker:
             raise UserError(f"{where}: {error}") from error
         return plain_config(self.parser, config)
 
-    def _parse(self, words: list[str], where: str, settings: dict[str, Any] | None = None) -> Any:
-        words = words or self.words({})
+    def _parse(self, words: list[str], where: str) -> Any:
         quiet = logging.getLogger("jsonargparse")
         try:
             quiet.disabled = True  # that a class is replaced and its arguments dropped is what an axis is for
             return self.parser.parse_args(words)
         except ArgumentError as error:
-            hints = [self._near(key) for key in settings or {} if f"'{key.rsplit('.', 1)[-1]}'" in str(error)]
-            raise UserError(f"{where}: {error}{hints[0] if hints else ''}") from error
+            raise UserError(f"{where}: {error}") from error
         finally:
             quiet.disabled = False
 
@@ -109,12 +107,3 @@ class ConfigChecker:
             return True
         above = [name for name in keys if key.startswith(f"{name}.")]
         return bool(above) and not any(name.startswith(f"{max(above, key=len)}.") for name in keys)
-
-    def _near(self, key: str) -> str:
-        found = nearest_key(key, self._known)
-        return f"; did you mean {found}?" if found else "; `opcd fit --print_config` shows all"
-
-
-def _leaves(config: Any) -> Iterable[str]:
-    """Dotted keys of all values of a parsed config, those inside class arguments included."""
-    yield from config.keys()

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from opcd.results.run_files import clock
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import explained, open_own, require_own
 from opcd.runtime.files.locks import lock, owner_of, seems_alive, sign, told
 from opcd.sweep.jobs import Job, JobFolder
-from opcd.sweep.launchers import Launcher, Running
-from opcd.sweep.live_table import LiveTable
+from opcd.sweep.launchers import LocalLauncher, Running
 
 Status = Literal["waiting", "running", "finished", "failed", "not run"]
 POLL_SECONDS = 0.5
@@ -87,12 +87,11 @@ class Engine:
         jobs: most that run at the same time.
     """
 
-    def __init__(self, root: Path, launcher: Launcher, jobs: int) -> None:
+    def __init__(self, root: Path, launcher: LocalLauncher, jobs: int) -> None:
         self.root, self.launcher, self.jobs = root, launcher, jobs
         self.on_finish: Callable[[], None] = lambda: None
         """Called after each job that has finished."""
         self.tasks: dict[str, Task] = {}
-        self._table = LiveTable(self.tasks)
 
     def add(self, jobs: Sequence[Job]) -> list[Task]:
         """Take jobs in; those that have finished before are not run again.
@@ -107,23 +106,24 @@ class Engine:
             if seconds is None:
                 task.folder.check()
             else:
-                task.status, task.seconds, task.before = "finished", seconds, True
+                task.seconds, task.before = seconds, True
+                _set(task, "finished")
             added.append(task)
         self.tasks |= {task.job.name: task for task in added}
         return added
 
     def run(self) -> None:
         """Run what waits until nothing can run any more. Whatever ends this early ends the processes too."""
-        with self._table as table, sigterm_as_interrupt():
+        with sigterm_as_interrupt():
             try:
                 while self._step():
-                    table.update()
                     time.sleep(POLL_SECONDS)
-                table.update()
             finally:
-                for task in self._with("running"):
-                    assert task.running is not None
-                    task.running.stop()
+                left = [task.running for task in self._with("running") if task.running is not None]
+                for running in left:
+                    running.ask_to_end()
+                for running in left:
+                    running.end()
 
     def failed(self) -> list[Task]:
         """Tasks that failed."""
@@ -136,7 +136,7 @@ class Engine:
         for task in self._with("waiting"):
             before = [self.tasks[name].status for name in task.job.after]
             if any(status in ("failed", "not run") for status in before):
-                task.status = "not run"
+                _set(task, "not run")
             elif all(status == "finished" for status in before) and len(self._with("running")) < self.jobs:
                 self._start(task)
         return bool(self._with("running", "waiting"))
@@ -144,11 +144,10 @@ class Engine:
     def _start(self, task: Task) -> None:
         taken = {other.slot for other in self._with("running")}
         task.slot = next(slot for slot in range(self.jobs) if slot not in taken)
-        task.running = self.launcher.attach(task.folder)
-        if task.running is None:
-            task.folder.begin()
-            task.running = self.launcher.start(task.folder, task.slot)
-        task.status, task.begun = "running", time.monotonic()
+        task.folder.begin()
+        task.running = self.launcher.start(task.folder, task.slot)
+        task.begun = time.monotonic()
+        _set(task, "running")
 
     def _collect(self, task: Task) -> None:
         assert task.running is not None
@@ -156,15 +155,23 @@ class Engine:
         if task.code is None:
             return
         if task.code == 0 and task.folder.proven():
-            task.status = "finished"
+            _set(task, "finished")
             task.folder.finish(task.seconds)
             self.on_finish()
         else:
-            task.status = "failed"
+            _set(task, "failed")
             task.folder.close()
 
     def _with(self, *statuses: Status) -> list[Task]:
         return [task for task in self.tasks.values() if task.status in statuses]
+
+
+def _set(task: Task, status: Status) -> None:
+    """Change the status of a task, and print a line about it."""
+    task.status = status
+    took = f"{' before' if task.before else ''} in {clock(task.seconds)}" if status in ("finished", "failed") else ""
+    log = f"; its output: {os.path.relpath(task.folder.log)}" if status == "running" else ""
+    print(f"{task.job.name}: {status}{took}{log}", flush=True)
 
 
 @contextmanager

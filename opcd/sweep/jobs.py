@@ -11,10 +11,10 @@ from typing import Any
 from opcd.config import parsing
 from opcd.runtime.differences import changed_keys
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import MANIFEST, explained, remove_own, require_own, write_manifest, write_whole
+from opcd.runtime.files.disk import MANIFEST, explained, remove_own, require_own, write_atomic, write_manifest
 from opcd.runtime.files.user_files import read_json
 
-OWN = ("job.json", "log.txt", "submitted.json", "finished.json")
+OWN = ("job.json", "log.txt", "finished.json")
 """What is written into a job's folder beside what its process writes."""
 RUN = "runs/version_0"  # where `opcd` writes in a job's folder: the former attempt is gone before it starts
 
@@ -102,7 +102,7 @@ class JobFolder:
         with explained(self.path):
             remove_own(self.path, self._own())
             self.path.mkdir(parents=True)
-        write_whole(
+        write_atomic(
             self.path / "job.json", json.dumps({"command": self.job.command, "config": self.job.config}, indent=1)
         )
 
@@ -113,7 +113,7 @@ class JobFolder:
     def finish(self, seconds: float) -> None:
         """Mark the job as finished."""
         ended = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        write_whole(self._finished, json.dumps({"seconds": round(seconds, 1), "ended": ended}))
+        write_atomic(self._finished, json.dumps({"seconds": round(seconds, 1), "ended": ended}))
 
     def proven(self) -> bool:
         """Whether what the job should leave is there."""

@@ -1,67 +1,48 @@
-"""Where a job's process runs: on this machine, or on a cluster through submitit."""
+"""Where a job's process runs: on this machine, or on a cluster through `srun`."""
 
-import json
 import os
+import shutil
 import signal
 import subprocess
-import time
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 from opcd.runtime.errors import UserError
-from opcd.runtime.extras import require
-from opcd.runtime.files.disk import write_whole
 from opcd.sweep.jobs import JobFolder
 
-GRACE_SECONDS = 5
 
+class Running:
+    """A job's process, the leader of a session of its own.
 
-class Running(ABC):
-    """A job that was started."""
+    Args:
+        process: the process.
+        grace: seconds between SIGTERM and SIGKILL.
+    """
 
-    @abstractmethod
-    def code(self) -> int | None:
-        """Its exit code, or None while it runs."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """End it, and every process that it started."""
-
-
-class Launcher(ABC):
-    """Starts jobs."""
-
-    @abstractmethod
-    def start(self, folder: JobFolder, slot: int) -> Running:
-        """Start the job of a folder, its output to the folder's log. `slot` counts the jobs that run beside it."""
-
-    def attach(self, folder: JobFolder) -> Running | None:
-        """The job where a sweep that is gone has started it, and it still runs."""
-        return None
-
-
-class LocalProcess(Running):
-    """A process of this machine, the leader of a session of its own."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
+    def __init__(self, process: subprocess.Popen[bytes], grace: float) -> None:
+        self.process, self.grace = process, grace
 
     def code(self) -> int | None:
-        """Negative for a signal."""
+        """The exit code, negative for a signal; None while the process runs."""
         return self.process.poll()
 
-    def stop(self) -> None:
-        """SIGTERM to the whole group, and SIGKILL to what is left after a while: Lightning first ends its step."""
-        for kind in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, kind)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE_SECONDS)
+    def ask_to_end(self) -> None:
+        """Send SIGTERM to the process and all that it started: Lightning first ends its step."""
+        self._send(signal.SIGTERM)
+
+    def end(self) -> None:
+        """Wait for the end, and send SIGKILL to what is left after `grace` seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(self.grace)
+        self._send(signal.SIGKILL)
+        self.process.wait()
+
+    def _send(self, kind: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, kind)
 
 
-class LocalLauncher(Launcher):
+class LocalLauncher:
     """Processes of this machine; each gets its share of the cores, or of the GPUs.
 
     Args:
@@ -69,24 +50,65 @@ class LocalLauncher(Launcher):
         keep_open: a file descriptor that every process inherits: the lock of the sweep's folder.
     """
 
+    grace = 5.0
+    """Seconds that a job has to end after SIGTERM."""
+
     def __init__(self, jobs: int, keep_open: int) -> None:
         self.jobs, self.keep_open, self.gpus = jobs, keep_open, visible_gpus()
 
     def start(self, folder: JobFolder, slot: int) -> Running:
-        """Start a process."""
-        environment = os.environ | shares(slot, self.jobs, self.gpus, os.cpu_count() or 1)
-        environment["OPCD_ENDS_WITH"] = str(os.getpid())
+        """Start the job of a folder, its output to the folder's log. `slot` counts the jobs that run beside it."""
         with folder.log.open("wb") as log:
             process = subprocess.Popen(
-                folder.job.command,
+                self.command(folder),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=os.environ | self.variables(slot),
                 pass_fds=(self.keep_open,),
                 start_new_session=True,
             )
-        return LocalProcess(process)
+        return Running(process, self.grace)
+
+    def command(self, folder: JobFolder) -> list[str]:
+        """The command line of a job."""
+        return folder.job.command
+
+    def variables(self, slot: int) -> dict[str, str]:
+        """The job's devices, and the process that it ends with."""
+        return {**shares(slot, self.jobs, self.gpus, os.cpu_count() or 1), "OPCD_ENDS_WITH": str(os.getpid())}
+
+
+class SlurmLauncher(LocalLauncher):
+    """One `srun` a job, which waits in SLURM's queue and then for the job. The nodes must share the sweep's folder.
+
+    A job is one task; of several GPUs Lightning starts the other ranks itself, on the same node.
+
+    Args:
+        options: of srun, such as --time=4:00:00.
+        keep_open: as in `LocalLauncher`.
+
+    Raises:
+        UserError: there is no srun, or an option is none.
+    """
+
+    grace = 60.0
+
+    def __init__(self, options: Sequence[str], keep_open: int) -> None:
+        if wrong := next((option for option in options if not option.startswith("-")), None):
+            raise UserError(f"slurm: {wrong!r} is no option of srun; write it as --NAME=VALUE")
+        if shutil.which("srun") is None:
+            raise UserError("--launcher slurm needs srun, which is not on the PATH; start the sweep where SLURM is")
+        self.options, self.keep_open = options, keep_open
+
+    def command(self, folder: JobFolder) -> list[str]:
+        """The job's command through srun; without SLURM_NTASKS, by which Lightning would wait for a task a device."""
+        name = f"--job-name={folder.path.name}"
+        return ["srun", "--ntasks=1", name, *self.options, "env", "-u", "SLURM_NTASKS", *folder.job.command]
+
+    def variables(self, slot: int) -> dict[str, str]:
+        """None: SLURM assigns the devices, and the process of the sweep is on another machine."""
+        return {}
 
 
 def shares(slot: int, jobs: int, gpus: list[str], cores: int) -> dict[str, str]:
@@ -112,74 +134,3 @@ def visible_gpus() -> list[str]:
     if named is not None and torch.cuda.is_available():
         return [name for name in named.split(",") if name]
     return [str(index) for index in range(torch.cuda.device_count())]
-
-
-class ClusterJob(Running):
-    """A job of submitit's."""
-
-    def __init__(self, job: Any) -> None:
-        self.job = job
-
-    def code(self) -> int | None:
-        """1 for a job that the cluster ended."""
-        import submitit
-
-        if not self.job.done():
-            return None
-        try:
-            return int(self.job.result())
-        except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
-            return 1
-
-    def stop(self) -> None:
-        """Cancel it."""
-        self.job.cancel()
-
-
-class SlurmLauncher(Launcher):
-    """Jobs of a SLURM cluster. The folder must lie on a disk that the nodes share.
-
-    Args:
-        folder: for submitit's own files.
-        parameters: of submitit's AutoExecutor. `cluster: local` or `debug` tries the path without a cluster.
-
-    Raises:
-        UserError: submitit or the cluster is not there, or a parameter is wrong.
-    """
-
-    def __init__(self, folder: Path, parameters: dict[str, Any]) -> None:
-        require("slurm", "submitit", "--launcher slurm")
-        import submitit
-
-        parameters = dict(parameters)
-        self.cluster = parameters.pop("cluster", "slurm")
-        try:
-            self.executor = submitit.AutoExecutor(folder=folder, cluster=self.cluster)
-            self.executor.update_parameters(**parameters)
-        except (RuntimeError, ValueError, NameError, AssertionError, TypeError) as error:
-            raise UserError(f"--launcher slurm: {error}") from error
-
-    def start(self, folder: JobFolder, slot: int) -> Running:
-        """Submit, and write down the job's id."""
-        self.executor.update_parameters(name=folder.path.name[:60])
-        job = self.executor.submit(run_here, folder.job.command, str(Path.cwd()), str(folder.log.resolve()))
-        write_whole(folder.path / "submitted.json", json.dumps({"cluster": self.cluster, "job_id": job.job_id}))
-        return ClusterJob(job)
-
-    def attach(self, folder: JobFolder) -> Running | None:
-        """The job that was submitted before, where the cluster still has it."""
-        import submitit
-
-        note = folder.path / "submitted.json"
-        if self.cluster != "slurm" or not note.exists():
-            return None
-        job: Any = submitit.SlurmJob(self.executor.folder, json.loads(note.read_text(encoding="utf-8"))["job_id"])
-        return None if job.done(force_check=True) else ClusterJob(job)
-
-
-def run_here(command: list[str], folder: str, log: str) -> int:
-    """What a node of the cluster runs."""
-    with Path(log).open("wb") as stream:
-        code = subprocess.run(command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-    time.sleep(0.1)  # a shared disk shows the log before the result
-    return code

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd.results.run_files import clock, figures, is_finite
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 from opcd.runtime.output import csv_cell, markdown
 from opcd.sweep.job_engine import Task
 from opcd.sweep.sweep_plan import Arm
@@ -49,8 +49,8 @@ class ArmResult:
 
 def write_summary(folder: Path, results: Sequence[ArmResult]) -> None:
     """Write summary.csv (everything) and summary.md (what a person reads first)."""
-    write_whole(folder / "summary.csv", as_csv(results))
-    write_whole(folder / "summary.md", as_markdown(results))
+    write_atomic(folder / "summary.csv", as_csv(results))
+    write_atomic(folder / "summary.md", as_markdown(results))
 
 
 def as_csv(results: Sequence[ArmResult]) -> str:

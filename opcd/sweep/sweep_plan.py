@@ -7,7 +7,7 @@ import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -32,33 +32,17 @@ class Base:
 
 
 @dataclass
-class Search:
-    """Arms chosen by Optuna, one after the other, in the ranges that the axes give."""
-
-    metric: str
-    """A column of metrics.csv, by its last value, such as val/divergence; or samples/right."""
-    direction: Literal["minimize", "maximize"] = "minimize"
-    """Which way is better."""
-    trials: int = 20
-    """How many arms, failed ones included."""
-    seed: int = 0
-    """Seed of Optuna's sampler."""
-
-
-@dataclass
 class SweepFile:
     """A sweep: every arm is the base, one of `arms` if there are any, and one value of each axis."""
 
     base: Base = field(default_factory=Base)
     """What all arms have in common."""
     axes: dict[str, Any] = field(default_factory=dict)
-    """Dotted config key -> list of values (arms are their product), or, for a search, {low, high, log, step}."""
+    """Dotted config key -> list of values; arms are their product."""
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> dotted config key -> value. Each is crossed with the axes."""
-    search: Search | None = None
-    """Search the axes' ranges with Optuna; null runs the product of the axes."""
-    slurm: dict[str, Any] = field(default_factory=dict)
-    """Parameters of submitit's AutoExecutor, for --launcher slurm: timeout_min, slurm_partition, gpus_per_node, ..."""
+    slurm: list[str] = field(default_factory=list)
+    """Options of srun, for --launcher slurm: --time=4:00:00, --gpus=1, ..."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +61,9 @@ def read_sweep(path: Path) -> SweepFile:
     Raises:
         UserError: the file is missing, is no YAML, names a key twice, or holds what a sweep does not have.
     """
-    sweep = parse_yaml(path, SweepFile, "sweep")
-    assert isinstance(sweep, SweepFile)
+    sweep: SweepFile = parse_yaml(path, SweepFile, "sweep")
     if not sweep.axes and not sweep.arms:
         raise UserError(f"{path}: neither axes nor arms, so there is nothing to sweep; `opcd fit` runs one config")
-    if sweep.search and sweep.arms:
-        raise UserError(f"{path}: arms have no part in a search; make them an axis with a list of values")
-    if sweep.search and sweep.search.trials < 1:
-        raise UserError(f"{path}: search.trials must be at least 1, not {sweep.search.trials}")
     return sweep
 
 
@@ -99,6 +78,12 @@ def parse_yaml(path: Path, schema: type[Any], what: str) -> Any:
     value = paths_taken(value, path.absolute().parent, Path.cwd())
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a mapping, not {type(value).__name__}")
+    if "search" in value:
+        raise UserError(f"{path}: search: opcd no longer searches with Optuna; list the values to try under axes")
+    if isinstance(value.get("slurm"), dict):
+        raise UserError(
+            f"{path}: slurm: opcd runs srun, not submitit; list options of srun: [--time=4:00:00, --gpus=1]"
+        )
     known = [own.name for own in fields(schema)]
     for key in value:
         if key not in known:
@@ -151,15 +136,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def grid(sweep: SweepFile) -> list[Arm]:
-    """The arms of a sweep without a search: `arms` x the product of the axes.
+    """The arms of a sweep: `arms` x the product of the axes.
 
     Raises:
         UserError: an axis is no list or is empty, an arm sets an axis, or two arms have one name.
     """
     for key, values in sweep.axes.items():
         if not isinstance(values, list) or not values:
-            hint = "; ranges are for a sweep with `search`" if isinstance(values, dict) else ""
-            raise UserError(f"axes.{key} must be a list of values, not {json.dumps(values)}{hint}")
+            raise UserError(f"axes.{key} must be a list of values, not {json.dumps(values)}")
     for name, settings in sweep.arms.items():
         if both := sorted(settings.keys() & sweep.axes.keys()):
             raise UserError(f"arms.{name} sets {both[0]}, which is an axis: remove it from one of the two")

@@ -72,7 +72,7 @@ class ScriptedWriters:
 def kill_at_file(name: str) -> None:
     """End the process in the middle of writing a file of the loop's."""
 
-    for function in ("write_records", "write_whole"):
+    for function in ("write_records", "write_atomic"):
         whole = getattr(loop_module, function)
         setattr(loop_module, function, lambda path, *rest, whole=whole: _or_die(path, name, whole, *rest))
 

@@ -14,9 +14,8 @@ from opcd.results.run_files import figures, read_config, read_metrics
 from opcd.runtime.errors import UserError
 from opcd.sweep.job_engine import Task
 from opcd.sweep.jobs import Job, JobFolder
-from opcd.sweep.search import best
 from opcd.sweep.summary import ArmResult, write_summary
-from opcd.sweep.sweep_plan import Search, make_arm
+from opcd.sweep.sweep_plan import make_arm
 from tests.helpers.task_rows import scored_rows
 
 CONFIG = "trainer:\n  max_steps: 3\nmodel:\n  student: {name: tiny}\ndata: {batch_size: 2}\n"
@@ -168,7 +167,7 @@ def test_bytes_changed_at_random_end_in_a_page(opcd, tmp_path, monkeypatch):
 
 
 @pytest.mark.case("B4")
-def test_a_summary_and_the_best_arm_of_damaged_runs(tmp_path):
+def test_a_summary_of_damaged_runs(tmp_path):
     lines = {
         "whole": METRICS,
         "cut": METRICS + "0,3,0.",
@@ -185,9 +184,6 @@ def test_a_summary_and_the_best_arm_of_damaged_runs(tmp_path):
     text = (tmp_path / "summary.md").read_text()
     assert "metrics.csv:5: left out" in text and "train/divergence is nan at step 3" in text
     assert text.count("samples.jsonl:5: left out") == 4
-    search = Search(trials=4, metric="train/divergence", direction="minimize")
-    assert best(results, search).startswith("best: whole")
-    assert "no trial has finished with a finite" in best(results[2:], search)
 
 
 @pytest.mark.case("B4")

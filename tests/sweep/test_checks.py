@@ -53,7 +53,7 @@ def test_keys_inside_of_classes_and_mappings(checker):
         ({"model.temperature": "warm"}, "arm x: .*model.temperature"),
         ({"model.loss": "JSDD"}, "arm x: .*JSDD"),
         ({"model.loss": {"class_path": "JSD", "init_args": {"beta": 1.0}}}, "arm x: .*0 < beta < 1"),
-        ({"model.optimizer.init_args.lrr": 1.0}, "arm x: .*did you mean model.optimizer.init_args.lr?"),
+        ({"model.optimizer.init_args.lrr": 1.0}, "arm x: .*Option 'lrr' is not accepted"),
         ({"data.train": "nowhere.jsonl"}, "arm x: data.train: no file"),
         ({"data.context": "nowhere.txt"}, "arm x: data.context: no file"),
         ({"model.student.name": "nowhere"}, "arm x: .*nowhere"),

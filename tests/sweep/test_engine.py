@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 
 from opcd.config import parsing
 from opcd.runtime.errors import UserError
-from opcd.runtime.extras import install_hint
 from opcd.sweep.job_engine import Engine, explain, locked
 from opcd.sweep.jobs import Job, JobFolder
 from opcd.sweep.launchers import SlurmLauncher, shares
@@ -238,29 +236,48 @@ def test_devices_are_shared():
     assert "OMP_NUM_THREADS" in os.environ or shares(1, 2, [], 8) == {"OMP_NUM_THREADS": "4"}
 
 
-def test_jobs_through_submitit(tmp_path, script):
-    pytest.importorskip("submitit")
-    launcher = SlurmLauncher(tmp_path / "slurm", {"cluster": "local", "timeout_min": 5})
-    engine = Engine(tmp_path, launcher, 2)
-    engine.add([script("a", f"print('from the node'); {DONE}"), script("b", "sys.exit(7)")])
-    engine.run()
+SRUN = """#!/bin/sh
+echo "$@" >>"$(dirname "$0")/asked"
+while [ "${1#-}" != "$1" ]; do shift; done
+export SLURM_NTASKS=1
+exec "$@"
+"""
+"""What `srun` does with its words: its options go, and the rest is run."""
+
+
+@pytest.fixture
+def srun(tmp_path, monkeypatch):
+    """A folder with an srun first on the PATH; gives what it has been asked for."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "srun").write_text(SRUN)
+    (folder / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder / "asked"
+
+
+def test_jobs_through_srun(tmp_path, script, srun, capsys):
+    alone = "assert 'SLURM_NTASKS' not in os.environ and 'OPCD_ENDS_WITH' not in os.environ"
+    with locked(tmp_path / "out") as lock:
+        engine = Engine(tmp_path, SlurmLauncher(["--time=4:00:00", "--gpus=1"], lock), sys.maxsize)
+        engine.add([script("a", f"{alone}; print('from the node'); {DONE}"), script("b", "sys.exit(7)")])
+        engine.run()
     assert statuses(engine) == {"a": "finished", "b": "failed"}
     assert engine.tasks["b"].code == 7
     assert engine.tasks["a"].folder.last_lines(1) == ["from the node"]
-    assert "job_id" in json.loads((tmp_path / "a" / "submitted.json").read_text())
+    asked = [line.split(" env -u ")[0] for line in srun.read_text().splitlines() if " env -u " in line]
+    assert sorted(asked) == [f"--ntasks=1 --job-name={name} --time=4:00:00 --gpus=1" for name in "ab"]
+    lines = capsys.readouterr().out.splitlines()
+    log = os.path.relpath(tmp_path / "a" / "log.txt")
+    assert lines[0] == f"a: running; its output: {log}" and "a: finished in 0:0" in " ".join(lines)
 
 
-@pytest.mark.parametrize("parameters", [{"cluster": "nowhere"}, {"cluster": "local", "slurm_partitio": "x"}])
-def test_wrong_parameters_of_submitit(tmp_path, parameters):
-    pytest.importorskip("submitit")
-    with pytest.raises(UserError, match="--launcher slurm: "):
-        SlurmLauncher(tmp_path, parameters)
-
-
-def test_submitit_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(UserError, match=re.escape(f"needs submitit, which is not installed: {install_hint('slurm')}")):
-        SlurmLauncher(tmp_path, {})
+def test_srun_that_is_not_there_and_words_that_are_no_options(tmp_path, srun, monkeypatch):
+    with pytest.raises(UserError, match="'gpu' is no option of srun"):
+        SlurmLauncher(["-p", "gpu"], 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="--launcher slurm needs srun"):
+        SlurmLauncher([], 0)
 
 
 def test_the_last_lines_of_a_log(tmp_path, script):

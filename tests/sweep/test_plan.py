@@ -67,9 +67,12 @@ def test_words_of_the_command_line():
         ("arms:\n  one: {x: 1}\n  one: {x: 2}\n", "'one' is there twice, again in line 3"),
         ({"arms": {"x": 1}}, "arms must be a mapping"),
         ({"axes": {1: [1]}}, "axes must be a mapping with texts"),
-        ({"axes": {"a": [1]}, "search": {"metric": "m", "trials": 0}}, "search.trials must be at least 1"),
-        ({"axes": {"a": [1]}, "arms": {"x": {}}, "search": {"metric": "m"}}, "no part in a search"),
-        ({"axes": {"a": [1]}, "search": {"metric": "m", "direction": "up"}}, "direction"),
+        ({"axes": {"a": [1]}, "search": {"metric": "m"}}, "search: opcd no longer searches with Optuna; list"),
+        (
+            {"axes": {"a": [1]}, "slurm": {"timeout_min": 5}},
+            "slurm: opcd runs srun, not submitit; list",
+        ),
+        ({"axes": {"a": [1]}, "slurm": "--gpus=1"}, "slurm"),
     ],
 )
 def test_a_wrong_file_is_refused(sweep, content, message):
@@ -81,7 +84,7 @@ def test_a_wrong_file_is_refused(sweep, content, message):
     ("content", "message"),
     [
         ({"axes": {"a.b": []}}, "axes.a.b must be a list of values"),
-        ({"axes": {"a.b": {"low": 1, "high": 2}}}, "ranges are for a sweep with"),
+        ({"axes": {"a.b": {"low": 1, "high": 2}}}, "axes.a.b must be a list of values, not"),
         ({"axes": {"a.b": [1, 1]}}, "two arms are called b=1: the same value is there twice"),
         ({"axes": {"a.b": ["x/y", "x_y"]}}, "two arms are called b=x_y"),
         ({"arms": {"x/y": {"a": 1}, "x_y": {"a": 2}}}, "two arms are called x_y"),

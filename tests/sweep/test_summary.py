@@ -1,4 +1,4 @@
-"""What a sweep says of its runs: figures, summary, plots, the live table."""
+"""What a sweep says of its runs: figures, summary, plots."""
 
 import csv
 import io
@@ -7,16 +7,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
 
 from opcd.results.plots import bars, curves, drawn
 from opcd.results.run_files import clock, figures, right_over_steps
 from opcd.sweep.arm_checkpoints import keep_the_best
 from opcd.sweep.job_engine import Task
 from opcd.sweep.jobs import Job, JobFolder
-from opcd.sweep.live_table import LiveTable
 from opcd.sweep.summary import ArmResult, markdown_table, mean_and_spread, write_summary
-from opcd.sweep.sweep_plan import Search, make_arm
+from opcd.sweep.sweep_plan import make_arm
 
 
 @pytest.fixture
@@ -132,20 +130,7 @@ def test_plots_are_svg_with_their_text_and_ids_of_their_own():
         assert link is None or link.removeprefix("#") in ids[0]
 
 
-def test_the_live_table_of_a_terminal_and_the_lines_elsewhere(task):
-    tasks = {name: task(name, status, []) for name, status in (("a", "finished"), ("b", "running"), ("c", "failed"))}
-    tasks["b"].folder.log.write_text("step 1/2 [0.5 nats]\n")
-    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with LiveTable(tasks, screen) as table:
-        table.update()
-    shown = screen.file.getvalue()
-    assert "1 running, 1 finished, 1 failed" in shown and "step 1/2 [0.5 nats]" in shown
-    assert shown.index("step 1/2") < shown.index("finished", shown.index("step 1/2"))
-    plain = Console(file=io.StringIO(), width=10)
-    with LiveTable(tasks, plain) as table:
-        for _ in range(2):
-            table.update()
-    assert plain.file.getvalue() == "a: finished in 1:01\nb: running\nc: failed in 1:01\n"
+def test_clock():
     assert [clock(seconds) for seconds in (0, 61, 3661)] == ["0:00", "1:01", "1:01:01"]
 
 
@@ -165,10 +150,8 @@ def test_only_the_best_arm_keeps_its_checkpoints(task):
         for name in ("step=9.ckpt", "step=9.ckpt.json", "mine.txt"):
             (folder / name).touch()
     results = [ArmResult.of(arm, one) for arm, one in zip(arms, tasks, strict=True)]
-    keep_the_best(results, Search("train/divergence", "maximize"))
-    assert [len(saved(one)) for one in tasks] == [3, 1, 3]  # the search's own measure; one that failed is left alone
-    assert saved(tasks[1]) == ["mine.txt"]
-    keep_the_best(results, None)
+    keep_the_best(results)
+    assert [len(saved(one)) for one in tasks] == [1, 3, 3]  # the second is the best; one that failed is left alone
     assert saved(tasks[0]) == ["mine.txt"]
 
 
@@ -188,5 +171,5 @@ def test_arms_that_ask_for_checkpoints_keep_them_and_so_do_those_of_before(task,
     for one in tasks:
         (one.folder.run / "checkpoints").mkdir()
         (one.folder.run / "checkpoints" / "step=9.ckpt").touch()
-    keep_the_best([ArmResult.of(arm, one) for arm, one in zip(arms, tasks, strict=True)], None)
+    keep_the_best([ArmResult.of(arm, one) for arm, one in zip(arms, tasks, strict=True)])
     assert [saved(one) for one in tasks] == [["step=9.ckpt"]] * 3

@@ -12,7 +12,7 @@ from torch import Tensor
 from opcd.data import Batch
 from opcd.modules.trajectories import Trajectories
 from opcd.runtime.errors import StepAbandoned
-from opcd.runtime.files.disk import write_whole
+from opcd.runtime.files.disk import write_atomic
 
 if TYPE_CHECKING:
     from opcd.modules.distiller import Distiller
@@ -108,4 +108,4 @@ def keep_batch(file: Path, batch: Batch, trajectories: Trajectories, problem: st
     file.parent.mkdir(parents=True, exist_ok=True)
     measured = {name: str(value) for name, value in means.items()}
     whole = {"problem": problem, "means": measured, "rows": rows, "responses": responses}
-    write_whole(file, json.dumps(whole, ensure_ascii=False, indent=1))
+    write_atomic(file, json.dumps(whole, ensure_ascii=False, indent=1))

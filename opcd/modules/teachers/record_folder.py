@@ -25,7 +25,7 @@ from opcd.runtime.files.disk import (
     removed_on_failure,
     require_own,
     scratch_beside,
-    write_whole,
+    write_atomic,
 )
 from opcd.runtime.files.user_files import read_json
 
@@ -117,7 +117,7 @@ class RecordWriter:
         self._write_index()
 
     def _write_index(self) -> None:
-        write_whole(self.folder / INDEX, json.dumps({"origin": asdict(self.origin), "shards": self.shards}, indent=1))
+        write_atomic(self.folder / INDEX, json.dumps({"origin": asdict(self.origin), "shards": self.shards}, indent=1))
 
 
 class Record:

@@ -99,19 +99,33 @@ def append_lines(path: Path, text: str, lasting: bool = False) -> None:
             os.fsync(stream.fileno())
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that it is whole or not there, also after a crash of the machine.
 
     Raises:
         DiskError: the system refuses.
     """
     data = content.encode() if isinstance(content, str) else content
+    with atomic_write(path, len(data)) as scratch, create(scratch) as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def atomic_write(path: Path, needed: int | None = None) -> Iterator[Path]:
+    """A scratch name for what the block writes, a file or a folder; it becomes `path` when the block ends.
+
+    Args:
+        path: the name at the end. Left as it is where the block fails.
+        needed: bytes that the block writes, where that is known.
+
+    Raises:
+        DiskError: the system refuses.
+    """
     scratch = scratch_beside(path)
-    with explained(path, len(data)), removed_on_failure(scratch):
-        with create(scratch) as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+    with explained(path, needed), removed_on_failure(scratch):
+        yield scratch
         put_in_place(scratch, path)
 
 
@@ -246,7 +260,7 @@ def claim_folder(folder: Path, names: list[str], key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     clear_scratch(folder)
     if not set(names) <= _manifest(folder):
-        write_whole(folder / MANIFEST, json.dumps({"written": sorted({*names, *_manifest(folder)} - {MANIFEST})}))
+        write_atomic(folder / MANIFEST, json.dumps({"written": sorted({*names, *_manifest(folder)} - {MANIFEST})}))
 
 
 def clear_scratch(folder: Path) -> None:
@@ -301,7 +315,7 @@ def remove_own(folder: Path, own: Collection[str] = ()) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Note all that is in a folder now as written by this program."""
-    write_whole(folder / MANIFEST, json.dumps({"written": sorted(_entries(folder))}))
+    write_atomic(folder / MANIFEST, json.dumps({"written": sorted(_entries(folder))}))
 
 
 def _manifest(folder: Path) -> set[str]:

@@ -23,7 +23,7 @@ from opcd.runtime.files.disk import (
     require_room,
     require_writable,
     whole_folder,
-    write_whole,
+    write_atomic,
 )
 
 
@@ -43,8 +43,8 @@ def home(tmp_path) -> Path:
 
 def test_a_file_is_whole_or_not_there_and_has_the_rights_of_the_user(tmp_path):
     file = tmp_path / "page.html"
-    write_whole(file, "one ü")
-    write_whole(file, "two")
+    write_atomic(file, "one ü")
+    write_atomic(file, "two")
     assert all_files(tmp_path) == {"page.html": "two"}
     (tmp_path / "plain").write_text("")
     assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
@@ -57,7 +57,7 @@ def test_a_planted_link_is_not_written_through(tmp_path, name):
     folder.mkdir()
     victim.write_text("mine")
     (folder / name).symlink_to(victim)
-    write_whole(folder / "page.html", "<script>")
+    write_atomic(folder / "page.html", "<script>")
     assert victim.read_text() == "mine" and (folder / "page.html").read_text() == "<script>"
 
 
@@ -66,7 +66,7 @@ def test_names_of_scratch_files_cannot_be_known_before(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("opcd.runtime.files.disk.put_in_place", lambda scratch, path: seen.append(scratch.name))
     for _ in range(3):
-        write_whole(tmp_path / "x", "")
+        write_atomic(tmp_path / "x", "")
     assert len(set(seen)) == 3 and all(SCRATCH.fullmatch(name) for name in seen)
 
 
@@ -183,7 +183,7 @@ def test_what_the_system_refuses_is_one_message_and_leaves_nothing(tmp_path, mon
         "opcd.runtime.files.disk.os.fsync" if call == "fsync" else "opcd.runtime.files.disk.Path.replace", refuse
     )
     with pytest.raises(DiskError, match=f"cannot write .*page: {os.strerror(number)}"):
-        write_whole(tmp_path / "page", "after")
+        write_atomic(tmp_path / "page", "after")
     assert all_files(tmp_path) == {"page": "before"}
 
 
@@ -197,7 +197,7 @@ def test_a_disk_that_cannot_fsync_folders_is_no_reason_to_stop(tmp_path, monkeyp
         fsync(descriptor)
 
     monkeypatch.setattr("opcd.runtime.files.disk.os.fsync", only_files)
-    write_whole(tmp_path / "page", "text")
+    write_atomic(tmp_path / "page", "text")
     assert (tmp_path / "page").read_text() == "text"
 
 
