@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opcd.results.matching import right
+from opcd.tasks.matching import right
 
 ROOT = Path(__file__).parent.parent
 FILES = ["context.txt", "recipe.yaml", "train.jsonl", "val.jsonl"]

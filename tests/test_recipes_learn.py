@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opcd.results.matching import right
+from opcd.tasks.matching import right
 
 CONTEXTS = Path(__file__).parent / "contexts"
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from opcd.evaluation.result_files import SUMMARY
 from opcd.evaluation.scores import Metric, Row, summarise
-from opcd.results.matching import right
 from opcd.results.run_files import (
     Series,
     clock,
@@ -26,6 +25,7 @@ from opcd.runtime.differences import changed_keys
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.run_folder import former_run
 from opcd.runtime.system_info import FILE
+from opcd.tasks.matching import right
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows."""
