@@ -234,6 +234,5 @@ def _check_metric(key: str, measure: Measure, evaluator: Evaluator) -> None:
         raise UserError(f"{key}.name: {measure.name} is a group of {len(evaluator.answers)} tasks; name one of them")
     known = evaluator.row_metrics(measure.name)
     if measure.metric not in known:
-        raise UserError(
-            f"{key}.metric: the answers to {measure.name} have no score {measure.metric!r}{or_all(measure.metric, known)}"
-        )
+        others = or_all(measure.metric, known)
+        raise UserError(f"{key}.metric: the answers to {measure.name} have no score {measure.metric!r}{others}")

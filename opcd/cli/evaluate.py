@@ -94,9 +94,11 @@ def _made(kind: type[Made], config: Namespace) -> Made:
 
 def _in_full(args: list[str]) -> list[str]:
     """MODEL in the first place and --model NAME as --model.name NAME, and --greedy as --greedy true."""
-    if args and not args[0].startswith("-"):
-        args = ["--model.name", *args]
     full = [re.sub(r"^--model(?=$|=)", "--model.name", arg) for arg in args]
+    if full and not full[0].startswith("-"):
+        if any(arg.partition("=")[0] == "--model.name" for arg in full):
+            raise UserError(f"the model is named twice: {full[0]} and by --model; remove one")
+        full = ["--model.name", *full]
     for place, following in reversed(list(enumerate([*full[1:], "--"]))):
         if full[place] == "--greedy" and following.startswith("--"):
             full.insert(place + 1, "true")

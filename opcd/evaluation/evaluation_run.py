@@ -105,7 +105,7 @@ class Evaluator:
     def row_metrics(self, task: str) -> list[str]:
         """Metrics of a task that every answer has a score for."""
         rows = self._task(task)
-        return [*rows.row_metrics, *(EVERY_ANSWER if isinstance(rows, GameRows) or rows.generates else ())]
+        return [*rows.row_metrics, *(["cut_off"] if isinstance(rows, GameRows) or rows.generates else [])]
 
     def higher_is_better(self, task: str) -> bool:
         """Whether more of a task's first metric is better."""

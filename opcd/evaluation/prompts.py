@@ -69,11 +69,13 @@ class Prompts:
         goes to the continuation. An empty prompt is the token that begins a text.
 
         Raises:
-            UserError: the continuation has no token of its own.
+            UserError: the continuation is empty.
         """
         head, tail = self._divided(prompt, continuation)
+        if not tail:  # both together have no more tokens than the prompt; lm-eval's HFLM fails here
+            head, tail = self.ids(prompt), self._text.data(continuation)
         if not tail:
-            raise UserError(f"{self.source}: {continuation!r} adds no token to the prompt: it cannot be scored")
+            raise UserError(f"{self.source}: a text that is scored is empty")
         return head, tail
 
     def text_ids(self, text: str) -> list[int]:

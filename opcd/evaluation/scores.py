@@ -46,6 +46,8 @@ def summarise(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Metric]:
     one question, and the instructions of one prompt, are not independent.
     """
     metrics = {name: _metric(_by_question(rows, name)) for name in names}
+    if not names:
+        return metrics
     main = _by_question(rows, names[0])
     samples = len(main[0])
     if samples > 1:

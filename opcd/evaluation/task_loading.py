@@ -12,6 +12,7 @@ from opcd.evaluation.task_index import manager_for, shown_file
 from opcd.games import GameSeeds
 from opcd.models.hub_access import hub_reachable
 from opcd.modules.lm.generation import OPTIONS
+from opcd.runtime.did_you_mean import did_you_mean
 from opcd.runtime.errors import UserError
 
 FEWSHOT_SEED = 1234
@@ -215,6 +216,12 @@ def _refuse_unknown_kind(name: str, task: Any, prefix: str) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"{prefix}tasks: {name} cannot be asked here: {reason}; lm-eval's own command does it")
+    if task.config.process_results is None:
+        from lm_eval.api.registry import metric_registry
+
+        for metric, function in task._metric_fn_list.items():
+            if function is None:  # lm-eval goes on, and fails when it scores
+                raise UserError(f"{prefix}tasks: {name}: no metric {metric!r}{did_you_mean(metric, metric_registry)}")
 
 
 def _generation(name: str, task: Any, prefix: str) -> dict[str, Any]:

@@ -44,12 +44,12 @@ def _of_pass(task: TaskRows, found: Found, number: int) -> list[Row]:
     """A row a question, with the scores of all filters."""
     rows: dict[int, Row] = {}
     several = len(_filters(task)) > 1
+    together = set(task.metrics) - set(task.row_metrics)  # lm-eval averages what the YAML does not list
     for sample in found["samples"][task.name]:
         row = rows.setdefault(sample["doc_id"], _row(task, sample, number))
         for metric in sample["metrics"]:
             name = f"{metric},{sample['filter']}" if several else metric
-            known = name in task.row_metrics or name not in task.metrics  # lm-eval averages what the YAML does not list
-            row[SCORES][name] = _plain(sample[metric]) if known else None
+            row[SCORES][name] = None if name in together else _plain(sample[metric])
     return list(rows.values())
 
 

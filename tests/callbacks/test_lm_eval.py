@@ -15,6 +15,7 @@ from opcd.evaluation import Evaluation, Evaluator
 from opcd.evaluation.intervals import wilson
 from opcd.models import ModelConfig
 from opcd.modules.student import Student
+from opcd.results.run_tables import evaluations, read_runs
 from tests.conftest import write_rows
 from tests.evaluation.conftest import ifeval_rows, math_rows
 from tests.test_ranks import RANKS, run
@@ -150,6 +151,69 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(opcd, words, callback, 
     code, text = opcd(*words(2, **callback))
     assert code == 2 and message in text, text
     assert not list((tmp_path / "runs").glob("*"))
+
+
+SUMS = """test_split: test
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+doc_to_target: reference
+"""
+GENERATES = """task: sums
+output_type: generate_until
+doc_to_text: query
+generation_kwargs: {until: [], do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+TEXTS = """task: texts
+output_type: loglikelihood
+doc_to_text: ""
+doc_to_target: query
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+"""
+CHOOSES = """task: sums_choice
+output_type: multiple_choice
+doc_to_text: query
+doc_to_choice: ["2", "4"]
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+
+
+def test_tasks_of_a_folder_and_rows_of_ones_own(opcd, words, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    rows = [{"query": f"What is {n} + {n}?", "reference": str(2 * n)} for n in (1, 2)]
+    file = write_rows(folder / "rows.jsonl", rows)
+    for name, text in (("sums", GENERATES), ("sums_choice", CHOOSES), ("texts", TEXTS)):
+        (folder / f"{name}.yaml").write_text(text + SUMS.replace("FILE", str(file)))
+    evaluation = {"tasks": ["sums_choice", "sums", "texts", "contains"], "include_path": str(folder)}
+    evaluation["data"] = {"contains": str(file)}
+    code, text = opcd(*words(2, every_n_steps=1, at_start=True, evaluation=evaluation))
+    assert code == 0, text
+    run = tmp_path / "runs" / "version_0"
+    names = {f"step={step}-{task}.jsonl" for step in range(3) for task in evaluation["tasks"]}
+    assert {file.name for file in (run / "eval").iterdir()} == names
+    with (run / "metrics.csv").open() as lines:
+        metrics = [row for row in csv.DictReader(lines) if row["eval/sums_choice/acc"]]
+    assert [row["step"] for row in metrics] == ["0", "1", "2"]
+    chosen = [json.loads(line) for line in (run / "eval" / "step=2-sums_choice.jsonl").read_text().splitlines()]
+    assert float(metrics[-1]["eval/sums_choice/acc"]) == sum(row["acc"] for row in chosen) / 2
+    share = float(metrics[-1]["eval/sums_choice/acc"])
+    assert float(metrics[-1]["eval/sums_choice/acc_low"]) == pytest.approx(wilson(2 * share, 2)[0])
+    assert {"eval/sums/exact_match", "eval/contains/accuracy", "eval/sums/cut_off"} < metrics[-1].keys()
+    assert "eval/sums_choice/cut_off" not in metrics[-1] and "eval/texts/perplexity_low" not in metrics[-1]
+    values = [float(row["eval/texts/perplexity"]) for row in metrics]
+    assert f"{min(values):.3f} at step {values.index(min(values))}" in caplog.text and "least: " in caplog.text
+    first = [json.loads(line) for line in (run / "eval" / "step=0-sums_choice.jsonl").read_text().splitlines()]
+    assert [row["log_likelihoods"] for row in first] != [row["log_likelihoods"] for row in chosen]  # it has learnt
+    (measured,) = read_runs([run])
+    shown = {(task, metric) for _, _, task, _, metric, *_ in evaluations([measured])[1]}
+    assert {("sums_choice", "acc"), ("sums", "exact_match")} < shown
+    assert not {metric for _, metric in shown} & {"log_likelihoods", "reference"}
+    assert "eval/step=2-texts.jsonl: no scores of single answers: the values are in metrics.csv" in measured.problems
 
 
 @pytest.mark.slow
