@@ -18,9 +18,9 @@ from opcd.data.contexts import context_hash, read_context
 from opcd.evaluation.batched_answers import Answering, prompt_ids
 from opcd.evaluation.evaluation_config import Evaluation
 from opcd.evaluation.game_tasks import GameRows, game_rows, rank_and_ranks
-from opcd.evaluation.prompts import Prompts
 from opcd.evaluation.scores import Results, Row, TaskResult, summarise
 from opcd.evaluation.task_loading import KNOWN, TaskRows, load_tasks
+from opcd.evaluation.task_prompts import Prompts
 from opcd.evaluation.task_rows import Found, scored_rows, without_scores
 from opcd.games import GameSeeds
 from opcd.models import ModelConfig, context_window, load_tokenizer

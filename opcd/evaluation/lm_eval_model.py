@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from opcd.evaluation.batched_answers import Answer, Answering
 from opcd.evaluation.log_likelihoods import LogLikelihood, Pair, log_likelihoods
-from opcd.evaluation.prompts import Chat, Prompts
+from opcd.evaluation.task_prompts import Chat, Prompts
 
 
 class AnsweringModel(LM):  # type: ignore[misc]

@@ -7,8 +7,8 @@ from typing import Any
 
 from opcd.evaluation.evaluation_config import Evaluation
 from opcd.evaluation.game_tasks import GameRows
-from opcd.evaluation.prompts import Prompts
 from opcd.evaluation.task_index import manager_for, shown_file
+from opcd.evaluation.task_prompts import Prompts
 from opcd.games import GameSeeds
 from opcd.models.hub_access import hub_reachable
 from opcd.modules.lm.generation import OPTIONS

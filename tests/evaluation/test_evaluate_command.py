@@ -133,7 +133,7 @@ def test_a_context_stands_in_the_prompt_where_training_puts_it(tiny, math_file, 
     evaluator = Evaluator(config, ModelConfig(tiny))
     (views,) = evaluator._views.values()
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    from opcd.evaluation.prompts import Prompts
+    from opcd.evaluation.task_prompts import Prompts
 
     messages = math_rows()[1]["prompt"]
     with_context = [{"role": "system", "content": CONTEXT}, *messages]

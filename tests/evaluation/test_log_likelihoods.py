@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opcd.data import Views
 from opcd.evaluation.batched_answers import Answering
 from opcd.evaluation.lm_eval_model import AnsweringModel
-from opcd.evaluation.prompts import Prompts
+from opcd.evaluation.task_prompts import Prompts
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.prefix.prefix_cache import SharedPrefix
 from opcd.modules.student import Student
