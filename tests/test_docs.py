@@ -60,7 +60,7 @@ def here(monkeypatch, tmp_path, tiny):
     """A folder like the repository's root after a run, where the packaged model is a tiny one."""
     for name in ("configs", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for file in (ROOT / "opcd" / "starter" / "facts").iterdir():  # as `opcd init` writes them
+    for file in (ROOT / "opcd" / "cli" / "starter" / "facts").iterdir():  # as `opcd init` writes them
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "runs" / "version_0").mkdir(parents=True)
     (tmp_path / "runs" / "version_0" / "student").symlink_to(tiny)
