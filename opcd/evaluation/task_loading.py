@@ -126,9 +126,9 @@ def load_tasks(evaluation: Evaluation, prefix: str = "") -> list[TaskRows | Game
             tasks.append(GameRows.of(name, data, evaluation.limit, f"{prefix}data.{name}"))
         else:
             tasks += _load(name, data, evaluation, prefix)
+    for name in evaluation.data.keys() - set(evaluation.tasks):
+        raise UserError(f"{prefix}data.{name} has no effect: tasks are {', '.join(evaluation.tasks)}; remove it")
     names = [task.name for task in tasks]
-    for name in evaluation.data.keys() - set(names):
-        raise UserError(f"{prefix}data.{name} has no effect: tasks are {', '.join(names)}; remove it")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{prefix}tasks: {twice[0]} is asked twice: by its name and as a part of a group; remove one")
     return tasks

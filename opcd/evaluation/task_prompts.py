@@ -58,9 +58,11 @@ class Prompts:
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, the context's included."""
-        if self.chat:
-            return self._ids[prompt]
-        return prompt_ids(self.views, prompt, self.context) if prompt or self.context else [self._first]
+        if prompt not in self._ids:  # no chat: those are rendered, and their ids kept
+            assert not self.chat
+            whole = bool(prompt or self.context)
+            self._ids[prompt] = prompt_ids(self.views, prompt, self.context) if whole else [self._first]
+        return self._ids[prompt]
 
     def pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of a text that follows it, divided as lm-eval's HFLM does.

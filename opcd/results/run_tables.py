@@ -247,8 +247,8 @@ def _results(folder: Path, problems: list[str]) -> Iterable[tuple[str, str, int,
 
 def _metric(value: dict[str, Any]) -> Metric:
     """A metric of results.json. KeyError, TypeError or ValueError where it is none."""
-    bounds = [None if value.get(end) is None else float(value[end]) for end in ("low", "high")]
-    return Metric(float(value["value"]), *bounds, note=str(value["note"]) if value.get("note") else None)
+    low, high = (None if value.get(end) is None else float(value[end]) for end in ("low", "high"))
+    return Metric(float(value["value"]), low, high, str(value["note"]) if value.get("note") else None)
 
 
 def _is_answer(row: Row, scores: Sequence[str]) -> bool:

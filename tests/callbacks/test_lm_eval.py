@@ -219,12 +219,16 @@ def test_tasks_of_a_folder_and_rows_of_ones_own(opcd, words, tmp_path, caplog, m
 @pytest.mark.slow
 def test_two_ranks_answer_each_their_share(words, tmp_path):
     """Greedy, in float64: the answers of one rank, each question once."""
-    config = {"at_start": True, "evaluation": {"limit": 3, "greedy": True}}
+    choices = [{"query": f"{n}?", "choices": ["one", "two", "three or more"], "reference": "two"} for n in range(4)]
+    files = {"dapo_math": tmp_path / "math.jsonl", "ifeval": tmp_path / "ifeval.jsonl"}
+    files["choice"] = write_rows(tmp_path / "choices.jsonl", choices)
+    evaluation = {"limit": 3, "greedy": True, "tasks": list(files), "data": {k: str(v) for k, v in files.items()}}
+    config = {"at_start": True, "evaluation": evaluation}
     for count in (1, 2):
         precision = ("--trainer.precision", "64-true", "--model.teacher", "SelfTeacher")
         run(*words(1, **copy.deepcopy(config)), *precision, *RANKS, count, "--data.batch_size", 2 // count)
     one, two = ((tmp_path / "runs" / f"version_{number}" / "eval") for number in (0, 1))
-    for task in ("dapo_math", "ifeval"):
+    for task in files:
         first = [json.loads(line) for line in (one / f"step=0-{task}.jsonl").read_text().splitlines()]
         both = [json.loads(line) for line in (two / f"step=0-{task}.jsonl").read_text().splitlines()]
         assert [row["index"] for row in both] == [0, 1, 2]
