@@ -76,7 +76,7 @@ def fit(folder: Path, context: str, seed: int, precision: str | None, others: li
 
 def counted(folder: Path) -> dict[str, Any]:
     """Right answers before and after, and seconds, of a cell."""
-    from opcd.results.matching import right
+    from opcd.tasks.matching import right
 
     rows = [json.loads(line) for line in (folder / "version_0/samples.jsonl").read_text().split("\n") if line]
     last = max(row["step"] for row in rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opcd.results.matching import right
+from opcd.tasks.matching import right
 from tests.helpers.paths import ROOT
 
 CONTEXTS = ROOT / "tests" / "contexts"

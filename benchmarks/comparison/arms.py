@@ -10,6 +10,7 @@ from opcd.cli.evaluate import make_parser, parse
 from opcd.data import ExampleSource
 from opcd.evaluation.evaluation_run import Evaluator
 from opcd.games import GameSeeds
+from opcd.runtime.did_you_mean import or_all
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.user_files import require_file
 from opcd.sweep.arm_checks import ConfigChecker
@@ -39,10 +40,10 @@ class Measure:
     """What is measured of every arm."""
 
     name: str
-    """A task of `opcd evaluate`, or samples: the answers to data.val that every fit writes, right where they contain
-    the reference."""
+    """A task of `opcd evaluate` (any of lm-eval's too, or with options.include_path one of a folder of yours), or
+    samples: the answers to data.val that every fit writes, right where they contain the reference."""
     metric: str
-    """The metric that the table shows, such as accuracy or prompt_level_strict_acc."""
+    """The metric that the table shows, such as accuracy or prompt_level_strict_acc; each answer must have a score."""
     title: str
     """What the table calls it."""
     data: str | None = None
@@ -50,7 +51,7 @@ class Measure:
     games: dict[str, Any] = field(default_factory=dict)
     """In place of data, for a game: opcd.games.GameSeeds, as class_path and init_args."""
     options: dict[str, Any] = field(default_factory=dict)
-    """More options of `opcd evaluate`: limit, greedy, samples, max_new_tokens, ..."""
+    """More options of `opcd evaluate`: limit, greedy, samples, max_new_tokens, include_path, ..."""
 
 
 @dataclass
@@ -209,7 +210,7 @@ class Plan:
                 except UserError as error:
                     raise UserError(f"{key}: {error}") from error
                 self._refuse_trained(key, evaluation.data.get(measure.name))
-                Evaluator(evaluation, parsed)
+                _check_metric(key, measure, Evaluator(evaluation, parsed))
 
     def _refuse_trained(self, key: str, measured: str | GameSeeds | None) -> None:
         """Games that are measured must not be those that are trained on."""
@@ -221,3 +222,17 @@ class Plan:
         shared = parser.instantiate(parser.parse_object({"train": train})).train.overlap(measured)
         if shared is not None:
             raise UserError(f"{key}: its data and data.train share {shared}; give each its own")
+
+
+def _check_metric(key: str, measure: Measure, evaluator: Evaluator) -> None:
+    """Refuse a group of tasks, and a metric that an answer has no score for: the table compares question by question.
+
+    Raises:
+        UserError: names the metrics that there are.
+    """
+    if list(evaluator.answers) != [measure.name]:
+        raise UserError(f"{key}.name: {measure.name} is a group of {len(evaluator.answers)} tasks; name one of them")
+    known = evaluator.row_metrics(measure.name)
+    if measure.metric not in known:
+        others = or_all(measure.metric, known)
+        raise UserError(f"{key}.metric: the answers to {measure.name} have no score {measure.metric!r}{others}")

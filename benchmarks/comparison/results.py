@@ -11,7 +11,6 @@ from typing import Any
 from comparison.arms import BASE, IN_CONTEXT, SAMPLES, TRAINED, Measure, Plan
 from opcd.evaluation.intervals import wilson
 from opcd.evaluation.scores import Metric, difference, summarise
-from opcd.results.matching import right
 from opcd.results.run_files import Series, figures, read_jsonl, read_metrics, right_over_steps
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import write_atomic
@@ -19,6 +18,7 @@ from opcd.runtime.output import csv_cell
 from opcd.sweep.job_engine import Engine
 from opcd.sweep.jobs import JobFolder
 from opcd.sweep.summary import markdown_table
+from opcd.tasks.matching import right
 
 REFERENCES = ("off-policy, forward KL", BASE)  # the first that is there: what the other arms are compared with
 

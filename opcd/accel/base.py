@@ -49,7 +49,7 @@ class Accelerator:
 
     @contextmanager
     def phase(self, name: str, recompute: bool, idle: list[Tensor]) -> Iterator[None]:
-        """Around a phase of a step (sync with the rollout, teacher, student, loss, optimizer): frees memory for the next.
+        """Around a phase of a step (sync with the rollout, teacher, student, loss, optimizer): memory goes to the next.
 
         Args:
             name: of the phase.

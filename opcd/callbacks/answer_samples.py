@@ -13,10 +13,10 @@ from rich.text import Text
 from opcd.callbacks.log_folder import run_folder, still_there
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.modules import Distiller
-from opcd.results.matching import right
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import append_lines
 from opcd.runtime.output import Screen, plain
+from opcd.tasks.matching import right
 
 FIELDS = ("step", "query", "reference", "context", "answer")
 
@@ -26,7 +26,7 @@ class AnswerSamples(Callback):
 
     Every answer is a line of `samples.jsonl` in the run's folder: step, query, reference, context (whether the prompt
     held it), answer. A table of before and after is printed at the end. An answer is called right where it contains
-    the reference as words or numbers of their own, in any case (`opcd.results.matching`); queries without a
+    the reference as words or numbers of their own, in any case (`opcd.tasks.matching`); queries without a
     reference are shown and not counted.
 
     Args:

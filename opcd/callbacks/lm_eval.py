@@ -108,8 +108,11 @@ class LMEval(Callback):
         self._evaluate_last(trainer, pl_module)
         last, metrics = self._main[-1]
         for name, value in metrics.items():
-            step, best = max(((step, main[name]) for step, main in self._main), key=lambda pair: pair[1])
-            rank_zero_info(f"{name}: {value:.3f} at the last step, {last}; most: {best:.3f} at step {step}")
+            more = self._evaluator.higher_is_better(name.split("/")[1])
+            best_of = max if more else min
+            step, best = best_of(((step, main[name]) for step, main in self._main), key=lambda pair: pair[1])
+            word = "most" if more else "least"
+            rank_zero_info(f"{name}: {value:.3f} at the last step, {last}; {word}: {best:.3f} at step {step}")
 
     def _evaluate_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._last != trainer.global_step:

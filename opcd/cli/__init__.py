@@ -9,7 +9,7 @@ TRAINER = {
 """Lightning's subcommands."""
 COMMANDS = {
     "init": ("opcd.cli.init", "a folder to begin with: a commented recipe, a context, questions"),
-    "evaluate": ("opcd.cli.evaluate", "ask any model DAPO-Math, IFEval and other tasks, scored with lm-eval"),
+    "evaluate": ("opcd.cli.evaluate", "ask any model rows of your own, IFEval, or any task of lm-eval"),
     "chat": ("opcd.cli.chat", "the same question to a model before and after, and with the context, side by side"),
     "report": ("opcd.cli.report", "one page on a run, or on several side by side"),
     "experience": ("opcd.cli.experience", "make a context: lessons from attempts, the list that serves best"),

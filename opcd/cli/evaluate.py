@@ -1,6 +1,6 @@
 """`opcd evaluate`: any model on tasks of lm-eval, in the same code as the callback `LMEval`.
 
-opcd evaluate --model smollm2-135m --tasks ifeval --data.ifeval ROWS.jsonl --greedy --out results/base
+opcd evaluate smollm2-135m --tasks contains --data.contains ROWS.jsonl --out results/base
 """
 
 import re
@@ -26,11 +26,11 @@ from opcd.runtime.output import Screen
 
 Made = TypeVar("Made", Evaluation, "Output")
 
-DESCRIPTION = """Evaluate a model on tasks of lm-eval: DAPO-Math's shape, IFEval, and the paper's system-prompt tasks;
-and on text games.
+DESCRIPTION = """Evaluate a model on rows of your own (contains, exact, choice), on DAPO-Math's shape, IFEval and the
+paper's system-prompt tasks, on any task of lm-eval, on tasks of a folder of yours (--include_path), and on text games.
 
---model NAME is short for --model.name NAME: a hub id, a folder (such as a run's student/), a .gguf file, or the
-packaged smollm2-135m (4-bit weights, unpacked). Settings that are not given are the paper's, by task."""
+The model comes first, or as --model NAME (short for --model.name NAME): a hub id, a folder (such as a run's student/),
+a .gguf file, or the packaged smollm2-135m (4-bit weights, unpacked). Settings that are not given are the task's."""
 
 
 @dataclass
@@ -49,10 +49,10 @@ def main(args: list[str]) -> int:
     """Parse `args`, evaluate, write and print. UserError for the user's mistakes."""
     model, evaluation, output = parse(_in_full(args))
     evaluator = Evaluator(evaluation, model)
-    others = _other_rows(output.against, evaluation.tasks)
+    others = _other_rows(output.against, list(evaluator.answers))
     device = torch_device(output.device)
     if output.out is not None:
-        refuse_results(Path(output.out), "out", [task.name for task in evaluator.tasks])
+        refuse_results(Path(output.out), "out", evaluator.answers)
     student = Student(load_model(model, key="model", device=device).to(device), load_tokenizer(model, "model"))  # type: ignore[arg-type]
     results = _evaluate(evaluator, student)
     differences = _differences(results, others)
@@ -93,8 +93,12 @@ def _made(kind: type[Made], config: Namespace) -> Made:
 
 
 def _in_full(args: list[str]) -> list[str]:
-    """--model NAME as --model.name NAME, and --greedy as --greedy true."""
+    """MODEL in the first place and --model NAME as --model.name NAME, and --greedy as --greedy true."""
     full = [re.sub(r"^--model(?=$|=)", "--model.name", arg) for arg in args]
+    if full and not full[0].startswith("-"):
+        if any(arg.partition("=")[0] == "--model.name" for arg in full):
+            raise UserError(f"the model is named twice: {full[0]} and by --model; remove one")
+        full = ["--model.name", *full]
     for place, following in reversed(list(enumerate([*full[1:], "--"]))):
         if full[place] == "--greedy" and following.startswith("--"):
             full.insert(place + 1, "true")
@@ -120,7 +124,7 @@ def _evaluate(evaluator: Evaluator, student: Student) -> Results:
         return evaluator(student, lambda task, done: progress.advance(bars[task], done))
 
 
-def _other_rows(folder: str | None, tasks: list[str] | str) -> dict[str, list[Row]]:
+def _other_rows(folder: str | None, tasks: list[str]) -> dict[str, list[Row]]:
     if folder is None:
         return {}
     files = {task: require_file(str(Path(folder) / f"{task}.jsonl"), "against") for task in tasks}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -28,12 +29,6 @@ class Answer(str):
 
     tokens: int
     cut_off: bool
-
-    def with_text(self, text: str) -> Answer:
-        """The same answer with another text."""
-        answer = Answer(text)
-        answer.tokens, answer.cut_off = self.tokens, self.cut_off
-        return answer
 
 
 @dataclass
@@ -64,15 +59,30 @@ class Answering:
         found: Answers = find_executable_batch_size(answer, starting_batch_size=first)(*args)
         return found
 
-    def batch(self, prompts: list[list[int]]) -> list[Answer]:
-        """An answer to each prompt of token ids, all at once."""
-        responses = respond(self.student, self.views, prompts, self.context, self.sampling, self.prefix)
-        return [self._answer(response.tolist(), self.student.eos_ids) for response in responses]
+    def batch(self, prompts: list[list[int]], until: Sequence[str] = ()) -> list[Answer]:
+        """An answer to each prompt of token ids, all at once.
 
-    def _answer(self, ids: list[int], ends: set[int]) -> Answer:
-        answer = Answer(str(self.student.tokenizer.decode(ids, skip_special_tokens=True)))
+        Args:
+            prompts: token ids, the context's included.
+            until: texts before which an answer ends. Tokens after the first of them do not count.
+        """
+        responses = respond(self.student, self.views, prompts, self.context, self.sampling, self.prefix)
+        stops = [stop for stop in until if stop]
+        return [self._answer(response.tolist(), self.student.eos_ids, stops) for response in responses]
+
+    def _answer(self, ids: list[int], ends: set[int], stops: list[str]) -> Answer:
+        text = self._text(ids)
+        found = [place for stop in stops if (place := text.find(stop)) >= 0]
+        answer = Answer(text[: min(found, default=len(text))])
         answer.tokens, answer.cut_off = len(ids), ids[-1] not in ends
+        if found:
+            counts = range(1, len(ids) + 1)
+            enough = bisect_left(counts, True, key=lambda n: any(stop in self._text(ids[:n]) for stop in stops))
+            answer.tokens, answer.cut_off = enough + 1, False
         return answer
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.student.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def prompt_ids(

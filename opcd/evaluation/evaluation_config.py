@@ -14,10 +14,19 @@ class Evaluation:
     """Tasks, their rows, and how the model answers. What is null is what the paper does, by task."""
 
     tasks: list[str] | str
-    """Names of tasks (dapo_math, ifeval, medmcqa, safety, or a game's of `data`): a list, or text with commas."""
+    """Names of tasks, a list, or text with commas: this package's (contains, exact and choice for rows of your own;
+    dapo_math, ifeval, medmcqa, safety), any of lm-eval's (gsm8k, arc_easy; a group gives all of its tasks), those of
+    `include_path`, or a game's of `data`."""
     data: dict[str, str | GameSeeds] = field(default_factory=dict)
-    """Rows of a task (data.TASK): a .jsonl, .json, .csv or .parquet file, or a hub data set (org/name:split or
-    org/name/config:split). A task whose rows are opcd.games.GameSeeds is a game, and has any name."""
+    """Rows of a task (data.TASK), of this package's or of one of yours that has a `custom_dataset`: a .jsonl, .json,
+    .csv or .parquet file, or a hub data set (org/name:split or org/name/config:split). A task whose rows are
+    opcd.games.GameSeeds is a game, and has any name."""
+    include_path: str | None = None
+    """A folder with tasks of your own: YAML files of lm-eval. They can run Python code (`!function`): name only a
+    folder that you trust. Of a name that is known twice, the folder's is taken."""
+    apply_chat_template: bool | None = None
+    """Ask through the model's chat template, examples before the question as turns. null: as the task says, else yes
+    where text is generated, as in training, and no where log-likelihoods are compared, as is lm-eval's default."""
     limit: int | None = None
     """Take the first so many rows of each task; null takes all."""
     samples: int = 1
@@ -46,7 +55,8 @@ class Evaluation:
     batch_size: int | Literal["auto"] = 8
     """Questions, or games, that are answered at once; auto takes as many as the free memory holds."""
     shared_prefix: Mode = "auto"
-    """Whether the keys and values of the context are computed once for all questions, as in training."""
+    """Whether the keys and values of the context are computed once for all questions that are answered with generated
+    text, as in training."""
 
     def __post_init__(self) -> None:
         names = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks

@@ -29,6 +29,7 @@ class GameRows:
             and moves a game.
         generation: how replies are drawn, in lm-eval's words.
         thinking: None, for the paper's players do what their model does.
+        higher_is_better: more games that are won are better.
     """
 
     name: str
@@ -37,6 +38,7 @@ class GameRows:
     metrics: tuple[str, ...] = ("success", "invalid_moves", "turns")
     generation: dict[str, Any] = field(default_factory=lambda: dict(GENERATION))
     thinking: bool | None = None
+    higher_is_better: bool = True
 
     @classmethod
     def of(cls, name: str, seeds: GameSeeds, limit: int | None, key: str) -> "GameRows":
@@ -45,6 +47,11 @@ class GameRows:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def row_metrics(self) -> tuple[str, ...]:
+        """All of them: each game has its scores."""
+        return self.metrics
 
     def longest_prompt(self, length: Callable[[str | list[dict[str, str]], str], int]) -> int:
         """Tokens of the longest prompt; those of later moves are estimated."""

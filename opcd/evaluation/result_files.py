@@ -56,7 +56,11 @@ def write_results(
 
 
 def _plain(metrics: dict[str, Metric]) -> dict[str, Any]:
-    return {name: asdict(value) for name, value in metrics.items()}
+    whole = {name: asdict(value) for name, value in metrics.items()}
+    return {
+        name: {key: part for key, part in value.items() if part is not None or key != "note"}
+        for name, value in whole.items()
+    }
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
@@ -79,4 +83,6 @@ def print_results(results: Results, differences: dict[str, dict[str, Metric]], c
 
 
 def _interval(metric: Metric) -> str:
-    return "" if metric.low is None or metric.high is None else f"{metric.low:.3f} to {metric.high:.3f}"
+    if metric.low is None or metric.high is None:
+        return metric.note or ""
+    return f"{metric.low:.3f} to {metric.high:.3f}"

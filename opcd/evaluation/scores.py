@@ -9,16 +9,19 @@ from opcd.evaluation.intervals import bootstrap, pass_at_k, wilson
 from opcd.runtime.errors import UserError
 
 Row = dict[str, Any]
-"""A question and one answer: index, sample, query, response, reference, a score for each metric, tokens."""
+"""A question and one answer: index, sample, query, response, reference, a score for each metric, tokens.
+
+Where log-likelihoods are compared: choices and log_likelihoods, and no tokens."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A share or a mean, with the bounds of its 95 % interval where there is one."""
+    """A share or a mean, with the bounds of its 95 % interval where there is one; else the note may say why."""
 
     value: float
     low: float | None = None
     high: float | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ def summarise(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Metric]:
     one question, and the instructions of one prompt, are not independent.
     """
     metrics = {name: _metric(_by_question(rows, name)) for name in names}
+    if not names:
+        return metrics
     main = _by_question(rows, names[0])
     samples = len(main[0])
     if samples > 1:

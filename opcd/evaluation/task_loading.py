@@ -1,17 +1,26 @@
-"""The tasks of `opcd/tasks` with their rows, as lm-eval's task objects."""
+"""The tasks of an evaluation with their rows, as lm-eval's task objects."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from opcd.evaluation.evaluation_config import Evaluation
 from opcd.evaluation.game_tasks import GameRows
+from opcd.evaluation.task_index import manager_for, shown_file
+from opcd.evaluation.task_prompts import Prompts
 from opcd.games import GameSeeds
+from opcd.models.hub_access import hub_reachable
+from opcd.modules.lm.generation import OPTIONS
 from opcd.runtime.did_you_mean import did_you_mean
 from opcd.runtime.errors import UserError
 
-FOLDER = Path(__file__).parent.parent / "tasks"
+FEWSHOT_SEED = 1234
+"""lm-eval's own: the same examples stand before a question as there."""
+LOCAL = ("arrow", "csv", "json", "pandas", "parquet", "text")
+"""Data sets of the library `datasets` that are files of the user's."""
+KNOWN = ("until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks")
+"""Settings of `generation_kwargs`, beside `Sampling.options`."""
 
 
 @dataclass(frozen=True)
@@ -21,83 +30,211 @@ class TaskRows:
     Attributes:
         name: its name.
         task: lm-eval's ConfigurableTask.
+        file: the YAML file that defines it.
         source: where the rows come from.
-        questions: the messages of the questions that are asked, each with where it was read.
-        metrics: names of its metrics, the main one first.
-        generation: how its YAML draws answers, in lm-eval's words.
+        count: how many rows are asked.
+        metrics: names of its metrics, the main one first; with several filters, as METRIC,FILTER.
+        generation: how its YAML draws answers, in lm-eval's words; empty where nothing is generated.
         thinking: false where the task is asked without thinking, by models that can switch it.
+        chat: whether its YAML says that a chat template is applied; None where it does not say.
     """
 
     name: str
     task: Any
+    file: str
     source: str
-    questions: list[tuple[str, list[dict[str, str]]]]
+    count: int
     metrics: list[str]
     generation: dict[str, Any]
     thinking: bool | None
+    chat: bool | None
 
     def __len__(self) -> int:
-        return len(self.questions)
+        return self.count
 
-    def longest_prompt(self, length: Callable[[list[dict[str, str]], str], int]) -> int:
-        """Tokens of the longest prompt."""
-        return max(length(messages, where) for where, messages in self.questions)
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated, and not log-likelihoods of given texts compared."""
+        return bool(self.task.OUTPUT_TYPE == "generate_until")
+
+    @property
+    def row_metrics(self) -> list[str]:
+        """Its metrics whose value is the mean of a score that each row has."""
+        from lm_eval.api.metrics import mean
+
+        from opcd.tasks.ifeval import share_of_instructions
+
+        averaged = {name for name, how in self.task.aggregation().items() if how in (mean, share_of_instructions)}
+        return [name for name in self.metrics if name.partition(",")[0] in averaged]
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the main metric."""
+        return bool(self.task.higher_is_better().get(self.metrics[0].partition(",")[0], True))
+
+    def prepare(self) -> None:
+        """Draw the examples before the questions from the beginning: every pass over the rows has the same."""
+        self.task.set_fewshot_seed(FEWSHOT_SEED)
+
+    def longest_request(self, prompts: Prompts) -> tuple[int, int]:
+        """Tokens of the longest prompt, and of the longest prompt with a given continuation.
+
+        Raises:
+            UserError: a row cannot be asked.
+        """
+        self.prepare()
+        longest, whole = 1, 1
+        for number, doc in self.task.doc_iterator(limit=self.count):
+            prompts.source = doc.get("source") or f"{self.name}: row {number + 1}"
+            for prompt, continuation in self._requests(number, doc, prompts):
+                if isinstance(continuation, str):
+                    head, tail = prompts.pair(prompt, continuation)
+                    longest, whole = max(longest, len(head)), max(whole, len(head) + len(tail) - 1)
+                else:
+                    longest = max(longest, len(prompts.ids(prompt)))
+        return longest, max(longest, whole)
+
+    def _requests(self, number: int, doc: dict[str, Any], prompts: Prompts) -> Iterator[tuple[str, Any]]:
+        """(prompt, continuation or generation settings) of a row, as lm-eval builds them."""
+        task, how = self.task, {"apply_chat_template": prompts.chat, "chat_template": prompts.render}
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            return
+        few = task.config.num_fewshot or 0
+        context = task.fewshot_context(
+            doc, num_fewshot=few, fewshot_as_multiturn=prompts.chat, gen_prefix=task.doc_to_prefix(doc), **how
+        )
+        made = task.construct_requests(doc=doc, ctx=context, metadata=(self.name, number, 1), **how)
+        for request in made if isinstance(made, list) else [made]:
+            yield request.args[0], request.args[1]
 
 
 def load_tasks(evaluation: Evaluation, prefix: str = "") -> list[TaskRows | GameRows]:
-    """The tasks of an evaluation. `prefix` stands before its keys in messages.
+    """The tasks of an evaluation; a group or a tag of lm-eval gives each of its tasks.
+
+    Args:
+        evaluation: which tasks.
+        prefix: what stands before its keys in messages.
 
     Raises:
-        UserError: a task is unknown, its rows cannot be read, or rows are given that no task reads.
+        UserError: a task is unknown or of a kind that cannot be asked, its rows cannot be read, or rows are given that
+            no task reads.
     """
-    if asked := [name for name in evaluation.tasks if not isinstance(evaluation.data.get(name), GameSeeds)]:
-        _refuse_unknown(asked, prefix)
+    tasks: list[TaskRows | GameRows] = []
+    for name in evaluation.tasks:
+        data = evaluation.data.get(name)
+        if isinstance(data, GameSeeds):
+            tasks.append(GameRows.of(name, data, evaluation.limit, f"{prefix}data.{name}"))
+        else:
+            tasks += _load(name, data, evaluation, prefix)
     for name in evaluation.data.keys() - set(evaluation.tasks):
         raise UserError(f"{prefix}data.{name} has no effect: tasks are {', '.join(evaluation.tasks)}; remove it")
-    return [_rows(name, evaluation, prefix) for name in evaluation.tasks]
+    names = [task.name for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{prefix}tasks: {twice[0]} is asked twice: by its name and as a part of a group; remove one")
+    return tasks
 
 
-def _refuse_unknown(names: list[str], prefix: str) -> None:
-    from lm_eval.tasks import TaskManager
-
-    known = TaskManager(include_defaults=False, include_path=FOLDER).all_tasks
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"{prefix}tasks: no task {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}, "
-                f"and games, whose {prefix}data.{name} is opcd.games.GameSeeds"
-            )
-
-
-def _rows(name: str, evaluation: Evaluation, prefix: str) -> TaskRows | GameRows:
-    data = evaluation.data.get(name)
-    if isinstance(data, GameSeeds):
-        return GameRows.of(name, data, evaluation.limit, f"{prefix}data.{name}")
-    return _load(name, evaluation, prefix)
+def _load(name: str, data: str | None, evaluation: Evaluation, prefix: str) -> list[TaskRows]:
+    key = f"{prefix}data.{name}"
+    metadata = {"key": key} | ({} if data is None else {"source": data})
+    manager = manager_for(name, evaluation.include_path, prefix, metadata)
+    about = manager.task_index[name].cfg or {}
+    if data is not None and "custom_dataset" not in about:
+        raise UserError(
+            f"{key} has no effect: {name} reads {about.get('dataset_path', 'a data set of its own')}; remove it, or "
+            f"write a task that includes {name} and reads rows of yours (docs/evaluation.md)"
+        )
+    with _explained(name, about, prefix):
+        loaded = manager.load([name])["tasks"]
+    return [_rows(task, evaluation, prefix) for task in loaded.values()]
 
 
-def _load(name: str, evaluation: Evaluation, prefix: str) -> TaskRows:
-    from lm_eval.tasks import TaskManager
+@contextmanager
+def _explained(name: str, about: dict[str, Any], prefix: str) -> Iterator[None]:
+    """Errors while lm-eval loads a task as a message: its data set is not there, or its file or code is wrong."""
+    import datasets
 
-    local = {"source": evaluation.data[name]} if name in evaluation.data else {}
-    manager = TaskManager(
-        include_defaults=False, include_path=FOLDER, metadata={"key": f"{prefix}data.{name}", **local}
-    )
-    task = manager.load([name])["tasks"][name]
-    docs = task.eval_docs.select(range(min(len(task.eval_docs), evaluation.limit or len(task.eval_docs))))
+    own = "custom_dataset" in about
+    if not own and not hub_reachable():
+        datasets.config.HF_HUB_OFFLINE = True  # what is in the cache is still read, and nothing is tried for 20 s
+    datasets.disable_progress_bars()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, ImportError):
+            raise UserError(f"{prefix}tasks: {name} needs {error.name or 'a package'}: {why}") from error
+        if own or about.get("dataset_path") in LOCAL or not _about_data(error):
+            raise UserError(f"{prefix}tasks: {name} cannot be loaded: {why}") from error
+        data = "/".join(str(about[part]) for part in ("dataset_path", "dataset_name") if about.get(part)) or "its own"
+        raise UserError(
+            f"{prefix}tasks: {name} reads the data set {data}, which is not here ({why}). Run this once where the hub "
+            f"can be reached and copy its cache ({datasets.config.HF_DATASETS_CACHE}), or write a task that includes "
+            f"{name} and reads a file of yours (docs/evaluation.md)"
+        ) from error
+
+
+def _about_data(error: Exception) -> bool:
+    from datasets.exceptions import DatasetsError
+
+    kinds = (ConnectionError, FileNotFoundError, DatasetsError)
+    return isinstance(error, kinds) or "cache" in str(error) or "BuilderConfig" in str(error)
+
+
+def _rows(task: Any, evaluation: Evaluation, prefix: str) -> TaskRows:
+    name, config = task.task_name, task.config
+    _refuse_unknown_kind(name, task, prefix)
+    metadata = config.metadata or {}
+    filters = [one["name"] for one in config.filter_list or [{"name": "none"}]]
+    metrics = list(task.aggregation())
+    split = config.test_split or config.validation_split
+    source = "/".join(str(part) for part in (config.dataset_path, config.dataset_name) if part)
     return TaskRows(
         name=name,
         task=task,
-        source=task.config.metadata["source"],
-        questions=[(doc["source"], _messages(task, doc)) for doc in docs],
-        metrics=[metric["metric"] for metric in task.config.metric_list],
-        generation=task.config.generation_kwargs,
-        thinking=task.config.metadata.get("thinking"),
+        file=shown_file(metadata["config_source"]),
+        source=metadata.get("source") or (f"{source}:{split}" if source else "custom_dataset"),
+        count=min(len(task.eval_docs), evaluation.limit or len(task.eval_docs)),
+        metrics=metrics if len(filters) == 1 else [f"{metric},{one}" for one in filters for metric in metrics],
+        generation=_generation(name, task, prefix),
+        thinking=metadata.get("thinking"),
+        chat=metadata.get("chat_template"),
     )
 
 
-def _messages(task: Any, doc: dict[str, Any]) -> list[dict[str, str]]:
-    """As lm-eval builds them, for the check of their lengths."""
-    system = doc.get("system")
-    before = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": task.doc_to_text(doc)}]
+def _refuse_unknown_kind(name: str, task: Any, prefix: str) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    reasons = {
+        "it is a class in Python, and not a YAML file": not isinstance(task, ConfigurableTask),
+        "it runs code that the model writes": getattr(task, "UNSAFE_CODE", False),
+        "it shows pictures or sound": getattr(task, "MULTIMODAL", False),
+        "it asks each question several times (repeats)": getattr(task.config, "repeats", 1) != 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"{prefix}tasks: {name} cannot be asked here: {reason}; lm-eval's own command does it")
+    if task.config.process_results is None:
+        from lm_eval.api.registry import metric_registry
+
+        for metric, function in task._metric_fn_list.items():
+            if function is None:  # lm-eval goes on, and fails when it scores
+                raise UserError(f"{prefix}tasks: {name}: no metric {metric!r}{did_you_mean(metric, metric_registry)}")
+
+
+def _generation(name: str, task: Any, prefix: str) -> dict[str, Any]:
+    """How its YAML draws answers, under one name each; lm-eval's defaults where it says nothing."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    if task.OUTPUT_TYPE != "generate_until":
+        return {}
+    settings: dict[str, Any] = dict(normalize_gen_kwargs(task.config.generation_kwargs))
+    if settings.get("num_beams") == 1:
+        settings.pop("num_beams")
+    if unknown := settings.keys() - {*KNOWN, *OPTIONS}:
+        raise UserError(
+            f"{prefix}tasks: {name}: generation_kwargs: {sorted(unknown)[0]} is no setting of opcd's decoding"
+        )
+    return settings

@@ -13,12 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from opcd.results.matching import right
 from opcd.runtime.did_you_mean import beside
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.run_folder import FORMER_METRICS, METRICS
 from opcd.runtime.files.safe_yaml import load_yaml
 from opcd.runtime.files.user_files import read_text
+from opcd.tasks.matching import right
 
 Series = dict[str, list[tuple[int, float]]]
 """Name -> (step, value), in the order in which they were logged."""

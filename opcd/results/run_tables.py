@@ -9,7 +9,6 @@ from typing import Any
 
 from opcd.evaluation.result_files import SUMMARY
 from opcd.evaluation.scores import Metric, Row, summarise
-from opcd.results.matching import right
 from opcd.results.run_files import (
     Series,
     clock,
@@ -26,11 +25,12 @@ from opcd.runtime.differences import changed_keys
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.run_folder import former_run
 from opcd.runtime.system_info import FILE
+from opcd.tasks.matching import right
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows."""
-NOT_SCORES = ("index", "sample", "seed", "tokens", "turns")
-"""What an answer's line has beside its scores that is a number as well."""
+NOT_SCORES = ("index", "sample", "seed", "tokens", "turns", "reference", "log_likelihoods")
+"""What an answer's line has beside its scores that may be a number as well."""
 ANSWERS = re.compile(r"step=(?P<step>\d+)-(?P<task>.+)\.jsonl")
 NONE = "-"
 CONFIG = "config.yaml"
@@ -215,7 +215,9 @@ def _inside_training(folder: Path, problems: list[str]) -> Iterable[tuple[str, s
         first = rows[0] if rows else {}
         scores = [name for name, value in first.items() if name not in NOT_SCORES and _is_score(value)]
         whole = [row for row in rows if _is_answer(row, scores)]
-        if len(whole) < len(rows) or not scores:
+        if rows and not scores:
+            problems.append(f"{parent.name}/{file.name}: no scores of single answers: the values are in metrics.csv")
+        elif len(whole) < len(rows) or not scores:
             problems.append(f"{parent.name}/{file.name}: {len(whole)} of {len(rows)} answers have their scores")
         if not whole or not scores:
             continue
@@ -245,8 +247,8 @@ def _results(folder: Path, problems: list[str]) -> Iterable[tuple[str, str, int,
 
 def _metric(value: dict[str, Any]) -> Metric:
     """A metric of results.json. KeyError, TypeError or ValueError where it is none."""
-    bounds = [None if value.get(end) is None else float(value[end]) for end in ("low", "high")]
-    return Metric(float(value["value"]), *bounds)
+    low, high = (None if value.get(end) is None else float(value[end]) for end in ("low", "high"))
+    return Metric(float(value["value"]), low, high, str(value["note"]) if value.get("note") else None)
 
 
 def _is_answer(row: Row, scores: Sequence[str]) -> bool:
@@ -261,7 +263,7 @@ def _is_score(value: Any) -> bool:
 
 def _interval(metric: Metric) -> tuple[str, str]:
     known = metric.low is not None and metric.high is not None
-    return f"{metric.value:.3f}", f"{metric.low:.3f} to {metric.high:.3f}" if known else NONE
+    return f"{metric.value:.3f}", f"{metric.low:.3f} to {metric.high:.3f}" if known else metric.note or NONE
 
 
 def _parts(environment: dict[str, Any]) -> dict[str, str]:

@@ -184,6 +184,27 @@ def test_one_task_may_be_both_measures_with_other_rows(config, tmp_path):
     assert len({job.name for job in plan.jobs()}) == len(plan.jobs())
 
 
+@pytest.mark.filterwarnings("ignore:tail=.drop. is not a divergence")
+def test_a_task_of_a_folder_may_be_measured(config, tmp_path, monkeypatch):
+    from comparison.arms import Benchmark, Plan
+
+    from opcd.cli.evaluate import parse
+    from opcd.cli.fit import fit_parser
+    from opcd.sweep.arm_checks import ConfigChecker
+
+    def plan(metric: str) -> Plan:
+        options = {"include_path": str(ROOT / "examples" / "evaluation_tasks")}
+        task = {"name": "harbour_choice", "metric": metric, "title": "harbour", "options": options}
+        benchmark = parse_yaml(config(task=task), Benchmark, "config")
+        benchmark.apply(None, None, None, None, {})
+        return Plan(benchmark, ConfigChecker(fit_parser(), benchmark.base), tmp_path / "out")
+
+    _, evaluation, _ = parse(plan("acc").evaluations["base"][0]["task"].words[1:])
+    assert evaluation.tasks == ["harbour_choice"] and evaluation.include_path
+    with pytest.raises(UserError, match="the answers to harbour_choice have no score 'accc'; did you mean acc"):
+        plan("accc")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -15,6 +15,7 @@ from opcd.evaluation import Evaluation, Evaluator
 from opcd.evaluation.intervals import wilson
 from opcd.models import ModelConfig
 from opcd.modules.student import Student
+from opcd.results.run_tables import evaluations, read_runs
 from tests.helpers.ranks import RANKS, run
 from tests.helpers.rows import write_rows
 from tests.helpers.task_rows import ifeval_rows, math_rows
@@ -152,15 +153,82 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(opcd, words, callback, 
     assert not list((tmp_path / "runs").glob("*"))
 
 
+SUMS = """test_split: test
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+doc_to_target: reference
+"""
+GENERATES = """task: sums
+output_type: generate_until
+doc_to_text: query
+generation_kwargs: {until: [], do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+TEXTS = """task: texts
+output_type: loglikelihood
+doc_to_text: ""
+doc_to_target: query
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+"""
+CHOOSES = """task: sums_choice
+output_type: multiple_choice
+doc_to_text: query
+doc_to_choice: ["2", "4"]
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+
+
+def test_tasks_of_a_folder_and_rows_of_ones_own(opcd, words, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    rows = [{"query": f"What is {n} + {n}?", "reference": str(2 * n)} for n in (1, 2)]
+    file = write_rows(folder / "rows.jsonl", rows)
+    for name, text in (("sums", GENERATES), ("sums_choice", CHOOSES), ("texts", TEXTS)):
+        (folder / f"{name}.yaml").write_text(text + SUMS.replace("FILE", str(file)))
+    evaluation = {"tasks": ["sums_choice", "sums", "texts", "contains"], "include_path": str(folder)}
+    evaluation["data"] = {"contains": str(file)}
+    code, text = opcd(*words(2, every_n_steps=1, at_start=True, evaluation=evaluation))
+    assert code == 0, text
+    run = tmp_path / "runs" / "version_0"
+    names = {f"step={step}-{task}.jsonl" for step in range(3) for task in evaluation["tasks"]}
+    assert {file.name for file in (run / "eval").iterdir()} == names
+    with (run / "metrics.csv").open() as lines:
+        metrics = [row for row in csv.DictReader(lines) if row["eval/sums_choice/acc"]]
+    assert [row["step"] for row in metrics] == ["0", "1", "2"]
+    chosen = [json.loads(line) for line in (run / "eval" / "step=2-sums_choice.jsonl").read_text().splitlines()]
+    assert float(metrics[-1]["eval/sums_choice/acc"]) == sum(row["acc"] for row in chosen) / 2
+    share = float(metrics[-1]["eval/sums_choice/acc"])
+    assert float(metrics[-1]["eval/sums_choice/acc_low"]) == pytest.approx(wilson(2 * share, 2)[0])
+    assert {"eval/sums/exact_match", "eval/contains/accuracy", "eval/sums/cut_off"} < metrics[-1].keys()
+    assert "eval/sums_choice/cut_off" not in metrics[-1] and "eval/texts/perplexity_low" not in metrics[-1]
+    values = [float(row["eval/texts/perplexity"]) for row in metrics]
+    assert f"{min(values):.3f} at step {values.index(min(values))}" in caplog.text and "least: " in caplog.text
+    first = [json.loads(line) for line in (run / "eval" / "step=0-sums_choice.jsonl").read_text().splitlines()]
+    assert [row["log_likelihoods"] for row in first] != [row["log_likelihoods"] for row in chosen]  # it has learnt
+    (measured,) = read_runs([run])
+    shown = {(task, metric) for _, _, task, _, metric, *_ in evaluations([measured])[1]}
+    assert {("sums_choice", "acc"), ("sums", "exact_match")} < shown
+    assert not {metric for _, metric in shown} & {"log_likelihoods", "reference"}
+    assert "eval/step=2-texts.jsonl: no scores of single answers: the values are in metrics.csv" in measured.problems
+
+
 @pytest.mark.slow
 def test_two_ranks_answer_each_their_share(words, tmp_path):
     """Greedy, in float64: the answers of one rank, each question once."""
-    config = {"at_start": True, "evaluation": {"limit": 3, "greedy": True}}
+    choices = [{"query": f"{n}?", "choices": ["one", "two", "three or more"], "reference": "two"} for n in range(4)]
+    files = {"dapo_math": tmp_path / "math.jsonl", "ifeval": tmp_path / "ifeval.jsonl"}
+    files["choice"] = write_rows(tmp_path / "choices.jsonl", choices)
+    evaluation = {"limit": 3, "greedy": True, "tasks": list(files), "data": {k: str(v) for k, v in files.items()}}
+    config = {"at_start": True, "evaluation": evaluation}
     for count in (1, 2):
         precision = ("--trainer.precision", "64-true", "--model.teacher", "SelfTeacher")
         run(*words(1, **copy.deepcopy(config)), *precision, *RANKS, count, "--data.batch_size", 2 // count)
     one, two = ((tmp_path / "runs" / f"version_{number}" / "eval") for number in (0, 1))
-    for task in ("dapo_math", "ifeval"):
+    for task in files:
         first = [json.loads(line) for line in (one / f"step=0-{task}.jsonl").read_text().splitlines()]
         both = [json.loads(line) for line in (two / f"step=0-{task}.jsonl").read_text().splitlines()]
         assert [row["index"] for row in both] == [0, 1, 2]

@@ -10,7 +10,7 @@ from opcd.callbacks.answer_samples import print_table
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Sampling
-from opcd.results.matching import right
+from opcd.tasks.matching import right
 
 
 def row(step, context, answer, reference="Odalys"):

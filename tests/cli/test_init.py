@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opcd.results.matching import right
+from opcd.tasks.matching import right
 from tests.helpers.paths import ROOT
 
 FILES = ["context.txt", "recipe.yaml", "train.jsonl", "val.jsonl"]

@@ -133,12 +133,13 @@ def test_a_context_stands_in_the_prompt_where_training_puts_it(tiny, math_file, 
     evaluator = Evaluator(config, ModelConfig(tiny))
     (views,) = evaluator._views.values()
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    from opcd.evaluation.lm_eval_model import prompt_ids
+    from opcd.evaluation.task_prompts import Prompts
 
-    messages = evaluator.tasks[0].questions[1][1]
+    messages = math_rows()[1]["prompt"]
     with_context = [{"role": "system", "content": CONTEXT}, *messages]
     expected = tokenizer.apply_chat_template(with_context, add_generation_prompt=True)["input_ids"]
-    assert prompt_ids(views, messages, evaluator.context) == expected
+    prompts = Prompts(views, tokenizer, evaluator.context, None)
+    assert prompts.ids(prompts.render(messages)) == expected
 
 
 def test_the_context_changes_the_answers_and_auto_batches_do_not(evaluate, context, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opcd.results.matching import holds, right
+from opcd.tasks.matching import holds, right
 
 
 @pytest.mark.case("C26")

@@ -1,6 +1,6 @@
 """Whether an answer is right: it holds the reference, as words or numbers of their own.
 
-`opcd fit`'s table of samples, reports, sweeps and benchmarks count with this one rule.
+`opcd fit`'s table of samples, reports, sweeps, benchmarks and the task `contains` count with this one rule.
 """
 
 import re
