@@ -45,14 +45,15 @@ def read_setting(trainer: Any, made: Any, query: int | None, context: int | None
     gpu, (ranks, sharded) = _on_gpu(trainer), _ranks(trainer)
     fast = torch.bfloat16 if gpu else fast_dtype("cpu")
     autocast, forced = _precision(trainer.precision, fast)
-    dtype = forced or _dtype(model.student_config, fast if model.adapter else torch.float32)
+    frozen = forced or _dtype(model.student_config, fast)
+    dtype = frozen if model.adapter else forced or _dtype(model.student_config, torch.float32)
     optimizer, state_bytes = optimizer_of(model, torch.float32 if model.adapter else dtype)
     built = build(model.student_config, "model.student", dtype, model.adapter)
     _check(model, built, ranks, sharded, type(optimizer))
     student = measured(built, autocast, model.student_config.quantization)
     scorer, teacher_bytes, of_teachers = teachers_of(model, built, student, fast, sharded, ranks)
     writers, rollout_dtype, of_rollout = writers_of(model, fast if student.quantization == "none" else dtype)
-    learning, of_pass = _with_activations(model, built, student, autocast)
+    learning, of_pass = _with_activations(built, autocast, student.quantization)
     prefixes = [part.prefix for part in model.teacher.parts.values() if part.prefix.mode != "never"]
     return Setting(
         learning,
@@ -60,7 +61,7 @@ def read_setting(trainer: Any, made: Any, query: int | None, context: int | None
         teacher_bytes=teacher_bytes,
         writers=writers,
         rollout_dtype=rollout_dtype,
-        adapted=lambda: _adapted(model, forced or _dtype(model.student_config, fast), autocast),
+        adapted=lambda: _with_activations(build(model.student_config, "model.student", frozen, Lora()), autocast)[0],
         state_bytes=state_bytes,
         fused=bool(optimizer.defaults.get("fused")),
         batch=made.data.batch_size,
@@ -165,20 +166,15 @@ def optimizer_of(model: Distiller, dtype: torch.dtype) -> tuple[torch.optim.Opti
 
 
 def _with_activations(
-    model: Distiller, built: PreTrainedModel, student: Model, autocast: torch.dtype | None
+    built: PreTrainedModel, autocast: torch.dtype | None, quantization: str = "none"
 ) -> tuple[Model, list[str]]:
     """The student with what its pass keeps, and a line where that is not known."""
+    student = measured(built, autocast, quantization)
     try:
         kept, casts = kept_by_autograd(built, autocast)
-        return replace(student, kept_bytes=kept, casts_bytes=casts), []
     except Exception as error:
-        return student, [f"activations: a pass cannot be made without weights ({str(error).strip().splitlines()[0]})"]
-
-
-def _adapted(model: Distiller, dtype: torch.dtype, autocast: torch.dtype | None) -> Model:
-    """The student with the adapter of configs/lora.yaml."""
-    built = build(model.student_config, "model.student", dtype, Lora())
-    return _with_activations(model, built, measured(built, autocast), autocast)[0]
+        return student, [f"activations: the student's pass needs weights ({str(error).strip().splitlines()[0]})"]
+    return replace(student, kept_bytes=kept, casts_bytes=casts), []
 
 
 def teachers_of(
@@ -186,42 +182,30 @@ def teachers_of(
 ) -> tuple[Model | None, int, list[str]]:
     """The largest model that scores, bytes of weights beside the student's, and a line for each that is not known."""
     models, total, unknown = [], 0, []
+    known, meta = {id(weight) for weight in built.parameters()}, torch.device("meta")
     for part in model.teacher.parts.values():
+        if part.config is not None or "config" in vars(part):  # who sets `config` loads it; None: the student's weights
+            dtype = _dtype(part.config or model.student_config, fast)
+            own = replace(student, dtype=dtype, computing=dtype.itemsize, adapter=0)
+            if part.config is not None:
+                loaded = build(part.config, f"{part.key}.init_args.model", dtype)
+                own = measured(loaded, None, part.config.quantization)
+            layers = own.linear * dtype.itemsize
+            total += own.bytes - (layers - layers // ranks - layers // own.layers if part.shard else 0)
+            models.append(own)
+            continue
         try:
-            if part.config is not None or "config" in vars(part):  # who sets `config` loads that model
-                own = _loaded(part.config, model.student_config, f"{part.key}.init_args.model", student, fast)
-                layers = own.linear * own.dtype.itemsize
-                total += own.bytes - (layers - layers // ranks - layers // own.layers if part.shard else 0)
-                models.append(own)
-                continue
-            assert isinstance(part, ModelTeacher), "it has no model"
-            copied = _beside(part, built, model.student_config)
-            # Whoever scores with a sharded student's weights has them whole.
-            total += copied or (student.bytes if sharded else 0)
-            models.append(student)
-        except UserError:
-            raise
+            assert isinstance(part, ModelTeacher), "no model is at hand"
+            with meta:
+                part.prepare(Student(built, cast(Any, None)), model.student_config, meta)
+            copied = sum(weight.nbytes for weight in part.model.parameters() if id(weight) not in known)
         except Exception:
             unknown.append(f"{part.key}: what {type(part).__name__} keeps")
+            continue
+        # Whoever scores with a sharded student's weights has them whole.
+        total += copied or (student.bytes if sharded else 0)
+        models.append(student)
     return max(models, key=lambda each: each.bytes, default=None), total, unknown
-
-
-def _loaded(
-    config: ModelConfig | None, student_config: ModelConfig, key: str, student: Model, fast: torch.dtype
-) -> Model:
-    """A frozen model; None takes the student's starting weights."""
-    dtype = _dtype(config or student_config, fast)
-    if config is not None:
-        return measured(build(config, key, dtype), None, config.quantization)
-    return replace(student, dtype=dtype, computing=dtype.itemsize, adapter=0)
-
-
-def _beside(teacher: ModelTeacher, built: PreTrainedModel, config: ModelConfig) -> int:
-    """Bytes that a teacher has beside the student's weights once it is prepared, on the meta device."""
-    known = {id(weight) for weight in built.parameters()}
-    with torch.device("meta"):
-        teacher.prepare(Student(built, cast(Any, None)), config, torch.device("meta"))
-    return sum(weight.nbytes for weight in teacher.model.parameters() if id(weight) not in known)
 
 
 def writers_of(model: Distiller, auto: torch.dtype) -> tuple[tuple[str, ...], torch.dtype, list[str]]:
