@@ -17,24 +17,12 @@ from jsonargparse import ArgumentError
 from opcd.cli.fit import fit_parser
 from opcd.config.parsing import Parser
 from opcd.config.precheck import checked
-from opcd.planning.levers import until_it_fits
-from opcd.planning.parts import FREE, Part, free, parts, peak
-from opcd.planning.plan_lengths import read_lengths
 from opcd.planning.reading import read_setting
-from opcd.planning.setting import Setting
-from opcd.planning.sizes import PHASES
+from opcd.planning.sizes import PHASES, Parts, Setting, parts, peak, until_it_fits
 from opcd.runtime.errors import UserError
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 STATUS = Path("/proc/self/status")
-IN_PHASE = {
-    "samples": "while the sample answers before training are written",
-    "rollout": "while responses are written",
-    "teacher": "while the teacher scores",
-    "student": "in the student's pass and the loss",
-    "backward": "in the backward pass",
-    "optimizer": "in the optimizer's step",
-}
 
 
 def main(args: list[str]) -> int:
@@ -46,15 +34,25 @@ def main(args: list[str]) -> int:
     Raises:
         UserError: the config is wrong, or something of it is not known here.
     """
-    options, rest = _options(args)
+    parser = Parser(
+        prog="opcd doctor --plan",
+        description="The memory of a run before it starts, for one rank. All other options are those of `opcd fit`. A "
+        "model may be a folder with nothing but a config.json.",
+    )
+    parser.add_argument("--memory", type=size, help="of a device, such as 24GiB; default: of the one that is here")
+    tokens = "tokens of the longest prompt without the context; default: as in data.train"
+    parser.add_argument("--query_tokens", type=_count, help=tokens)
+    parser.add_argument("--context_tokens", type=_count, help="tokens that the longest context adds; default: as there")
+    parser.add_argument("--json", action="store_true", help="one object, in bytes")
+    options, rest = parser.parse_known_args(args)
     setting = read(rest, options.query_tokens, options.context_tokens)
     found = parts(setting)
     phase, most = peak(found)
     memory = options.memory or _memory(setting)
     if options.json:
-        print(json.dumps({"peak": most, "phase": phase, "parts": {part.name: part.phases for part in found}}))
+        print(json.dumps({"peak": most, "phase": phase, "parts": found, "not_counted": setting.not_counted}))
     else:
-        print("\n".join([_title(setting), "", *table(found), "", *_verdict(setting, found, memory)]))
+        print("\n".join([_title(setting), "", *table(found), "", *_verdict(setting, phase, most, memory)]))
     return 1 if memory is not None and most > memory else 0
 
 
@@ -73,30 +71,20 @@ def read(words: list[str], query: int | None = None, context: int | None = None)
         raise UserError(str(error)) from error
     except SystemExit as end:
         raise ArgumentError(None, "opcd doctor --plan: see `opcd doctor --plan --help`") from end
-    lengths = read_lengths(made, query, context)
-    return read_setting(trainer, made.model, made.data.batch_size, lengths, _resident())
+    # Bytes of this process, which has imported what a run imports; 0 where the system does not say.
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    resident = next((int(line.split()[1]) * 2**10 for line in lines if line.startswith("VmRSS")), 0)
+    return read_setting(trainer, made, query, context, resident)
 
 
-def table(found: list[Part]) -> list[str]:
+def table(found: Parts) -> list[str]:
     """Parts by phases, in MiB, and their sums."""
-    lines = [f"{'MiB':<26}" + "".join(f"{phase:>11}" for phase in PHASES)]
-    lines += [f"{part.name:<26}" + "".join(_cell(part.phases.get(phase, 0)) for phase in PHASES) for part in found]
-    sums = [sum(part.phases.get(phase, 0) for part in found) for phase in PHASES]
-    return [*lines, f"{'sum':<26}" + "".join(map(_cell, sums))]
-
-
-def _options(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(
-        prog="opcd doctor --plan",
-        description="The memory of a run on paper, for one rank. All other options are those of `opcd fit`. A model "
-        "may be a folder with nothing but a config.json.",
-    )
-    parser.add_argument("--memory", type=size, help="of a device, such as 24GiB; default: of the one that is here")
-    tokens = "tokens of the longest prompt without the context; default: as in data.train"
-    parser.add_argument("--query_tokens", type=_count, help=tokens)
-    parser.add_argument("--context_tokens", type=_count, help="tokens that the longest context adds; default: as there")
-    parser.add_argument("--json", action="store_true", help="one object, in bytes")
-    return parser.parse_known_args(args)
+    sums = {phase: sum(part.get(phase, 0) for part in found.values()) for phase in PHASES}
+    rows = [
+        f"{name:<26}" + "".join(f"{phases.get(phase, 0) / 2**20:>11,.0f}" for phase in PHASES)
+        for name, phases in [*found.items(), ("sum", sums)]
+    ]
+    return [f"{'MiB':<26}" + "".join(f"{phase:>11}" for phase in PHASES), *rows]
 
 
 def size(text: str) -> int:
@@ -113,12 +101,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _resident() -> int:
-    """Bytes of this process, which has imported what a run imports; 0 where the system does not say."""
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
-    return next((int(line.split()[1]) * 2**10 for line in lines if line.startswith("VmRSS")), 0)
-
-
 def _memory(setting: Setting) -> int | None:
     """Of the device that is here; None for a GPU where there is none."""
     if not setting.gpu:
@@ -127,28 +109,20 @@ def _memory(setting: Setting) -> int | None:
 
 
 def _title(s: Setting) -> str:
-    kind, part = "GPU" if s.gpu else "CPU", ", each with a part of the student" if s.sharded else ""
+    device = f"{s.ranks} {'GPU' if s.gpu else 'CPU'}{'s' * (s.ranks > 1)}{', the student sharded' * s.sharded}"
     prompts = f"prompts of {s.query} tokens, with the context {s.context} more, responses of {s.response}"
-    passes = f"micro-batches of {s.micro_rows} row{'s' if s.micro_rows > 1 else ''}, {s.tokens} tokens"
-    return f"{s.ranks} {kind}{'s' if s.ranks > 1 else ''}{part}; {s.batch} rows a step, {prompts}; {passes}"
+    return f"{device}; {s.batch} rows a step, {prompts}; micro-batches of {s.micro_rows} rows, {s.tokens} tokens"
 
 
-def _cell(number: int) -> str:
-    return f"{number / 2**20:>11,.0f}" if number else f"{'':>11}"
-
-
-def _verdict(setting: Setting, found: list[Part], memory: int | None) -> list[str]:
-    phase, most = peak(found)
-    lines = [f"peak: {_gib(most)}, {IN_PHASE[phase]}"]
-    in_use = [part for part in found if part.name != FREE]
-    if (largest := peak(in_use)[0]) != phase and free(found, phase):
-        lines[0] += f"; {_gib(free(found, phase))} of it lie free in the heap, {IN_PHASE[largest]} they are needed"
+def _verdict(setting: Setting, phase: str, most: int, memory: int | None) -> list[str]:
+    lines = [f"not counted: {what}" for what in setting.not_counted]
     if setting.gpu:
-        lines.append("not in it: the CUDA context, and what the allocator keeps between its blocks")
+        lines.append("not counted: the CUDA context, and what the allocator keeps between its blocks")
+    lines.append(f"peak: {_gib(most)}, in the phase {phase}")
     if memory is None:
-        return [*lines, "what there is of memory is not known here: give --memory 24GiB"]
+        return [*lines, "the memory of the device is not known here: give --memory 24GiB"]
     if most <= memory:
-        return [*lines, f"fits in {_gib(memory)}: {_gib(memory - most)} are left{' for that' if setting.gpu else ''}"]
+        return [*lines, f"fits in {_gib(memory)}: {_gib(memory - most)} are left"]
     taken = until_it_fits(setting, memory)
     lines.append(f"does not fit in {_gib(memory)}" + ("; the largest lever first:" if taken else ", and nothing helps"))
     lines += [f"  {_gib(after):>12}  with {name}" for name, after in taken]

@@ -1,8 +1,6 @@
-"""The memory of a step on paper, from configs alone: `opcd doctor --plan`."""
+"""The memory of a run before a weight is loaded: `opcd doctor --plan`."""
 
-from opcd.planning.model_shapes import Shape, Weights, shape_of
-from opcd.planning.parts import Part, parts, peak
-from opcd.planning.setting import Setting
-from opcd.planning.sizes import PHASES
+from opcd.planning.model_shapes import Model
+from opcd.planning.sizes import PHASES, Setting, parts, peak
 
-__all__ = ["PHASES", "Part", "Setting", "Shape", "Weights", "parts", "peak", "shape_of"]
+__all__ = ["PHASES", "Model", "Setting", "parts", "peak"]

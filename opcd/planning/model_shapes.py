@@ -1,129 +1,177 @@
-"""The sizes of a decoder, read from its config.json: no weight is loaded."""
+"""The sizes of a model, counted on tensors without storage: its config.json is read, no weight is."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
 from opcd.models import ModelConfig, architecture
+from opcd.modules.lm.adapters import ALL_LINEAR, Lora, trainable
 from opcd.runtime.errors import UserError
 
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight in 4 bits: a scale of one byte for 64 of them, and one of four bytes for 256 scales."""
+QUANTIZED = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
+"""Bytes of a weight. NF4 has a scale of one byte for 64 weights, and one of four bytes for 256 scales."""
+TOKENS = 127
+"""Tokens of the pass that is counted. A prime: it divides the size of a tensor of tokens, and hardly any other."""
+ATTENTION = "opcd_plan"
+PRODUCTS = {
+    *(functional.linear, torch.conv1d, functional.grouped_mm, torch._grouped_mm, torch.einsum, torch.addmm),
+    *(torch.matmul, torch.mm, torch.bmm, torch.baddbmm, functional.scaled_dot_product_attention),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.baddbmm),
+}
+"""What autocast computes in the short type, as far as language models call it."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How large a decoder is: layers of attention and a gated MLP, as in Llama, Qwen and their kin."""
+class Model:
+    """A model in memory. Sizes are numbers, and bytes where their name says so."""
 
-    hidden: int
-    intermediate: int
-    """Numbers of a token between the two halves of an MLP; of all experts that it goes to."""
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    dtype: torch.dtype
+    weights: int  # without an adapter's; those that head and embedding share count once
+    linear: int  # those of linear layers but the head
+    head: int
     vocabulary: int
-    weights: int
-    """All of them; what head and embedding share counts once."""
-    linears: tuple[tuple[str, int, int], ...]
-    """Last name, inputs and outputs of each linear layer but the head."""
-    norms: int
-    """Of a whole token, in a layer."""
-    head_norms: bool
-    """Whether queries and keys are normed head by head."""
-    dtype: torch.dtype
-    """Of the weights in their file."""
-    masks: int = 1
-    """Kinds of attention, each with a mask of its own: 2 where some layers have a sliding window."""
-
-    @property
-    def linear_weights(self) -> int:
-        """Numbers in the linear layers but the head."""
-        return sum(inputs * outputs for _, inputs, outputs in self.linears)
-
-    @property
-    def head(self) -> int:
-        """Numbers of the head's matrix."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def tied(self) -> bool:
-        """Whether embedding and head are one matrix."""
-        return self.weights - self.linear_weights < 2 * self.head
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A model in memory."""
-
-    shape: Shape
-    dtype: torch.dtype
+    layers: int
+    hidden: int
+    keys: int  # of a token, in all layers; there are as many values
+    computing: int  # bytes of a number in the products
+    adapter: int = 0  # weights of the adapter, in float32
+    kept_bytes: float = 0.0  # that autograd keeps of a token, in all layers
+    casts_bytes: int = 0  # low-precision copies of weights that autocast keeps
+    masks: int = 1  # kinds of attention; 2 where some layers have a sliding window
     quantization: str = "none"
 
     @property
     def bytes(self) -> int:
-        """Of all weights; bitsandbytes leaves embedding, norms and head as they are."""
-        shape, size = self.shape, self.dtype.itemsize
-        if self.quantization == "none":
-            return shape.weights * size
-        rest = (shape.weights - shape.linear_weights) * size
-        if self.quantization == "4bit":
-            return rest + round(shape.linear_weights * NF4)
-        return rest + shape.linear_weights + 4 * sum(outputs for _, _, outputs in shape.linears)
+        """All weights. bitsandbytes leaves embedding, norms and head as they are."""
+        size = self.dtype.itemsize
+        linear = QUANTIZED.get(self.quantization, size) * self.linear
+        return round(size * (self.weights - self.linear) + linear) + 4 * self.adapter
 
-    def computing(self, autocast: torch.dtype | None) -> int:
-        """Bytes of a number in its products."""
-        return autocast.itemsize if autocast and self.dtype == torch.float32 else self.dtype.itemsize
+    @property
+    def gradient_bytes(self) -> int:
+        """Gradients of all weights that learn, where the model is the student."""
+        return 4 * self.adapter or self.dtype.itemsize * self.weights
 
-    def token(self, autocast: torch.dtype | None) -> int:
-        """Bytes of a token's keys and values: rotary frequencies, and so the keys, have the type of the weights."""
-        shape = self.shape
-        return shape.layers * shape.kv_heads * shape.head_dim * (self.dtype.itemsize + self.computing(autocast))
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of a token. Keys have the type of the weights, because rotary frequencies have."""
+        return self.keys * (self.dtype.itemsize + self.computing)
 
 
-def shape_of(config: ModelConfig, key: str) -> Shape:
-    """The shape of a model; a folder with a config.json and nothing else will do.
-
-    Raises:
-        UserError: the config cannot be had, or is no decoder's with attention.
-    """
+def build(config: ModelConfig, key: str, dtype: torch.dtype, lora: Lora | None = None) -> PreTrainedModel:
+    """The model on the meta device, with its adapter. UserError where there is no causal language model."""
     whole = architecture(config, key)
-    text = whole.get_text_config()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(whole, trust_remote_code=config.trust_remote_code)
-        return _measured(text, model)
+            options = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(whole, **options)
     except (ValueError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{key}.name: no plan for {config.name} ({whole.model_type}): {reason}") from error
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}.name: no plan for {config.name} ({whole.model_type}): {why}") from error
+    if lora is not None:  # `add_lora` would run the model, to find linear layers that are never called
+        from peft import LoraConfig, inject_adapter_in_model
+
+        linear = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        head = model.get_output_embeddings()
+        targets = [
+            n
+            for n, m in linear.items()
+            if (lora.head if m is head else n in lora.targets or lora.targets == ALL_LINEAR)
+        ]
+        model.requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=lora.rank, target_modules=targets), model)
+        for weight in trainable(model).values():
+            weight.data = weight.data.float()
+    model.train()
+    return model
 
 
-def _measured(text: PreTrainedConfig, model: nn.Module) -> Shape:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = tuple((name, m.in_features, m.out_features) for name, m in _linears(model) if m is not head)
-    first = [(name, weight) for name, weight in model.named_parameters() if ".layers.0." in name]
-    experts = getattr(text, "num_experts_per_tok", None) or 0
-    return Shape(
-        hidden=text.hidden_size,
-        intermediate=experts * getattr(text, "moe_intermediate_size", text.intermediate_size) or text.intermediate_size,
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+def measured(model: PreTrainedModel, autocast: torch.dtype | None = None, quantization: str = "none") -> Model:
+    """The sizes of a model of `build`, but for what autograd keeps."""
+    text, head, dtype = model.config.get_text_config(), model.get_output_embeddings(), model.dtype
+    adapter = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" in name)
+    linear = (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name)
+    heads = getattr(text, "num_attention_heads", 0)  # a recurrent model has none
+    size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    return Model(
+        dtype=dtype,
+        weights=sum(weight.numel() for weight in model.parameters()) - adapter,
+        linear=sum(m.weight.numel() for m in linear if getattr(m, "base_layer", m) is not head),
+        head=text.vocab_size * text.hidden_size,
         vocabulary=text.vocab_size,
-        weights=sum(weight.numel() for weight in model.parameters()),
-        linears=linears,
-        norms=sum(name.endswith("weight") and tuple(w.shape) == (text.hidden_size,) for name, w in first),
-        head_norms=any(name.endswith("q_norm.weight") for name, _ in first),
-        dtype=text.dtype if isinstance(text.dtype, torch.dtype) else torch.float32,
-        masks=max(1, len(set(getattr(text, "layer_types", None) or []))),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        keys=text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * size,
+        computing=autocast.itemsize if autocast and dtype == torch.float32 else dtype.itemsize,
+        adapter=adapter,
+        masks=len(set(getattr(text, "layer_types", None) or ["full"])),
+        quantization=quantization,
     )
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            yield name.rpartition(".")[2], module
+def kept_by_autograd(model: PreTrainedModel, autocast: torch.dtype | None) -> tuple[float, int]:
+    """Bytes that autograd keeps of a pass: of each token, and casts of weights.
+
+    Raises:
+        Exception: the pass depends on values, which tensors without storage do not have.
+    """
+    kept: dict[int, Tensor] = {}  # by storage; the tensors stay alive, so that no address serves twice
+    if model._supports_attention_backend:
+        model.config.get_text_config()._attn_implementation = ATTENTION
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(_storage(x), x), lambda x: x)
+    with torch.device("meta"), hooks, _Autocast(autocast):
+        model.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
+    own = {_storage(weight) for weight in model.parameters()}
+    sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own]
+    of_tokens = sum(size for size in sizes if size % TOKENS == 0)
+    return of_tokens / TOKENS, sum(sizes) - of_tokens
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _Autocast(TorchFunctionMode):
+    """What torch.autocast does to products, which does not know the meta device; and a comparison of values is true."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Cast the arguments of products."""
+        if function is Tensor.__bool__:
+            return True
+        if self.dtype is not None and function in PRODUCTS:
+            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
+        return function(*args, **(kwargs or {}))
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype) if x.dtype == torch.float32 else x
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what kernels like FlashAttention keep, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, H, T, D] of all three, with fewer heads in the last two -> [B, T, H, D]."""
+        rows, heads, tokens, _ = query.shape
+        result = value.new_empty(rows, tokens, heads, value.shape[-1])
+        ctx.save_for_backward(query, key, value, result, query.new_empty(rows, heads, tokens, dtype=torch.float32))
+        return result
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """As transformers calls it. Queries and keys are cast as autocast does for torch's own kernel."""
+    return _Attention.apply(query.to(value.dtype), key.to(value.dtype), value), None  # type: ignore[no-untyped-call]
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **options: None)

@@ -1,89 +1,112 @@
 """A parsed config of `opcd fit` as a `Setting`."""
 
-from typing import Any
+import platform
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
-from opcd.accel.cpu.heap import GLIBC
 from opcd.accel.precision import fast_dtype
-from opcd.callbacks import AnswerSamples
-from opcd.modules import Distiller, RecordedTeacher
+from opcd.data.contexts import read_contexts
+from opcd.models import ModelConfig
+from opcd.modules import Distiller, Lora, ModelTeacher, Student
 from opcd.modules.distributed.fsdp_strategy import SHARDED, FullyShard, chosen
 from opcd.modules.validation import Run, validate
-from opcd.planning.plan_lengths import Lengths
-from opcd.planning.roles import student_of, teacher_of, writers_of
-from opcd.planning.setting import UNPACKED, Setting
+from opcd.planning.model_shapes import Model, build, kept_by_autograd, measured
+from opcd.planning.sizes import Setting
 from opcd.runtime.errors import UserError
 
-SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
-"""Lightning's other names."""
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
-    "bf16-mixed": (torch.bfloat16, None),
-    "32-true": (None, None),
+    **dict.fromkeys(("bf16-mixed", "bf16"), (torch.bfloat16, None)),
+    **dict.fromkeys(("32-true", "32"), (None, None)),
     "bf16-true": (None, torch.bfloat16),
-    "64-true": (None, torch.float64),
+    **dict.fromkeys(("64-true", "64"), (None, torch.float64)),
 }
 """Autocast's type, and that which all weights of the student get."""
 SIDE = 1024
 """Rows and columns of the matrix that an optimizer is tried on."""
 
 
-def read_setting(trainer: Any, distiller: Distiller, batch: int, lengths: Lengths, process: int) -> Setting:
+def read_setting(trainer: Any, made: Any, query: int | None, context: int | None, process: int) -> Setting:
     """What the config says, on this machine or, with accelerator gpu, on one with GPUs.
 
     Args:
         trainer: the config's part, not instantiated: the devices may be elsewhere.
-        distiller: instantiated, without weights.
-        batch: rows of a step on one rank.
-        lengths: of the data.
+        made: `model` and `data`, instantiated without weights.
+        query, context: tokens of the longest prompt, and those that its context adds; None reads the rows.
         process: bytes of a process before it loads a model.
 
     Raises:
         UserError: something that `opcd fit` refuses, or that is not known here.
     """
-    gpu = on_gpu(trainer)
+    model: Distiller = made.model
+    lengths = _lengths(made, query, context)
+    gpu, (ranks, sharded) = _on_gpu(trainer), _ranks(trainer)
     fast = torch.bfloat16 if gpu else fast_dtype("cpu")
     autocast, forced = _precision(trainer.precision, fast)
-    ranks, sharded = _ranks(trainer, gpu)
-    student = student_of(distiller, forced, fast)
-    optimizer = _optimizer(distiller, torch.float32 if distiller.adapter else student.dtype)
-    _check(distiller, ranks, sharded)
-    teachers = list(distiller.teacher.parts.values())
-    scoring = [teacher.config or distiller.student_config for teacher in teachers]
-    prefixes = [teacher.prefix for teacher in teachers]
+    frozen = forced or _dtype(model.student_config, fast)
+    dtype = frozen if model.adapter else forced or _dtype(model.student_config, torch.float32)
+    optimizer, state_bytes = optimizer_of(model, torch.float32 if model.adapter else dtype)
+    built = build(model.student_config, "model.student", dtype, model.adapter)
+    validate(Run(model, None, "fit", ranks, sharded, connect=False))
+    student = measured(built, autocast, model.student_config.quantization)
+    scorer, teacher_bytes, of_teachers = teachers_of(model, built, student, fast, sharded, ranks)
+    writers, rollout_dtype, of_rollout = writers_of(model, fast if student.quantization == "none" else dtype)
+    learning, of_pass = _with_activations(built, autocast, student.quantization)
+    prefixes = [part.prefix for part in model.teacher.parts.values() if part.prefix.mode != "never"]
     return Setting(
-        student,
-        lora=distiller.adapter,
-        batch=batch,
-        query=lengths.query,
-        context=lengths.context,
-        contexts=lengths.contexts,
-        response=lengths.response,
-        answers=_sample_answers(trainer),
-        answer=distiller.answer.max_new_tokens,
-        micro_batch_tokens=distiller.micro_batch_tokens,
-        multi_turn=distiller.rollout.multi_turn,
-        checkpointing=distiller.gradient_checkpointing,
-        shared_prefix=prefixes[0].mode != "never",
+        learning,
+        learning if scorer is student else scorer,
+        teacher_bytes=teacher_bytes,
+        writers=writers,
+        rollout_dtype=rollout_dtype,
+        adapted=lambda: _with_activations(build(model.student_config, "model.student", frozen, Lora()), autocast)[0],
+        state_bytes=state_bytes,
+        fused=bool(optimizer.defaults.get("fused")),
+        batch=made.data.batch_size,
+        micro_batch_tokens=model.micro_batch_tokens,
+        multi_turn=model.rollout.multi_turn,
+        checkpointing=model.gradient_checkpointing,
         prefix_bytes=sum(prefix.memory_mib for prefix in prefixes) * 2**20,
-        masks=gpu and any(model.attention != "flex_attention" for model in scoring),
-        autocast=autocast,
         gpu=gpu,
-        fast=fast,
-        packs=not gpu and torch.backends.mkldnn.is_available(),
-        keeps_freed=not gpu and GLIBC,
+        heap=not gpu and platform.libc_ver()[0] == "glibc",
         ranks=ranks,
         sharded=sharded,
         process=0 if gpu else process,
-        state_bytes=_kept(optimizer),
-        unpacked=_unpacked(optimizer, gpu),
-        fused=bool(optimizer.defaults.get("fused")),
-        **teacher_of(distiller, student, fast, gpu, sharded, ranks),
-        **writers_of(distiller.rollout, recorded=any(isinstance(t, RecordedTeacher) for t in teachers), fast=fast),
+        not_counted=(*of_teachers, *of_rollout, *of_pass),
+        **lengths,
     )
 
 
-def on_gpu(trainer: Any) -> bool:
+def _lengths(made: Any, query: int | None, context: int | None) -> dict[str, int]:
+    """Tokens of the longest prompts and responses, and the number of contexts. No row is read where both are given."""
+    data, model = made.data, made.model
+    try:
+        if query is not None and context is not None:
+            return {"query": query, "context": context, "response": model.rollout.max_response_tokens(data, "train")}
+        data.setup("fit")
+        response = model.rollout.max_response_tokens(data, "train")
+        validate(Run(model, data, connect=False))
+    except RuntimeError as error:
+        name = type(model.rollout).__name__
+        raise UserError(
+            f"model.rollout: {name} reads the rows of data.train; give only one of --query_tokens and --context_tokens"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{error} (no row is read where --query_tokens and --context_tokens are given)") from error
+    longest = data.longest_student_prompt("train")
+    taught = max(data.longest_teacher_prompt("train", name) for name in model.teacher.parts)
+    own = {example.context for example in data.examples("train")} - {None}
+    return {
+        "query": longest if query is None else query,
+        "context": max(0, taught - longest) if context is None else context,
+        "response": response,
+        "contexts": len(own) + (len(read_contexts(data.context)) if data.context else 0),
+    }
+
+
+def _on_gpu(trainer: Any) -> bool:
     """Whether the accelerator is a GPU; auto takes one where there is one. UserError for neither GPU nor CPU."""
     name = str(trainer.accelerator)
     if name not in ("auto", "cpu", "gpu", "cuda"):
@@ -91,66 +114,96 @@ def on_gpu(trainer: Any) -> bool:
     return name in ("gpu", "cuda") or (name == "auto" and torch.cuda.is_available())
 
 
-def _check(distiller: Distiller, ranks: int, sharded: bool) -> None:
-    """Refuse what `opcd fit` refuses, as far as memory depends on it, and attention that is not counted."""
-    validate(Run(distiller, None, "fit", ranks, sharded, connect=False))
-    models = [distiller.student_config, *(part.config for part in distiller.teacher.parts.values())]
-    if any(model is not None and model.attention == "eager" for model in models):
-        raise UserError("attention: there is no plan for eager, which has a score for every pair of tokens; use sdpa")
+def _ranks(trainer: Any) -> tuple[int, bool]:
+    """The number of ranks, and whether the student is sharded over them."""
+    devices, strategy = trainer.devices, chosen(trainer.strategy)
+    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2].lower()
+    sharded = name in (SHARDED.lower(), FullyShard.__name__.lower())
+    if not sharded and name not in ("auto", "singledevicestrategy") and not name.startswith("ddp"):
+        raise UserError(f"trainer.strategy: there is no plan for {name}; use ddp, or {SHARDED} (FSDP2)")
+    if str(devices) in ("auto", "-1"):
+        devices = max(1, torch.cuda.device_count()) if _on_gpu(trainer) else 1
+    return (len(devices) if isinstance(devices, list) else int(devices)) * int(trainer.num_nodes), sharded
 
 
 def _precision(configured: Any, fast: torch.dtype) -> tuple[torch.dtype | None, torch.dtype | None]:
     """Of a precision that is left open, that of the hardware."""
-    if configured is None:
-        configured = "bf16-mixed" if fast == torch.bfloat16 else "32-true"
-    name = SHORT.get(str(configured), str(configured))
+    name = str(configured or ("bf16-mixed" if fast == torch.bfloat16 else "32-true"))
     if name not in PRECISIONS:
         raise UserError(f"trainer.precision: there is no plan for {name}; use one of {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
 
 
-def _ranks(trainer: Any, gpu: bool) -> tuple[int, bool]:
-    """How many there are, and whether the student lies in parts."""
-    devices = trainer.devices
-    if str(devices) in ("auto", "-1"):
-        number = max(1, torch.cuda.device_count()) if gpu else 1
-    else:
-        number = len(devices) if isinstance(devices, list) else int(devices)
-    strategy = chosen(trainer.strategy)
-    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2].lower()
-    sharded = name in (SHARDED.lower(), FullyShard.__name__.lower())
-    if not sharded and name not in ("auto", "singledevicestrategy") and not name.startswith("ddp"):
-        raise UserError(f"trainer.strategy: there is no plan for {name}; use ddp, or {SHARDED} (FSDP2)")
-    return number * int(trainer.num_nodes), sharded
+def _dtype(config: ModelConfig, auto: torch.dtype) -> torch.dtype:
+    return auto if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
-def _sample_answers(trainer: Any) -> int:
-    """Rows of the callback that every training has, or of the config's own."""
-    for callback in trainer.callbacks or []:
-        if str(getattr(callback, "class_path", "")).endswith(f".{AnswerSamples.__name__}"):
-            return int(callback.init_args.queries)
-    return AnswerSamples().queries
-
-
-def _optimizer(distiller: Distiller, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """The optimizer after a step on one matrix."""
+def optimizer_of(model: Distiller, dtype: torch.dtype) -> tuple[torch.optim.Optimizer, float]:
+    """The optimizer, and the bytes that it keeps of a number of a matrix after one step."""
     matrix = torch.nn.Parameter(torch.ones(SIDE, SIDE, dtype=dtype))
     matrix.grad = torch.ones_like(matrix)
     try:
-        optimizer = distiller.optimizer([matrix])
+        optimizer = model.optimizer([matrix])
         optimizer.step()
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"model.optimizer: its step fails on a matrix: {error}") from error
-    return optimizer
-
-
-def _kept(optimizer: torch.optim.Optimizer) -> float:
-    """Bytes that it keeps of each number of that matrix."""
     states = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(value.nbytes for value in states if isinstance(value, torch.Tensor)) / SIDE**2
+    return optimizer, sum(value.nbytes for value in states if isinstance(value, torch.Tensor)) / SIDE**2
 
 
-def _unpacked(optimizer: torch.optim.Optimizer, gpu: bool) -> float:
-    """Bytes a number that its step takes beside its states; known of bitsandbytes' 8-bit ones on a CPU."""
-    packed = type(optimizer).__module__.startswith("bitsandbytes") and _kept(optimizer) < 4
-    return UNPACKED if packed and not gpu else 0.0
+def _with_activations(
+    built: PreTrainedModel, autocast: torch.dtype | None, quantization: str = "none"
+) -> tuple[Model, list[str]]:
+    """The student with what its pass keeps, and a line where that is not known."""
+    student = measured(built, autocast, quantization)
+    try:
+        kept, casts = kept_by_autograd(built, autocast)
+    except Exception as error:
+        return student, [f"activations: the student's pass needs weights ({str(error).strip().splitlines()[0]})"]
+    return replace(student, kept_bytes=kept, casts_bytes=casts), []
+
+
+def teachers_of(
+    model: Distiller, built: PreTrainedModel, student: Model, fast: torch.dtype, sharded: bool, ranks: int
+) -> tuple[Model | None, int, list[str]]:
+    """The largest model that scores, bytes of weights beside the student's, and a line for each that is not known."""
+    models, total, unknown = [], 0, []
+    known, meta = {id(weight) for weight in built.parameters()}, torch.device("meta")
+    for part in model.teacher.parts.values():
+        if part.config is not None or "config" in vars(part):  # who sets `config` loads it; None: the student's weights
+            dtype = _dtype(part.config or model.student_config, fast)
+            own = replace(student, dtype=dtype, computing=dtype.itemsize, adapter=0)
+            if part.config is not None:
+                loaded = build(part.config, f"{part.key}.init_args.model", dtype)
+                own = measured(loaded, None, part.config.quantization)
+            layers = own.linear * dtype.itemsize
+            total += own.bytes - (layers - layers // ranks - layers // own.layers if part.shard else 0)
+            models.append(own)
+            continue
+        try:
+            assert isinstance(part, ModelTeacher), "no model is at hand"
+            with meta:
+                part.setup(Student(built, cast(Any, None)), model.student_config, meta)
+            copied = sum(weight.nbytes for weight in part.model.parameters() if id(weight) not in known)
+        except Exception:
+            unknown.append(f"{part.key}: what {type(part).__name__} keeps")
+            continue
+        # Whoever scores with a sharded student's weights has them whole.
+        total += copied or (student.bytes if sharded else 0)
+        models.append(student)
+    return max(models, key=lambda each: each.bytes, default=None), total, unknown
+
+
+def writers_of(model: Distiller, auto: torch.dtype) -> tuple[tuple[str, ...], torch.dtype, list[str]]:
+    """Who writes in this process, in which type a student does, and a line for each that is not known."""
+    names, unknown, dtype = set(), [], auto
+    for part in model.rollout.parts:
+        if part.asks_teacher:
+            names.add("teacher")
+        if part.writer == "student" and not part.engines:
+            names.add("student")
+            dtype = getattr(part, "dtype", None) or dtype
+        elif part.writer in ("student", "other"):
+            name = type((part.engines or [part])[0]).__name__
+            unknown.append(f"model.rollout: what {name} takes on this device")
+    return tuple(sorted(names)), dtype, unknown

@@ -1,175 +1,209 @@
-"""How large the parts of a run are, in bytes on one rank."""
+"""What takes memory in which phase of a step, and what would take less: the table of docs/memory.md."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from opcd.accel.cpu.onednn_linear import FEWEST_STEPS, MOST_BYTES
 from opcd.losses.chunking import LIVE, MEMORY_BYTES, MOST_ROWS
-from opcd.planning.activations import alive_in_layer, kept_of_layer, kept_of_pass
-from opcd.planning.model_shapes import Weights
-from opcd.planning.setting import Setting
+from opcd.planning.model_shapes import Model
 
-PHASES = ("samples", "rollout", "teacher", "student", "backward", "optimizer")
-"""Sample answers before training; then the parts of a step. The student's has its pass and the loss."""
-
-DRAWN = 18
-"""Bytes of a token's probability while one is drawn: logits, their float32 copy, a softmax, a float64 sum."""
-
+PHASES = ("rollout", "teacher", "student", "backward", "optimizer")
+"""The student's phase has its forward pass and the loss."""
+RUN, ADAPTED = 64 * 2**20, 48 * 2**20
+"""What a run adds to its process beside what is counted, and what peft and its modules add (docs/memory.md)."""
+HOLES, HOLES_ADAPTED = 0.3, 0.5
+"""Share of what comes and goes that glibc's heap holds free between its blocks. An adapter casts the input of each of
+its layers anew, and leaves more (docs/memory.md)."""
+CPU_LIMIT = 2 * 2**30
+"""On a CPU: the most that the heap keeps between steps, and the largest linear layers that are packed for oneDNN."""
 MASK = 3
-"""Bytes of a pair of tokens while the mask of packed rows is made: three comparisons (`modules/packing.py`)."""
+"""Bytes of a pair of tokens while the mask of packed rows is made: three comparisons (`modules/prefix/packing.py`)."""
+UNPACKED = 20
+"""Bytes of a number that bitsandbytes' 8-bit AdamW takes on a CPU for the weight that it is at (docs/log.md)."""
+FREE = "free in the heap"
+SMALLEST = 0.02
+"""A lever that moves the peak by a smaller share is none."""
+
+Parts = dict[str, dict[str, int]]
+"""Bytes by the name of a part and the phases in which it is there."""
 
 
-def teacher(s: Setting) -> dict[str, int]:
-    """Weights; mapped ones leave when they have scored, and their head when the loss has read it."""
-    if not s.teacher_leaves or s.scorer is None:
-        return dict.fromkeys(PHASES, s.teacher_bytes)
-    head = s.scorer.shape.head * s.scorer.dtype.itemsize
-    writes = s.teacher_bytes if "teacher" in s.writers else 0
-    return {"samples": s.teacher_bytes, "rollout": writes, "teacher": s.teacher_bytes, "student": head}
+@dataclass(frozen=True)
+class Setting:
+    """What the memory of a run depends on. Rows and bytes are those of one rank."""
+
+    student: Model
+    scorer: Model | None  # of several teachers' models the largest; None where none is in this process
+    teacher_bytes: int = 0  # weights that teachers have beside the student's
+    writers: tuple[str, ...] = ("student",)  # who writes responses in this process: student, teacher
+    rollout_dtype: torch.dtype = torch.bfloat16  # of a student's weights that write
+    adapted: Callable[[], Model] | None = field(default=None, compare=False)  # the student with an adapter
+    state_bytes: float = 8.0  # what the optimizer keeps of a number that learns
+    fused: bool = True  # whether the optimizer's step needs no tensors beside its states
+    batch: int = 8
+    query: int = 64  # tokens of the longest prompt without the context
+    context: int = 1024  # tokens that the longest context adds
+    contexts: int = 1
+    response: int = 128
+    micro_batch_tokens: int = 4096
+    multi_turn: bool = False  # whether an example makes more than one row (games)
+    checkpointing: bool = False
+    prefix_bytes: int = 2048 * 2**20  # most that is kept of contexts, beyond one of them; 0: nothing is shared
+    gpu: bool = False
+    heap: bool = False  # whether glibc keeps what is freed
+    ranks: int = 1
+    sharded: bool = False  # whether each rank has a part of the student's weights, gradients and states (FSDP2)
+    process: int = 0  # bytes of the process before a model is there; 0 on a GPU
+    not_counted: tuple[str, ...] = ()  # a line for each component of which nothing is known
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows of a micro-batch of longest rows."""
+        return min(self.batch, max(1, self.micro_batch_tokens // (self.query + self.response)))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of such a micro-batch."""
+        return self.micro_rows * (self.query + self.response)
 
 
-def kept_prefixes(s: Setting) -> int:
+def parts(s: Setting) -> Parts:
+    """All that takes memory on one rank."""
+    m, shares, full = s.student, s.ranks if s.sharded else 1, not s.student.adapter
+    gradients, size = m.gradient_bytes // shares, m.dtype.itemsize
+    staying = {
+        "process": _in(s.process and s.process + RUN + ADAPTED * (not full)),
+        "student's weights": _in(m.bytes // shares),
+        "optimizer's states": _in(round((m.adapter or m.weights) * s.state_bytes) // shares),
+        "DDP's buckets": _in(gradients if s.ranks > 1 and not s.sharded else 0),
+        "teacher's weights": _in(s.teacher_bytes),
+        "contexts' keys and values": _in(_prefixes(s)),
+    }
+    # The loss makes the head's gradient. Those of former micro-batches are there already.
+    first = m.head * size * full + gradients * (s.multi_turn or s.micro_rows < s.batch)
+    kept = round(s.tokens * m.kept_bytes)
+    layer = (kept + m.linear * m.computing) // m.layers if s.checkpointing else 0
+    kept = s.tokens * m.layers * m.hidden * size if s.checkpointing else kept
+    gathered = (m.weights - m.linear) * size + 2 * m.linear // m.layers * m.computing
+    unpacked = UNPACKED * m.head if s.state_bytes < 4 and not s.gpu and full else 0
+    passing = {
+        # The backward pass takes most when it begins, with all activations, or when it ends, with all gradients.
+        "gradients": {"student": first, "backward": gradients, "optimizer": gradients},
+        "activations": {"student": kept, "backward": max(0, kept + first - gradients)},
+        "a layer computed again": {"backward": layer},
+        "casts of weights": _in(0 if s.checkpointing or s.sharded else m.casts_bytes, *PHASES[2:]),
+        "gathered weights": _in(gathered if s.sharded else 0, "student", "backward"),
+        "loss chunk": {"student": _loss_chunk(s)},
+        "copy that writes": {"rollout": _copy(s)},
+        "keys and values": {"rollout": _written(s), "teacher": _attended(s)},
+        "optimizer's scratch": {"optimizer": gradients if s.gpu and not s.fused else unpacked},
+    }
+    found = staying | passing | {FREE: _free(s, passing)}
+    return {name: phases for name, phases in found.items() if any(phases.values())}
+
+
+def peak(found: Parts) -> tuple[str, int]:
+    """The phase that takes most, and how many bytes that is; of several, the one that has least of it free."""
+    sums = {phase: sum(part.get(phase, 0) for part in found.values()) for phase in PHASES}
+    phase = max(PHASES, key=lambda phase: (sums[phase], -found.get(FREE, {}).get(phase, 0)))
+    return phase, sums[phase]
+
+
+def ways(s: Setting) -> Iterator[tuple[str, Setting]]:
+    """Config keys that take less memory, each alone, with the setting that it gives."""
+    if not s.checkpointing:
+        yield "model.gradient_checkpointing: true", replace(s, checkpointing=True)
+    if s.adapted and not s.student.adapter and not s.sharded:
+        yield "an adapter (configs/lora.yaml's model.adapter)", replace(s, student=s.adapted())
+    if s.student.adapter and s.student.quantization == "none":
+        yield "model.student.quantization: 4bit", replace(s, student=replace(s.student, quantization="4bit"))
+    # A teacher that has loaded a model of its own.
+    if s.scorer and s.scorer != s.student and s.scorer.quantization == "none" and s.teacher_bytes == s.scorer.bytes:
+        small = replace(s.scorer, quantization="4bit")
+        yield "a 4-bit teacher (configs/teacher_4bit.yaml)", replace(s, scorer=small, teacher_bytes=small.bytes)
+    if s.ranks > 1 and not s.sharded and not s.student.adapter:
+        yield "trainer.strategy: ModelParallelStrategy (FSDP2)", replace(s, sharded=True)
+    if s.state_bytes > 4 and not s.sharded:
+        yield "model.optimizer: bitsandbytes.optim.AdamW8bit", replace(s, state_bytes=2.0, fused=True)
+    if s.micro_rows > 1:
+        half = s.tokens // s.micro_rows * (s.micro_rows // 2)
+        yield f"model.micro_batch_tokens: {half}", replace(s, micro_batch_tokens=half)
+    if s.batch > 1:
+        yield f"data.batch_size: {s.batch // 2}", replace(s, batch=s.batch // 2)
+
+
+def until_it_fits(s: Setting, memory: int) -> list[tuple[str, int]]:
+    """The largest lever, then the largest that is left, ...: their names, and the peak after each.
+
+    A number that is halved several times comes once, as it is in the end.
+    """
+    taken: dict[str, tuple[str, int]] = {}
+    while (now := peak(parts(s))[1]) > memory:
+        tried = [(peak(parts(other))[1], name, other) for name, other in ways(s)]
+        after, name, s = min(tried, key=lambda each: each[0], default=(now, "", s))
+        if after > (1 - SMALLEST) * now:
+            break
+        taken.pop(name.split(":")[0], None)
+        taken[name.split(":")[0]] = name, after
+    return list(taken.values())
+
+
+def _in(size: int, *phases: str) -> dict[str, int]:
+    """As many bytes in each phase, by default in all."""
+    return dict.fromkeys(phases or PHASES, size)
+
+
+def _prefixes(s: Setting) -> int:
     """Keys and values of as many contexts as may be kept; one at least."""
-    if s.scorer is None or not s.shared_prefix:
-        return 0
-    one = s.context * s.scorer.token(s.autocast)
+    one = s.context * s.scorer.token_bytes if s.scorer and s.prefix_bytes else 0
     return max(one, min(s.contexts * one, s.prefix_bytes))
 
 
-def gradients(s: Setting) -> dict[str, int]:
-    """The loss makes the head's; all others come in the backward pass, while the activations go."""
-    first = _head_gradient(s) + (s.gradient_bytes if s.several_passes else 0)
-    backward = first if _begins_largest(s) else s.gradient_bytes
-    return {"student": first, "backward": backward, "optimizer": s.gradient_bytes}
+def _copy(s: Setting) -> int:
+    """A student's weights in another type, or whole where they are sharded; else a CPU's packed linear layers."""
+    if "student" in s.writers and (s.sharded or s.student.dtype != s.rollout_dtype):
+        return s.student.weights * s.rollout_dtype.itemsize
+    writes = [s.student if name == "student" else s.scorer for name in s.writers]
+    packed = [(m.head + m.linear * (m.quantization == "none")) * m.dtype.itemsize for m in writes if m and not s.gpu]
+    return max((size for size in packed if size <= CPU_LIMIT), default=0)
 
 
-def _begins_largest(s: Setting) -> bool:
-    """Whether the backward pass takes most when it begins: with all activations, and few gradients."""
-    rest = 0 if s.several_passes else s.gradient_bytes - _head_gradient(s)
-    return s.tokens * kept_of_pass(s) > rest
+def _written(s: Setting) -> int:
+    """Keys and values of rows that are written, at their full length; a teacher's have the context too."""
+    row = s.query + s.response
+    of_student = row * s.student.keys * 2 * s.rollout_dtype.itemsize if "student" in s.writers else 0
+    of_teacher = (s.context + row) * s.scorer.token_bytes if "teacher" in s.writers and s.scorer else 0
+    return s.batch * max(of_student, of_teacher)
 
 
-def _head_gradient(s: Setting) -> int:
-    return s.student.shape.head * s.student.dtype.itemsize if s.lora is None else 0
-
-
-def gathered(s: Setting) -> int:
-    """Embedding and head from the student's call to the end of its backward pass, and two layers."""
-    if not s.sharded:
+def _attended(s: Setting) -> int:
+    """Keys and values of a context and of the packed rows that are scored after it; on a GPU also their mask."""
+    if not s.scorer or not s.prefix_bytes:
         return 0
-    shape = s.student.shape
-    layers = 2 * shape.linear_weights // shape.layers * s.computing
-    return (shape.weights - shape.linear_weights) * s.student.dtype.itemsize + layers
+    # Comparisons while it is made; then a byte, of which torch makes numbers. One mask more waits meanwhile.
+    pair = max(MASK, 1 + s.scorer.computing) + s.scorer.masks - 1 if s.gpu else 0
+    return (s.context + s.tokens) * (s.scorer.token_bytes + s.tokens * pair)
 
 
-def casts(s: Setting) -> int:
-    """Autocast's casts are kept for the backward pass; not with gradient checkpointing, nor of gathered weights."""
-    if s.autocast is None or s.checkpointing or s.sharded:
-        return 0
-    cast = s.student.shape.linear_weights if s.student.dtype != s.autocast else 0
-    return (cast + s.adapter_weights) * s.autocast.itemsize
+def _loss_chunk(s: Setting) -> int:
+    """The log-probabilities of a chunk and their gradient; beside short logits, casts of a head that learns."""
+    m, low = s.student, s.student.computing < 4
+    rows = max(1, min(MOST_ROWS, MEMORY_BYTES // (4 * LIVE * m.vocabulary), s.micro_rows * s.response))
+    casts = 2 * m.head * m.computing if low and m.dtype.itemsize == 4 and not m.adapter else 0
+    return rows * m.vocabulary * (4 * LIVE + (2 * m.computing if low else 0)) + casts
 
 
-def activations(s: Setting) -> dict[str, int]:
-    """What a micro-batch keeps for its gradient."""
-    kept = s.tokens * kept_of_pass(s)
-    return {"student": kept, "backward": kept if _begins_largest(s) else 0}
+def _free(s: Setting, passing: Parts) -> dict[str, int]:
+    """What glibc's heap holds free: holes, and what the largest phase has left, up to the limit of a whole run.
 
-
-def one_layer(s: Setting) -> dict[str, int]:
-    """What comes and goes within a layer; in the backward pass of gradient checkpointing, all that it keeps."""
-    found = {"samples": s.answers * s.query * alive_in_layer(s.student, s.computing)}
-    backward = s.tokens * alive_in_layer(s.student, s.computing)
-    if s.checkpointing:
-        backward += s.tokens * kept_of_layer(s) + s.student.shape.linear_weights // s.student.shape.layers * s.computing
-    found |= {"student": s.tokens * alive_in_layer(s.student, s.computing), "backward": backward}
-    if s.scorer is not None:
-        whole = s.context + s.row
-        tokens = max(s.tokens, whole) if s.shared_prefix else max(1, s.micro_batch_tokens // whole) * whole
-        found["teacher"] = tokens * alive_in_layer(s.scorer, s.scorer.computing(s.autocast))
-    written = [_writer(s, name) for name in s.writers]
-    prompts = [s.batch * s.query * alive_in_layer(model, model.computing(s.autocast)) for model in written]
-    return found | {"rollout": max(prompts, default=0)}
-
-
-def teacher_states(s: Setting) -> int:
-    """Last hidden states of the responses of a micro-batch."""
-    return s.micro_rows * s.response * s.scorer.shape.hidden * s.scorer.dtype.itemsize if s.scorer else 0
-
-
-def loss_chunk(s: Setting) -> int:
-    """The log-probabilities of a chunk and their gradient, beside its logits where those are shorter."""
-    vocabulary, low = s.student.shape.vocabulary, s.computing < 4
-    rows = max(1, min(MOST_ROWS, MEMORY_BYTES // (4 * LIVE * vocabulary), s.micro_rows * s.response))
-    numbers = 4 * (LIVE if s.scorer else LIVE - 1) + (2 * s.computing if low else 0)
-    casts = 2 * s.student.shape.head * s.computing if s.lora is None and low and s.student.dtype.itemsize == 4 else 0
-    return rows * vocabulary * numbers + casts  # the head's cast, and its gradient from one chunk
-
-
-def generating_copy(s: Setting) -> dict[str, int]:
-    """A student's weights in the type that writes, or whole where it lies in parts."""
-    whole = s.student.shape.weights * s.rollout_dtype.itemsize
-    needed = "student" in s.writers and (s.sharded or s.student.dtype != s.rollout_dtype)
-    return {"samples": whole if s.sharded and s.answers else 0, "rollout": whole if needed else 0}
-
-
-def packed(s: Setting) -> dict[str, int]:
-    """Copies of linear layers for the time of a generation; elsewhere autocast's casts, which are kept as long."""
-    student = max((_packed_to_write(s, name) for name in s.writers), default=0)
-    answers = _packed_bytes(s, s.student) if s.answer >= FEWEST_STEPS and s.answers else 0
-    if not answers and s.answers and not s.sharded and s.computing < s.student.dtype.itemsize:
-        answers = s.computing * (s.student.shape.linear_weights + s.student.shape.head)
-    return {"samples": answers, "rollout": student if s.response >= FEWEST_STEPS else 0}
-
-
-def _packed_to_write(s: Setting, name: str) -> int:
-    """Of a copy that generates, the packed layers take its own memory; not the head's where that is the embedding."""
-    size, shape = _packed_bytes(s, _writer(s, name)), s.student.shape
-    if size and name == "student" and generating_copy(s)["rollout"]:
-        return 2 * shape.head if shape.tied else 0
-    return size
-
-
-def _packed_bytes(s: Setting, model: Weights) -> int:
-    number = model.computing(s.autocast)
-    if not s.packs or number not in (torch.float32.itemsize, s.fast.itemsize):
-        return 0
-    size = number * (model.shape.head + (model.shape.linear_weights if model.quantization == "none" else 0))
-    return size if size <= MOST_BYTES else 0
-
-
-def keys_and_values(s: Setting) -> dict[str, int]:
-    """Of rows that are written: all of their tokens; of packed rows that are scored: their own, and the context's once.
-
-    Prompts with a context start from its keys and values, copied to each row.
+    With gradient checkpointing it is given back before the large phases, but for the holes of each.
     """
-    found = {"samples": (s.answers * (s.context + s.query + s.answer) + s.context) * s.student.token(s.autocast)}
-    if not s.answers:
-        found["samples"] = 0
-    rows = [
-        s.batch * (s.row + (s.context if n == "teacher" else 0)) * _writer(s, n).token(s.autocast) for n in s.writers
-    ]
-    found["rollout"] = max(rows, default=0)
-    if s.scorer is not None and s.shared_prefix:
-        pairs = s.tokens * (s.context + s.tokens) if s.masks else 0
-        # Comparisons while it is made; then a byte, of which torch makes numbers. One mask more waits meanwhile.
-        mask = pairs * (max(MASK, 1 + s.scorer.computing(s.autocast)) + s.scorer.shape.masks - 1)
-        found["teacher"] = (s.context + s.tokens) * s.scorer.token(s.autocast) + mask
-    return found
-
-
-def _writer(s: Setting, name: str) -> Weights:
-    """The model that writes."""
-    if name == "student":
-        return Weights(s.student.shape, s.rollout_dtype, s.student.quantization)
-    assert s.scorer is not None
-    return s.scorer
-
-
-def draw(s: Setting) -> int:
-    """One token of one row."""
-    return s.student.shape.vocabulary * DRAWN
-
-
-def unpacked_states(s: Setting) -> int:
-    """What an optimizer's step unpacks of the largest weight, the embedding."""
-    return round(s.unpacked * s.student.shape.vocabulary * s.student.shape.hidden)
+    used = {phase: sum(part.get(phase, 0) for part in passing.values()) for phase in PHASES}
+    share = HOLES_ADAPTED if s.student.adapter else HOLES
+    most = round((1 + share) * max(used.values()))
+    if not s.heap:
+        return {}
+    if s.checkpointing or most > CPU_LIMIT:
+        return {phase: round(share * size) for phase, size in used.items()}
+    return {phase: most - size for phase, size in used.items()}
