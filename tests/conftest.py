@@ -15,6 +15,7 @@ import opcd as _opcd  # noqa: F401  before torch: it sets how threads wait
 
 from benchmarks.tiny import make_tiny
 from opcd.data import ContextQueryDataModule
+from opcd.models import ModelConfig
 from tests.helpers.rows import CONTEXT, ROWS, write_rows
 
 
@@ -45,9 +46,9 @@ def context(tmp_path) -> Path:
 
 
 @pytest.fixture
-def batch(rows, context):
+def batch(rows, context, tiny):
     """All eight queries as one batch of both views."""
-    data = ContextQueryDataModule(train=str(rows), context=str(context))
+    data = ContextQueryDataModule(train=str(rows), context=str(context), student=ModelConfig(name=tiny))
     data.setup("fit")
     return data.encode(data.examples("train"))
 

@@ -8,6 +8,7 @@ from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Sampling, SelfTeacher, Student, StudentRollout
 from opcd.runtime.errors import StepAbandoned, UserError
+from tests.helpers.training import trainer
 
 
 @pytest.fixture
@@ -21,16 +22,8 @@ def fit(tmp_path, tiny, rows, context):
             rollout=StudentRollout(Sampling(max_new_tokens=2)),
             optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
         )
-        trainer = Trainer(
-            max_steps=1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        trainer.fit(distiller, datamodule=ContextQueryDataModule(train=str(rows), context=str(context)))
+        data = ContextQueryDataModule(train=str(rows), context=str(context), student=ModelConfig(name=tiny))
+        trainer(tmp_path).fit(distiller, datamodule=data)
 
     return run
 
