@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from lightning import Trainer
 
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
@@ -68,9 +67,8 @@ def test_smaller_micro_batches_give_the_same_step(monkeypatch, tmp_path, tiny, r
         monkeypatch.setattr(Distiller, "_optimizer_step", no_step)
         torch.manual_seed(0)
         distiller = Distiller(ModelConfig(name=tiny), rollout=StudentRollout(Sampling(max_new_tokens=4)), **options)
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = Trainer(max_epochs=1, limit_train_batches=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
-        trainer.fit(distiller, datamodule=ContextQueryDataModule(train=str(rows), context=str(context)))
+        data = ContextQueryDataModule(train=str(rows), context=str(context), student=ModelConfig(name=tiny))
+        trainer(tmp_path, steps=-1, max_epochs=1, limit_train_batches=1).fit(distiller, datamodule=data)
         return found[0], distiller.micro_batch_tokens
 
     whole, tokens = gradient(4096, halve_micro_batches=True)
