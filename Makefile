@@ -36,11 +36,12 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --durations=100
 
-# What an edit of the algorithm breaks first, in this process and on a tiny model: a minute on two cores. By paths: what
-# starts processes or takes the real model stands in files of its own.
+# What an edit of the algorithm breaks first, on a tiny model: under a minute on two idle cores. By paths: what starts
+# processes (the data module's workers, commands without torch) or trains longer stands in files of its own.
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 \
-	    tests/losses tests/data tests/config --ignore tests/config/test_without_torch.py \
+	    tests/losses tests/data tests/config \
+	    --ignore tests/data/test_module.py --ignore tests/config/test_without_torch.py \
 	    tests/modules/test_distiller.py tests/modules/test_golden_curve.py tests/modules/test_trajectories.py \
 	    tests/modules/step
 

@@ -1,10 +1,28 @@
-"""One training step of SmolLM2-135M, where thirty layers round: a minute. `make test-fast` leaves it out."""
+"""What takes longer than `make test-fast` may: a training that must learn, and single steps of SmolLM2-135M."""
+
+from functools import partial
 
 import pytest
+import torch
 
+from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
-from opcd.modules import Distiller, FrozenTeacher, RecordedRollout, SelfTeacher
-from tests.helpers.training import gradients, relative_difference
+from opcd.modules import Distiller, FrozenTeacher, RecordedRollout, Sampling, SelfTeacher, StudentRollout
+from tests.helpers.training import gradients, relative_difference, trainer
+
+
+def test_training_lowers_the_divergence(tmp_path, rows, context, tiny, tiny_teacher):
+    """On-policy, with sampling: the student comes closer to a teacher of another size."""
+    student = ModelConfig(name=tiny)
+    data = ContextQueryDataModule(train=str(rows), val=str(rows), context=str(context), student=student)
+    optimizer = partial(torch.optim.AdamW, lr=3e-3)
+    rollout = StudentRollout(Sampling(max_new_tokens=8))
+    teacher = FrozenTeacher(ModelConfig(name=tiny_teacher))
+    distiller = Distiller(student, teacher, rollout=rollout, optimizer=optimizer)
+    before = trainer(tmp_path).validate(distiller, datamodule=data)[0]["val/divergence"]
+    trainer(tmp_path, steps=30, limit_val_batches=0).fit(distiller, datamodule=data)
+    after = trainer(tmp_path).validate(distiller, datamodule=data)[0]["val/divergence"]
+    assert after < 0.85 * before
 
 
 @pytest.mark.slow
