@@ -9,24 +9,23 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # LightningCLI calls wh
 
 import pytest
 
-import opcd as _opcd  # noqa: F401  before torch: it sets how threads wait
-
-# isort: split
-
-from benchmarks.tiny import make_tiny
-from opcd.data import ContextQueryDataModule
+import opcd as _opcd  # noqa: F401  before torch, which fixtures import: it sets how threads wait
 from tests.helpers.rows import CONTEXT, ROWS, write_rows
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:
     """Folder of a tiny model."""
+    from benchmarks.tiny import make_tiny
+
     return str(make_tiny(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory) -> str:
     """Folder of another tiny model, of another width."""
+    from benchmarks.tiny import make_tiny
+
     return str(make_tiny(tmp_path_factory.mktemp("models") / "teacher", hidden=48, seed=1))
 
 
@@ -45,9 +44,12 @@ def context(tmp_path) -> Path:
 
 
 @pytest.fixture
-def batch(rows, context):
+def batch(rows, context, tiny):
     """All eight queries as one batch of both views."""
-    data = ContextQueryDataModule(train=str(rows), context=str(context))
+    from opcd.data import ContextQueryDataModule
+    from opcd.models import ModelConfig
+
+    data = ContextQueryDataModule(train=str(rows), context=str(context), student=ModelConfig(name=tiny))
     data.setup("fit")
     return data.encode(data.examples("train"))
 

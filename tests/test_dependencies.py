@@ -6,9 +6,9 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOR_PEOPLE = ("dev", "benchmarks", "trl", "liger")
 """Extras of those who work on opcd; the package imports none of them."""

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +46,7 @@ from opcd.planning import Model, Setting, parts, peak
 from opcd.planning.model_shapes import build, kept_by_autograd, measured
 from opcd.planning.reading import optimizer_of, teachers_of, writers_of
 from opcd.planning.sizes import until_it_fits, ways
+from tests.helpers.paths import ROOT
 
 # Two layers of 576, an embedding of 32 x 8 that is the head too, norms of 40. Keys of one head of 4 in each layer.
 STUDENT = Model(torch.float32, 1448, 1152, 256, 32, 2, 8, 8, computing=2, kept_bytes=864.0, casts_bytes=2304)
@@ -318,7 +318,7 @@ def test_the_plan_is_within_15_percent_of_measured_runs(cell, tmp_path, monkeypa
     """Those of docs/memory.md, on a machine with bfloat16 instructions, whose process took 501 MiB before a model."""
     monkeypatch.setattr(precision, "has_bfloat16", lambda device="cpu": True)
     monkeypatch.setattr("opcd.cli.plan.fit_parser", PARSER)
-    table = (Path(__file__).parent.parent / "docs/memory.md").read_text()
+    table = (ROOT / "docs/memory.md").read_text()
     found = re.search(rf"^\| {cell} \| [\d,]+ \| ([\d,]+) \| \w+ \| ([\d,]+) \|", table, re.MULTILINE)
     ours, then = (int(number.replace(",", "")) * 2**20 for number in found.groups())
     run = replace(read(words_of(cell, tmp_path)), process=501 * 2**20, heap=True)

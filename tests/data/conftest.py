@@ -1,19 +1,25 @@
 """What the data tests share: the packaged tokenizer, and files of rows."""
 
+from __future__ import annotations
+
 import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from transformers import PreTrainedTokenizerBase
 
-from opcd.data import Example
-from opcd.models import ModelConfig, load_tokenizer
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opcd.data import Example
 
 
 @pytest.fixture(scope="session")
 def packaged_tokenizer() -> PreTrainedTokenizerBase:
+    from opcd.models import ModelConfig, load_tokenizer
+
     return load_tokenizer(ModelConfig())
 
 
@@ -35,6 +41,8 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def example() -> Callable[..., Example]:
+    from opcd.data import Example
+
     def make(query: object, context: str | None = None, index: int = 0) -> Example:
         return Example(query, context, None, None, index, f"rows.jsonl:{index + 1}")
 

@@ -16,9 +16,10 @@ QUERIES = [{"query": f"What is {n} + {n}?", "reference": 2 * n} for n in range(1
 
 
 @pytest.fixture
-def files(tmp_path, write_rows, monkeypatch):
-    """Sources by relative names in the working directory."""
+def files(tmp_path, write_rows, monkeypatch, tiny):
+    """Sources and the tiny model by relative names in the working directory."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(tiny)
     write_rows(*QUERIES, name="train.jsonl")
     write_rows(*QUERIES[:3], name="val.jsonl")
     write_rows({"query": "q", "context": "own"}, name="own.jsonl")
@@ -28,7 +29,8 @@ def files(tmp_path, write_rows, monkeypatch):
 
 
 def module(stage="fit", **arguments):
-    data = ContextQueryDataModule(**{"train": "train.jsonl", "context": "context.txt"} | arguments)
+    student = ModelConfig(name="./tiny")
+    data = ContextQueryDataModule(**{"train": "train.jsonl", "context": "context.txt", "student": student} | arguments)
     data.setup(stage)
     return data
 

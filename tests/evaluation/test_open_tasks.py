@@ -16,10 +16,10 @@ from opcd.evaluation.intervals import wilson
 from opcd.models import ModelConfig
 from opcd.runtime.errors import UserError
 from opcd.tasks.matching import holds
+from tests.helpers.paths import ROOT
 from tests.helpers.rows import write_rows
 from tests.helpers.task_rows import results
 
-ROOT = Path(__file__).parent.parent.parent
 FACTS = [
     {"question": f"What is {n} + {n}?", "answer": str(2 * n), "options": [str(2 * n + 1), str(2 * n), "none of them"]}
     for n in range(6)

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
     """Holds torch to one thread while the tests of this folder run."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

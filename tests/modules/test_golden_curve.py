@@ -43,12 +43,14 @@ def test_the_losses_of_20_steps(tmp_path, tiny, tiny_teacher, rows, context):
         default_root_dir=tmp_path,
         callbacks=[losses],
     )
+    student = ModelConfig(tiny, dtype="float32")
     distiller = Distiller(
-        student=ModelConfig(tiny, dtype="float32"),
+        student=student,
         teacher=FrozenTeacher(ModelConfig(tiny_teacher, dtype="float32")),
         rollout=MixedRollout([StudentRollout(greedy, dtype="float32"), TeacherRollout(greedy)], [0.5, 0.5]),
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         micro_batch_tokens=256,
     )
-    trainer.fit(distiller, datamodule=ContextQueryDataModule(train=str(rows), context=str(context), batch_size=4))
+    data = ContextQueryDataModule(train=str(rows), context=str(context), batch_size=4, student=student)
+    trainer.fit(distiller, datamodule=data)
     assert losses.values == pytest.approx(CURVE, rel=1e-5)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from lightning import Trainer
 
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Sampling, SelfTeacher, Student, StudentRollout
 from opcd.runtime.errors import StepAbandoned, UserError
-from tests.helpers.training import KeepGradients
+from tests.helpers.training import KeepGradients, trainer
 
 
 @pytest.fixture
@@ -22,16 +21,8 @@ def fit(tmp_path, tiny, rows, context):
             rollout=StudentRollout(Sampling(max_new_tokens=2)),
             optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
         )
-        trainer = Trainer(
-            max_steps=1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        trainer.fit(distiller, datamodule=ContextQueryDataModule(train=str(rows), context=str(context)))
+        data = ContextQueryDataModule(train=str(rows), context=str(context), student=ModelConfig(name=tiny))
+        trainer(tmp_path).fit(distiller, datamodule=data)
 
     return run
 
@@ -72,9 +63,9 @@ def test_smaller_micro_batches_give_the_same_step(monkeypatch, tmp_path, tiny, r
         torch.manual_seed(0)
         distiller = Distiller(ModelConfig(name=tiny), rollout=StudentRollout(Sampling(max_new_tokens=4)), **options)
         kept = KeepGradients.of(distiller)
-        quiet = {"callbacks": [kept], "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = Trainer(max_epochs=1, limit_train_batches=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
-        trainer.fit(distiller, datamodule=ContextQueryDataModule(train=str(rows), context=str(context)))
+        data = ContextQueryDataModule(train=str(rows), context=str(context), student=ModelConfig(name=tiny))
+        one = trainer(tmp_path, steps=-1, max_epochs=1, limit_train_batches=1, callbacks=[kept])
+        one.fit(distiller, datamodule=data)
         return torch.cat([value.flatten() for value in kept.found.values()]), distiller.micro_batch_tokens
 
     whole, tokens = gradient(4096, halve_micro_batches=True)
