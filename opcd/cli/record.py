@@ -89,7 +89,7 @@ def _record(distiller: Any, data: ContextQueryDataModule, seed: int, options: ar
     )
     writer = RecordWriter(options.out, origin)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher.setup(None, distiller.student_config, device)
+    teacher.setup(None, distiller.student_config, device)  # it stands alone
     student = Student(teacher.model, tokenizer)  # for the tokens that end and fill a row
     for first in range(0, len(examples), options.shard_rows):
         part = examples[first : first + options.shard_rows]

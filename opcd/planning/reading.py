@@ -204,6 +204,6 @@ def writers_of(model: Distiller, auto: torch.dtype) -> tuple[tuple[str, ...], to
             names.add("student")
             dtype = getattr(part, "dtype", None) or dtype
         elif part.writer in ("student", "other"):
-            name = type((part.engines or [part])[0]).__name__
+            name = type(part.engines[0] if part.engines else part).__name__
             unknown.append(f"model.rollout: what {name} takes on this device")
     return tuple(sorted(names)), dtype, unknown

@@ -30,6 +30,7 @@ class StudentRollout(Rollout):
     """
 
     writer: ClassVar[Writer] = "student"
+    sampling: Sampling
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ class TeacherRollout(Rollout):
     """
 
     writer: ClassVar[Writer] = "teacher"
+    sampling: Sampling
     asks_teacher: ClassVar[bool] = True
 
     def __init__(self, sampling: Sampling = Sampling()) -> None:  # noqa: B008

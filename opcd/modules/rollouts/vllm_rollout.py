@@ -34,6 +34,7 @@ class VLLMRollout(Rollout):
     """
 
     writer: ClassVar[Writer] = "student"
+    sampling: Sampling
 
     def __init__(
         self,

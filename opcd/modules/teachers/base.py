@@ -97,7 +97,7 @@ class Teacher(ABC):
             part.prefix = PrefixCache(mode, memory_mib // len(self.parts))
 
     @abstractmethod
-    def setup(self, student: Student | None, student_config: ModelConfig, device: torch.device) -> None:
+    def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Get ready on `device`, once, before the first step."""
 
     def sync_weights(self, student: Student) -> None:  # noqa: B027
