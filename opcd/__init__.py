@@ -1,6 +1,20 @@
 """On-policy context distillation: put a context into a language model's weights."""
 
 import os
+from typing import TYPE_CHECKING
+
+from opcd.runtime.lazy import lazily
+from opcd.runtime.versions import VERSION as __version__
+
+if TYPE_CHECKING:
+    from opcd.data.datamodule import ContextQueryDataModule
+    from opcd.models.loading import ModelConfig
+    from opcd.modules.distiller import Distiller
+    from opcd.runtime.errors import UserError
+
+__all__ = ["ContextQueryDataModule", "Distiller", "ModelConfig", "UserError", "__version__"]
+
+__getattr__ = lazily(__name__)
 
 # Both are read once, when torch is loaded or first allocates, so they stand before anything that imports torch.
 # Large tensors on a CPU lie in huge pages, where a step maps them anew at a fraction of the page faults (docs/log.md).

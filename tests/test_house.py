@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import opcd
 from tests.helpers.paths import ROOT
 
 FILES = sorted((ROOT / "opcd").rglob("*.py"))
@@ -50,7 +53,16 @@ PUBLIC = {
         *("clip_nats", "entropy", "functional", "retained_mass", "sampled_reverse_kl", "top1_agreement"),
     ],
     "modules": [
-        *("BaseTeacher", "ColocatedVLLM", "Distiller", "FrozenTeacher", "Lora", "MixedRollout", "ModelTeacher"),
+        *(
+            "BaseTeacher",
+            "ColocatedVLLM",
+            "Distiller",
+            "FSDP2Strategy",
+            "FrozenTeacher",
+            "Lora",
+            "MixedRollout",
+            "ModelTeacher",
+        ),
         "MovingAverageTeacher",
         *("RecordedRollout", "RecordedTeacher", "Rollout", "RoutedTeachers", "Sampling", "SelfTeacher"),
         *("ServedTeacher", "Student", "StudentRollout", "Teacher", "TeacherRollout", "Trajectories", "VLLMRollout"),
@@ -224,6 +236,14 @@ def test_the_folder_of_a_test_is_the_folder_of_what_it_tests():
     folders = {file.parent.relative_to(ROOT / "tests") for file in TESTS if file.name.startswith("test_")}
     others = {Path("benchmarks"), Path("drills")}  # of benchmarks/
     assert [str(folder) for folder in folders - others if not (ROOT / "opcd" / folder).is_dir()] == []
+
+
+def test_the_names_of_the_package_itself():
+    names = ["ContextQueryDataModule", "Distiller", "ModelConfig", "UserError", "__version__"]
+    assert opcd.__all__ == names
+    assert [name for name in names if not hasattr(opcd, name)] == []
+    code = "import sys, opcd; assert opcd.UserError and opcd.__version__; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
 
 
 def test_every_file_of_data_goes_into_the_wheel():

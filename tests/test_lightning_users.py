@@ -33,7 +33,7 @@ def fit(tiny, rows, context, opcd, tmp_path):
         return opcd(
             *("fit", "--config", tmp_path / "overlay.yaml", "--model.student.name", tiny, "--data.train", rows),
             *("--data.context", context, "--data.batch_size", 2, "--trainer.default_root_dir", tmp_path / "runs"),
-            *("--model.rollout.init_args.sampling.max_new_tokens", 2, "--model.answer.max_new_tokens", 2),
+            *("--model.rollout.init_args.sampling.max_new_tokens", 2, "--model.eval_sampling.max_new_tokens", 2),
             *("--trainer.precision", "32-true", *more),
         )
 

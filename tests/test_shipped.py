@@ -127,7 +127,7 @@ def test_the_papers_medical_rows_are_read_as_they_are():
 def test_cross_size_as_it_stands_lacks_only_the_hub_and_gpus(opcd, hub, tiny, monkeypatch, tmp_path):
     """With models and a data set of its names standing in, the shipped recipe takes a step."""
     monkeypatch.chdir(ROOT)
-    shorter = ("--model.rollout.init_args.sampling.max_new_tokens", 4, "--model.answer.max_new_tokens", 2)
+    shorter = ("--model.rollout.init_args.sampling.max_new_tokens", 4, "--model.eval_sampling.max_new_tokens", 2)
     code, said = opcd(
         *("fit", "--config", "configs/cross_size.yaml", "--model.student.name", tiny, *shorter),
         *("--model.teacher.init_args.model.name", tiny, "--data.batch_size", 2, "--trainer.max_steps", 1),

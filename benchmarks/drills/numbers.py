@@ -23,7 +23,7 @@ def numbers(runs: int, folder: Path) -> Outcome:
     """No step is taken, weights, optimizer and teacher stay to the bit, the batch is kept; then stop or skip."""
     outcome = Outcome()
     modes: list[dict[str, Any]] = [{"action": "stop"}, {"action": "skip"}, {"action": "skip", "most_in_a_row": 2}]
-    fits = [Fits(folder / str(number), model={"bad_numbers": mode}) for number, mode in enumerate(modes)]
+    fits = [Fits(folder / str(number), model={"on_nonfinite": mode}) for number, mode in enumerate(modes)]
     for number in range(runs):
         place, mode = PLACES[number % 3], number // 3 % 3
         draw = random.Random(number)

@@ -175,7 +175,7 @@ def _cases(where: Path, text: str, address: str) -> Iterator[Case]:
     rows.write_text("".join(json.dumps({"query": f"{n} {text}", "reference": text}) + "\n" for n in range(2)))
     context.write_text(f"Mind {text}.")
     fit = ["fit", "--model.student.name", str(tiny), "--data.context", str(context), *shlex.split(OPTIONS)]
-    fit += ["--model.rollout.init_args.sampling.max_new_tokens", "4", "--model.answer.max_new_tokens", "4"]
+    fit += ["--model.rollout.init_args.sampling.max_new_tokens", "4", "--model.eval_sampling.max_new_tokens", "4"]
     runs = ["--trainer.default_root_dir", str(out)]
     yield Case("a query, its reference, an answer", [*fit, "--data.train", str(rows), *runs], 0)
     yield Case("the name of a file of rows", [*fit, *runs, "--data.train", str(where / f"no{name}.jsonl")], 2)

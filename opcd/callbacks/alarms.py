@@ -16,28 +16,34 @@ class Alarms(Callback):
 
     Args:
         window: steps of a window.
-        ended: fewer than this share of responses end by themselves: runaway length where twice as many did in the first
-            window, else a limit of tokens under which nothing is learnt of how an answer ends.
+        finished_fraction: fewer than this share of responses end by themselves: runaway length where twice as many did
+            in the first window, else a limit of tokens under which nothing is learnt of how an answer ends.
         repetition: this share of a response's runs of four tokens has been said before in it.
         entropy: collapse: the student's entropy is below this share of what it was in the first window.
-        rollout_gap: an inference engine that is not the student: in any one step, the mean of |log p_S(y) - log p_B(y)|
-            over the tokens that it drew is above this, in nats.
+        rollout_logprob_gap: an inference engine that is not the student: in any one step, the mean of
+            |log p_S(y) - log p_B(y)| over the tokens that it drew is above this, in nats.
     """
 
     def __init__(
         self,
         window: int = 20,
-        ended: float = 0.1,
+        finished_fraction: float = 0.1,
         repetition: float = 0.5,
         entropy: float = 0.1,
-        rollout_gap: float = 0.05,
+        rollout_logprob_gap: float = 0.05,
     ) -> None:
-        if window < 1 or not all(0 <= share <= 1 for share in (ended, repetition, entropy)):
+        if window < 1 or not all(0 <= share <= 1 for share in (finished_fraction, repetition, entropy)):
             raise ValueError(
-                f"Alarms wants window >= 1 and shares from 0 to 1, got {window}, {ended}, {repetition}, {entropy}"
+                f"Alarms wants window >= 1 and shares from 0 to 1, got {window}, {finished_fraction}, {repetition}, "
+                f"{entropy}"
             )
-        self.window, self.ended, self.repetition, self.entropy = window, ended, repetition, entropy
-        self.rollout_gap = rollout_gap
+        self.window, self.finished_fraction, self.repetition, self.entropy = (
+            window,
+            finished_fraction,
+            repetition,
+            entropy,
+        )
+        self.rollout_logprob_gap = rollout_logprob_gap
         self._recent: deque[dict[str, float]] = deque(maxlen=window)
         self._first: dict[str, float] = {}
         self._rung: list[str] = []
@@ -62,7 +68,7 @@ class Alarms(Callback):
         """Look at the last window."""
         self._looked = True
         self._look_at_gap(trainer)
-        names = ("ended", "repetition", "student_entropy", "response_tokens")
+        names = ("finished_fraction", "repetition", "student_entropy", "response_tokens")
         measured = {name: float(trainer.callback_metrics[f"train/{name}"]) for name in names}
         if not all(map(math.isfinite, measured.values())):
             return  # a bad step, which has a message of its own
@@ -77,13 +83,13 @@ class Alarms(Callback):
                 rank_zero_warn(f"step {trainer.global_step}, mean of {self.window} steps: {said} (samples.jsonl)")
 
     def _look_at_gap(self, trainer: Trainer) -> None:
-        gap = float(trainer.callback_metrics.get("train/rollout_gap", 0.0))
-        if gap > self.rollout_gap and "rollout_gap" not in self._rung:
-            self._rung.append("rollout_gap")
+        gap = float(trainer.callback_metrics.get("train/rollout_logprob_gap", 0.0))
+        if gap > self.rollout_logprob_gap and "rollout_logprob_gap" not in self._rung:
+            self._rung.append("rollout_logprob_gap")
             rank_zero_warn(
                 f"step {trainer.global_step}: the engine's log-probabilities of the drawn tokens are {gap:.3f} nats "
                 "from the student's, in the mean: its weights are stale, or it computes in another precision "
-                "(model.rollout's dtype, every_n_steps, max_importance)"
+                "(model.rollout's dtype, every_n_steps, importance_clip)"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,14 +104,15 @@ class Alarms(Callback):
     def _said(self, now: dict[str, float]) -> dict[str, str]:
         """What is wrong with the means of a window."""
         first, said = self._first, {}
-        if now["ended"] < self.ended and first["ended"] < 2 * self.ended:
+        ends, ended = now["finished_fraction"], first["finished_fraction"]
+        if ends < self.finished_fraction and ended < 2 * self.finished_fraction:
             said["limit"] = (
-                f"{now['ended']:.0%} of the responses end before their limit of tokens, {first['ended']:.0%} at first: "
-                "what an answer ends with is not learnt; a larger max_new_tokens of the rollout shows it"
+                f"{ends:.0%} of the responses end before their limit of tokens, {ended:.0%} at first: what an answer "
+                "ends with is not learnt; a larger max_new_tokens of the rollout shows it"
             )
-        elif now["ended"] < self.ended:
+        elif ends < self.finished_fraction:
             said["ended"] = (
-                f"{now['ended']:.0%} of the responses end by themselves, {first['ended']:.0%} did at first; they have "
+                f"{ends:.0%} of the responses end by themselves, {ended:.0%} did at first; they have "
                 f"{now['response_tokens']:.0f} tokens, {first['response_tokens']:.0f} at first"
             )
         if now["repetition"] > self.repetition:

@@ -174,7 +174,7 @@ class StepProgress(ProgressBar):
         shown = {name: float(value) for name, value in metrics.items()}
         text = (
             f"{shown['train/divergence']:.4f} nats/token  {shown['train/tokens_per_s']:.0f} tokens/s  "
-            f"{shown['train/response_tokens']:.0f} tokens a response, {shown['train/ended']:.0%} ended  "
+            f"{shown['train/response_tokens']:.0f} tokens a response, {shown['train/finished_fraction']:.0%} ended  "
             f"{self._left(step, total)} to go"
         )
         held_out = f"  held out {shown['val/divergence']:.4f}" if "val/divergence" in shown else ""

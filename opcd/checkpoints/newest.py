@@ -17,13 +17,13 @@ from opcd.runtime.errors import UserError
 
 FREE = (
     *(
-        "model.answer",
+        "model.eval_sampling",
         "model.micro_batch_tokens",
-        "model.halve_micro_batches",
+        "model.shrink_on_oom",
         "model.gradient_checkpointing",
         "model.shared_prefix",
     ),
-    *("model.prefix_memory_mib", "model.bad_numbers"),
+    *("model.prefix_memory_mib", "model.on_nonfinite"),
     *("data.val", "data.test", "data.predict", "data.eval_batch_size", "data.num_workers"),
 )
 """Settings that may change when a run goes on: they change what is shown, or rounding."""

@@ -43,7 +43,7 @@ from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, FrozenTeacher, StudentRollout
 from opcd.modules.distiller import default_optimizer
-from opcd.modules.distributed.fsdp_strategy import chosen
+from opcd.modules.distributed.fsdp_strategy import check_configured
 from opcd.runtime.differences import plain_config
 from opcd.runtime.errors import StepAbandoned, UserError
 from opcd.runtime.files.disk import whole
@@ -126,7 +126,7 @@ class Command(LightningCLI):
             config.trainer.precision = chosen_precision(str(config.trainer.accelerator))
         self.plain = plain_config(self._parser(self.subcommand), config)
         self.plain.pop("ckpt_path", None)
-        config.trainer.strategy = chosen(config.trainer.strategy)
+        check_configured(config.trainer.strategy)
         if config.ckpt_path is None and self.subcommand == "fit" and started_again():
             config.ckpt_path = "last"
         root = whole(Path(config.trainer.default_root_dir))

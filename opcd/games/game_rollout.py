@@ -31,7 +31,7 @@ class GameRollout(Rollout):
         self.rollout = rollout or StudentRollout()
         if self.rollout.multi_turn:
             raise ValueError("GameRollout wants a rollout that writes one reply, not another GameRollout")
-        self.max_importance = self.rollout.max_importance
+        self.importance_clip = self.rollout.importance_clip
 
     @property
     def parts(self) -> list[Rollout]:

@@ -13,7 +13,7 @@ def sampled_reverse_kl(
     student_log_probs: Tensor,
     teacher_log_probs: Tensor,
     rollout_log_probs: Tensor | None = None,
-    max_importance: float | None = None,
+    importance_clip: float | None = None,
 ) -> Tensor:
     """ρ (log p_S(y) − log p_T(y)) of sampled tokens y ~ p_S, [...] x2 -> [...] in nats: KL(p_S ‖ p_T) in expectation.
 
@@ -27,10 +27,10 @@ def sampled_reverse_kl(
         rollout_log_probs: log p_B(y), [...] in nats, of the policy that sampled y, where it is not the student of this
             step (stale or low-precision weights, another temperature): ρ = p_S(y) / p_B(y), without gradient. None:
             ρ = 1.
-        max_importance: clips ρ from above (truncated importance sampling), which trades variance for bias.
+        importance_clip: clips ρ from above (truncated importance sampling), which trades variance for bias.
 
     Raises:
-        ValueError: for shapes or devices that differ, values that are not floating point, a max_importance that is not
+        ValueError: for shapes or devices that differ, values that are not floating point, a importance_clip that is not
             positive, or one without rollout_log_probs, where it has no effect.
     """
     _check(student_log_probs, teacher_log_probs, "teacher_log_probs")
@@ -38,9 +38,9 @@ def sampled_reverse_kl(
     if rollout_log_probs is not None:
         _check(student_log_probs, rollout_log_probs, "rollout_log_probs")
         ratio = (student.detach() - rollout_log_probs.detach()).exp()
-    if max_importance is not None:
-        _check_importance(max_importance, rollout_log_probs is not None)
-        ratio = ratio.clamp(max=max_importance)
+    if importance_clip is not None:
+        _check_importance(importance_clip, rollout_log_probs is not None)
+        ratio = ratio.clamp(max=importance_clip)
     value = ratio * (student - teacher_log_probs).detach()
     return value + value * (student - student.detach())
 
@@ -53,27 +53,27 @@ class SampledReverseKL(Loss):
 
     on_policy: ClassVar[bool] = True
 
-    def __init__(self, max_importance: float | None = None) -> None:
+    def __init__(self, importance_clip: float | None = None) -> None:
         """Hold the clip.
 
         Args:
-            max_importance: clips the importance weights p_S / p_rollout from above; None clips nothing.
+            importance_clip: clips the importance weights p_S / p_rollout from above; None clips nothing.
 
         Raises:
             ValueError: unless it is positive.
         """
-        if max_importance is not None:
-            check_positive(max_importance, "max_importance")
-        self.max_importance = max_importance
+        if importance_clip is not None:
+            check_positive(importance_clip, "importance_clip")
+        self.importance_clip = importance_clip
 
     def __call__(
         self, student_log_probs: Tensor, teacher_log_probs: Tensor, rollout_log_probs: Tensor | None = None
     ) -> Tensor:
         """``sampled_reverse_kl`` of log p(y) of the sampled tokens, [...] x2 or x3 -> [...] in nats.
 
-        ``ValueError`` as there; a ``max_importance`` needs ``rollout_log_probs``.
+        ``ValueError`` as there; a ``importance_clip`` needs ``rollout_log_probs``.
         """
-        return sampled_reverse_kl(student_log_probs, teacher_log_probs, rollout_log_probs, self.max_importance)
+        return sampled_reverse_kl(student_log_probs, teacher_log_probs, rollout_log_probs, self.importance_clip)
 
     @property
     def needs(self) -> Known:
@@ -92,7 +92,7 @@ class SampledReverseKL(Loss):
         """Any record holds the sampled token."""
 
     def __repr__(self) -> str:
-        return f"SampledReverseKL(max_importance={self.max_importance!r})"
+        return f"SampledReverseKL(importance_clip={self.importance_clip!r})"
 
 
 def _check(student: Tensor, other: Tensor, name: str) -> None:
@@ -107,11 +107,11 @@ def _check(student: Tensor, other: Tensor, name: str) -> None:
     check_device(student, "student_log_probs", other, name)
 
 
-def _check_importance(max_importance: float, known: bool) -> None:
+def _check_importance(importance_clip: float, known: bool) -> None:
     """Refuse a clip that is not positive, or that has nothing to clip."""
-    check_positive(max_importance, "max_importance")
+    check_positive(importance_clip, "importance_clip")
     if not known:
         raise ValueError(
-            "max_importance has no effect without rollout_log_probs: the importance weights are 1; give the "
+            "importance_clip has no effect without rollout_log_probs: the importance weights are 1; give the "
             "log-probabilities of the policy that sampled the tokens, or leave it None"
         )

@@ -1,6 +1,7 @@
 """Student, teachers, rollouts, and the LightningModule that joins them."""
 
 from opcd.modules.distiller import Distiller
+from opcd.modules.distributed.fsdp_strategy import FSDP2Strategy
 from opcd.modules.lm.adapters import Lora
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.rollouts.base import Rollout
@@ -23,6 +24,7 @@ __all__ = [
     "BaseTeacher",
     "ColocatedVLLM",
     "Distiller",
+    "FSDP2Strategy",
     "FrozenTeacher",
     "Lora",
     "MixedRollout",

@@ -31,7 +31,7 @@ from opcd.modules.prefix.prefix_cache import Mode, PrefixCache
 from opcd.modules.rollouts.base import Rollout
 from opcd.modules.rollouts.student_rollout import StudentRollout
 from opcd.modules.step.metrics import SHOWN, UNEVEN, TokenMeans
-from opcd.modules.step.nonfinite import BadNumbers, BadSteps
+from opcd.modules.step.nonfinite import BadSteps, OnNonfinite
 from opcd.modules.step.ranks import Ranks, is_sharded
 from opcd.modules.step.runner import Step, StepRunner
 from opcd.modules.student import Student
@@ -54,7 +54,7 @@ class Distiller(LightningModule):
     Args:
         student: the model that is trained, float32 master weights by default.
         teacher: the model that sees the context; FrozenTeacher (the student's own starting weights) if null.
-        loss: divergence between student and teacher at every token of the response, in nats.
+        loss: what is compared at every token of the response, in nats; ReverseKL if null.
         rollout: who writes the responses; StudentRollout (the student, without the context) if null.
         adapter: train this in place of the student's own weights, which stay as they are; null trains all of them.
         optimizer: any torch optimizer, over the student's trainable weights. Default: the AdamW of the paper's code.
@@ -65,7 +65,7 @@ class Distiller(LightningModule):
             token averages over all tokens of the step. Micro-batches and ranks do not change either.
         max_nats: clip a token's divergence from above, in nats; its gradient is then zero. null clips nothing.
         micro_batch_tokens: most tokens (rows x longest row) in one forward and backward pass of a model.
-        halve_micro_batches: where memory does not suffice, repeat the gradients in micro-batches of half the tokens
+        shrink_on_oom: where memory does not suffice, repeat the gradients in micro-batches of half the tokens
             and stay there; on one rank only. Off: the run ends, and the message names what to lower.
         gradient_checkpointing: recompute the student's activations in the backward pass: less memory, more time.
         shared_prefix: keys and values of a context are computed once for all rows, and what the student's rows of a
@@ -73,15 +73,15 @@ class Distiller(LightningModule):
             first and falls back with one message; always does neither; never runs every row whole.
         prefix_memory_mib: most MiB of keys and values that are kept; the least recently used context goes first.
         gradient_clip_val: most norm of the gradient of a step; null clips nothing.
-        bad_numbers: what happens where loss, teacher or gradients are not finite; the optimizer never steps then.
-        answer: how answers are drawn that are shown or written (predict, samples); greedy by default.
+        on_nonfinite: what happens where loss, teacher or gradients are not finite; the optimizer never steps then.
+        eval_sampling: how answers are drawn that are shown or written (predict, samples); greedy by default.
     """
 
     def __init__(
         self,
         student: ModelConfig = ModelConfig(),  # noqa: B008
         teacher: Teacher | None = None,
-        loss: Loss = ReverseKL(),  # noqa: B008
+        loss: Loss | None = ReverseKL(),  # noqa: B008
         rollout: Rollout | None = None,
         adapter: Lora | None = None,
         optimizer: OptimizerCallable = default_optimizer,
@@ -90,13 +90,13 @@ class Distiller(LightningModule):
         reduction: Reduction = "sequence",
         max_nats: float | None = None,
         micro_batch_tokens: int = 4096,
-        halve_micro_batches: bool = False,
+        shrink_on_oom: bool = False,
         gradient_checkpointing: bool = False,
         shared_prefix: Mode = "auto",
         prefix_memory_mib: int = 2048,
         gradient_clip_val: float | None = 1.0,
-        bad_numbers: BadNumbers = BadNumbers(),  # noqa: B008
-        answer: Sampling = Sampling(temperature=0.0),  # noqa: B008
+        on_nonfinite: OnNonfinite = OnNonfinite(),  # noqa: B008
+        eval_sampling: Sampling = Sampling(temperature=0.0),  # noqa: B008
     ) -> None:
         super().__init__()
         # One optimizer step takes several backward passes, one a micro-batch: Lightning calls that manual.
@@ -110,17 +110,18 @@ class Distiller(LightningModule):
         )
         self.student_config, self.adapter = student, adapter
         self.teacher, self.rollout = teacher or FrozenTeacher(), rollout or StudentRollout()
-        self.objective = Objective(loss, temperature, max_nats, self.rollout.max_importance)
+        loss = loss or ReverseKL()
+        self.objective = Objective(loss, temperature, max_nats, self.rollout.importance_clip)
         self.teacher.share_contexts(shared_prefix, prefix_memory_mib)
         self.answering = PrefixCache(shared_prefix, prefix_memory_mib)
         self.uneven = [*UNEVEN, *(f"divergence/{name}" for name in self.teacher.parts if name is not None)]
         check_on_policy(loss, self.rollout, temperature)
         self.optimizer, self.lr_scheduler, self._taught = optimizer, lr_scheduler, False
         check_scheduler(optimizer, lr_scheduler)
-        self.reduction, self.micro_batch_tokens, self.answer = reduction, micro_batch_tokens, answer
-        self.halve_micro_batches = halve_micro_batches
+        self.reduction, self.micro_batch_tokens, self.eval_sampling = reduction, micro_batch_tokens, eval_sampling
+        self.shrink_on_oom = shrink_on_oom
         self.gradient_checkpointing, self.gradient_clip_val = gradient_checkpointing, gradient_clip_val
-        self.runner, self.bad_steps = StepRunner(), BadSteps(bad_numbers)
+        self.runner, self.bad_steps = StepRunner(), BadSteps(on_nonfinite)
 
     def setup(self, stage: str) -> None:
         """Check what can be known before a model is loaded."""
@@ -223,7 +224,7 @@ class Distiller(LightningModule):
         ]
 
     def answers(self, batch: Batch, context: bool, what: str = "answers") -> list[str]:
-        """The student's answers as `answer` draws them, with the context in the prompt or without.
+        """The student's answers as `eval_sampling` draws them, with the context in the prompt or without.
 
         `what` they are is shown while they are written.
 
@@ -239,20 +240,19 @@ class Distiller(LightningModule):
             """Count what is done: an answer that has ended gets no more tokens."""
             nonlocal tokens
             tokens += 1
-            doing(
-                what, f"{len(batch) - len(rows)}/{len(batch)}, {tokens} of at most {self.answer.max_new_tokens} tokens"
-            )
+            most = self.eval_sampling.max_new_tokens
+            doing(what, f"{len(batch) - len(rows)}/{len(batch)}, {tokens} of at most {most} tokens")
 
         doing(what, f"0/{len(batch)}")
         if student.is_sharded:
             student = student.plain(computing_dtype(self.trainer.precision, student.model.dtype))
         if not context:
-            return student.answer(batch.student_prompts, self.answer, told=told)
+            return student.answer(batch.student_prompts, self.eval_sampling, told=told)
         model = student.model
         with torch.no_grad(), eval_mode(model), own_precision(model):
             self.answering.use(self.student.version)
             prefixes = self.answering.encoded(model, batch.teacher_prefixes, batch.teacher_prompts)
-        return student.answer(batch.teacher_prompts, self.answer, prefixes, told)
+        return student.answer(batch.teacher_prompts, self.eval_sampling, prefixes, told)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the teacher's state where it cannot be loaded again; a frozen teacher stays out."""

@@ -21,14 +21,14 @@ class Objective:
         loss: what is compared at one token.
         temperature: divides the logits of both models.
         max_nats: clips a token's divergence from above, with a gradient of zero; None clips nothing.
-        max_importance: the most that a token counts by min(p_S(y) / p_B(y), max_importance), where p_B wrote it; None:
-            all count the same.
+        importance_clip: a token that p_B wrote counts by min(p_S(y) / p_B(y), importance_clip); None: all count the
+            same.
     """
 
     loss: Loss
     temperature: float
     max_nats: float | None
-    max_importance: float | None = None
+    importance_clip: float | None = None
 
     def __call__(
         self, student: States, teacher: Target, trajectories: Trajectories, weights: Tensor | None = None
@@ -37,15 +37,15 @@ class Objective:
 
         Of several teachers, also the `divergence/<name>` of each one's n tokens, [n], where it has any.
         With `weights` [N], what each token counts in the step, also the `loss`, a scalar with gradient, and, where the
-        policy that wrote the tokens has said their log-probabilities, `rollout_gap` in nats.
+        policy that wrote the tokens has said their log-probabilities, `rollout_logprob_gap` in nats.
         """
         if weights is None:
             return self._values(student, teacher, trajectories, None)
         mismatch = RolloutMismatch.of(student, trajectories)
-        if mismatch is not None and self.max_importance is not None:
-            weights = weights * mismatch.importance(self.max_importance)
+        if mismatch is not None and self.importance_clip is not None:
+            weights = weights * mismatch.importance(self.importance_clip)
         values = self._values(student, teacher, trajectories, weights)
-        gap = {} if mismatch is None else {"rollout_gap": mismatch.gap}
+        gap = {} if mismatch is None else {"rollout_logprob_gap": mismatch.gap}
         return values | gap | {"loss": (values["divergence"] * weights).sum()}
 
     def _values(

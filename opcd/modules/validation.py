@@ -20,7 +20,7 @@ from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.data.readers import STAGES
 from opcd.losses import Loss
 from opcd.models import base_of, context_window, own_quantization, resolve
-from opcd.modules.distributed.fsdp_strategy import SHARDED, FullyShard, check_strategy
+from opcd.modules.distributed.fsdp_strategy import SHARDED, FSDP2Strategy, check_strategy
 from opcd.modules.lm.adapters import second_adapter
 from opcd.modules.rollouts.base import Rollout
 from opcd.modules.teachers.base import Reader, Teacher
@@ -59,7 +59,7 @@ class Run:
     def of(cls, distiller: Distiller, trainer: Trainer, data: object, stage: str) -> Run:
         """That of a trainer; only training shards, for whoever answers needs whole weights."""
         strategy = trainer.strategy
-        sharded = isinstance(strategy, FullyShard) and stage == "fit"
+        sharded = isinstance(strategy, FSDP2Strategy) and stage == "fit"
         rows = data if isinstance(data, ContextQueryDataModule) else None
         return cls(distiller, rows, stage, trainer.world_size, sharded, str(trainer.precision), strategy)
 
@@ -75,8 +75,8 @@ def validate(run: Run) -> None:
         raise UserError("trainer.precision: float16 needs loss scaling, which is not here; use bf16-mixed or 32-true")
     if run.strategy is not None:
         check_strategy(run.strategy)
-    if distiller.halve_micro_batches and run.ranks > 1:
-        raise UserError("model.halve_micro_batches is for one rank, others would wait for it; remove it")
+    if distiller.shrink_on_oom and run.ranks > 1:
+        raise UserError("model.shrink_on_oom is for one rank, others would wait for it; remove it")
     _check_adapter(run)
     if run.sharded:
         _check_shards(run)
@@ -147,10 +147,10 @@ def check_on_policy(loss: Loss, rollout: Rollout, temperature: float) -> None:
     if not loss.on_policy:
         return
     name = type(loss).__name__
-    if getattr(loss, "max_importance", None) is not None:
+    if getattr(loss, "importance_clip", None) is not None:
         raise ValueError(
-            "model.loss: max_importance has no effect here, the rollout gives the weights (VLLMRollout has "
-            "max_importance); remove it"
+            "model.loss: importance_clip has no effect here, the rollout gives the weights (VLLMRollout has "
+            "importance_clip); remove it"
         )
     for part in rollout.parts:
         if part.writer != "student":
@@ -164,8 +164,8 @@ def check_on_policy(loss: Loss, rollout: Rollout, temperature: float) -> None:
                 f"model.loss: {name} needs tokens drawn from the distribution that it compares: set model.rollout's "
                 f"sampling.temperature to model.temperature ({temperature}), and no top_p, top_k or options"
             )
-        if part.stale and rollout.max_importance is None:
-            raise ValueError(f"model.loss: {name} with stale rollouts needs VLLMRollout's max_importance; set it")
+        if part.stale and rollout.importance_clip is None:
+            raise ValueError(f"model.loss: {name} with stale rollouts needs VLLMRollout's importance_clip; set it")
 
 
 def _check_data(run: Run, data: ContextQueryDataModule) -> None:
@@ -179,7 +179,7 @@ def _check_data(run: Run, data: ContextQueryDataModule) -> None:
     readers = {None: own} if predicts else {name: part.reader or own for name, part in parts.items()}
     engines = [] if predicts else [engine for part in distiller.rollout.parts for engine in part.engines]
     for split in (split for split in STAGES[run.stage] if data.sources[split]):
-        sampled = distiller.answer.max_new_tokens
+        sampled = distiller.eval_sampling.max_new_tokens
         new = sampled if predicts else distiller.rollout.max_response_tokens(data, split)
         asked = [own, *(Reader("model.rollout", type(engine).__name__, engine.window) for engine in engines)]
         for reader in asked:
@@ -237,5 +237,5 @@ def _check_shards(run: Run) -> None:
             f"trainer.strategy: {SHARDED} is for a student whose own weights are trained: an adapter's gradients and "
             "moments are small, and its base is needed whole on every rank that generates; use ddp with model.adapter"
         )
-    if distiller.halve_micro_batches:
-        raise UserError(f"model.halve_micro_batches does not work under {SHARDED}; remove it")
+    if distiller.shrink_on_oom:
+        raise UserError(f"model.shrink_on_oom does not work under {SHARDED}; remove it")

@@ -11,7 +11,7 @@ from opcd.accel.precision import fast_dtype
 from opcd.data.contexts import read_contexts
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Lora, ModelTeacher, Student
-from opcd.modules.distributed.fsdp_strategy import SHARDED, FullyShard, chosen
+from opcd.modules.distributed.fsdp_strategy import SHARDED, FSDP2Strategy, check_configured
 from opcd.modules.validation import Run, validate
 from opcd.planning.model_shapes import Model, build, kept_by_autograd, measured
 from opcd.planning.sizes import Setting
@@ -116,11 +116,12 @@ def _on_gpu(trainer: Any) -> bool:
 
 def _ranks(trainer: Any) -> tuple[int, bool]:
     """The number of ranks, and whether the student is sharded over them."""
-    devices, strategy = trainer.devices, chosen(trainer.strategy)
+    devices, strategy = trainer.devices, trainer.strategy
+    check_configured(strategy)
     name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2].lower()
-    sharded = name in (SHARDED.lower(), FullyShard.__name__.lower())
+    sharded = name in (SHARDED, FSDP2Strategy.__name__.lower())
     if not sharded and name not in ("auto", "singledevicestrategy") and not name.startswith("ddp"):
-        raise UserError(f"trainer.strategy: there is no plan for {name}; use ddp, or {SHARDED} (FSDP2)")
+        raise UserError(f"trainer.strategy: there is no plan for {name}; use ddp, or {SHARDED}")
     if str(devices) in ("auto", "-1"):
         devices = max(1, torch.cuda.device_count()) if _on_gpu(trainer) else 1
     return (len(devices) if isinstance(devices, list) else int(devices)) * int(trainer.num_nodes), sharded

@@ -123,7 +123,7 @@ def ways(s: Setting) -> Iterator[tuple[str, Setting]]:
         small = replace(s.scorer, quantization="4bit")
         yield "a 4-bit teacher (configs/teacher_4bit.yaml)", replace(s, scorer=small, teacher_bytes=small.bytes)
     if s.ranks > 1 and not s.sharded and not s.student.adapter:
-        yield "trainer.strategy: ModelParallelStrategy (FSDP2)", replace(s, sharded=True)
+        yield "trainer.strategy: fsdp2", replace(s, sharded=True)
     if s.state_bytes > 4 and not s.sharded:
         yield "model.optimizer: bitsandbytes.optim.AdamW8bit", replace(s, state_bytes=2.0, fused=True)
     if s.micro_rows > 1:

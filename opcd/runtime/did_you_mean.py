@@ -7,6 +7,15 @@ from pathlib import Path
 
 OTHERS = {"learningrate": "lr", "epochs": "maxepochs", "numtrainepochs": "maxepochs", "steps": "maxsteps"}
 """What other trainers call it."""
+RENAMED = {
+    "answer": "eval_sampling",
+    "bad_numbers": "on_nonfinite",
+    "ended": "finished_fraction",
+    "halve_micro_batches": "shrink_on_oom",
+    "max_importance": "importance_clip",
+    "rollout_gap": "rollout_logprob_gap",
+}
+"""Parts of keys of earlier versions, and what they are now."""
 RUN = re.compile(r"version_\d+")
 """The folder of a run."""
 SHOWN = 5
@@ -16,6 +25,8 @@ SHOWN = 5
 def near(wrong: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The nearest of the names, whatever the case; None where none is near."""
     known = list(names)
+    if (now := _renamed(wrong)) in known:
+        return now
     found = get_close_matches(wrong, known, n=1, cutoff=cutoff)
     if not found:
         lower = {name.lower(): name for name in reversed(known)}
@@ -39,6 +50,8 @@ def nearest_key(wrong: str, keys: Iterable[str]) -> str | None:
     """The dotted key that was probably meant: one that ends alike, such as model.optimizer.lr for model.lr, or the
     nearest; None where there is none."""
     known = list(keys)
+    if (now := _renamed(wrong)) in known:
+        return now
     last = _plain(wrong.rsplit(".", 1)[-1])
     same = [key for key in known if _plain(key.rsplit(".", 1)[-1]) == OTHERS.get(last, last)]
     return near(wrong, same, 0.0) if same else near(wrong, known, 0.5) or _by_last_part(last, known)
@@ -48,6 +61,11 @@ def key_meant(wrong: str, keys: Iterable[str]) -> str:
     """The end of a message about a config key that is not there."""
     found = nearest_key(wrong, keys)
     return f"; did you mean {found}?" if found else "; `opcd fit --print_config` shows all"
+
+
+def _renamed(key: str) -> str:
+    """What a dotted key of an earlier version is now."""
+    return ".".join(RENAMED.get(part, part) for part in key.split("."))
 
 
 def _by_last_part(last: str, keys: list[str]) -> str | None:

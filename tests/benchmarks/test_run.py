@@ -58,7 +58,7 @@ def config(tmp_path, tiny, rows, context):
                     "data.context": str(context),
                     "trainer.max_steps": 2,
                     "trainer.enable_checkpointing": False,
-                    "model.answer.max_new_tokens": 4,
+                    "model.eval_sampling.max_new_tokens": 4,
                 },
             },
         }

@@ -10,7 +10,7 @@ from opcd.callbacks import Alarms
 from opcd.modules.step.metrics import repetition
 from opcd.runtime.interruption import Interrupted
 
-GOOD = {"ended": 0.9, "repetition": 0.1, "student_entropy": 2.0, "response_tokens": 20.0}
+GOOD = {"finished_fraction": 0.9, "repetition": 0.1, "student_entropy": 2.0, "response_tokens": 20.0}
 
 
 def step(alarms: Alarms, **changed: float) -> None:
@@ -22,7 +22,7 @@ def step(alarms: Alarms, **changed: float) -> None:
     ("changed", "message"),
     [
         (
-            {"ended": 0.05, "response_tokens": 99.0},
+            {"finished_fraction": 0.05, "response_tokens": 99.0},
             "5% of the responses end by themselves, 90% did at first; they have 99",
         ),
         ({"repetition": 0.8}, "80% of the responses' runs of four tokens are repeated"),
@@ -44,20 +44,20 @@ def test_an_alarm_rings_once(changed, message):
 
 def test_an_engine_that_is_not_the_student_rings_at_its_first_step():
     alarms = Alarms(window=9)
-    step(alarms, rollout_gap=0.04)
+    step(alarms, rollout_logprob_gap=0.04)
     with pytest.warns(UserWarning, match=r"drawn tokens are 0.060 nats from the student's"):
-        step(alarms, rollout_gap=0.06)
-    step(alarms, rollout_gap=0.07)
+        step(alarms, rollout_logprob_gap=0.06)
+    step(alarms, rollout_logprob_gap=0.07)
 
 
 def test_responses_that_never_end_ring_once():
     alarms = Alarms(window=2)
-    step(alarms, ended=0.3)
+    step(alarms, finished_fraction=0.3)
     with pytest.warns(UserWarning, match="5% of the responses end before their limit of tokens, 15% at first"):
         for _ in range(4):
-            step(alarms, ended=0.0)
-            step(alarms, ended=0.1)
-    step(alarms, ended=0.0)  # warnings are errors here
+            step(alarms, finished_fraction=0.0)
+            step(alarms, finished_fraction=0.1)
+    step(alarms, finished_fraction=0.0)  # warnings are errors here
 
 
 def test_repetition():

@@ -45,7 +45,14 @@ def words(tiny) -> tuple[object, ...]:
     return (
         *("fit", "--model.student.name", tiny, "--model.rollout.init_args.sampling.max_new_tokens", 4),
         *("--data.train", "rows.jsonl", "--data.context", "context.txt", "--data.batch_size", 2),
-        *("--model.answer.max_new_tokens", 4, "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", 0.05),
+        *(
+            "--model.eval_sampling.max_new_tokens",
+            4,
+            "--model.optimizer",
+            "torch.optim.AdamW",
+            "--model.optimizer.lr",
+            0.05,
+        ),
         *("--trainer.max_steps", 2, "--trainer.precision", "32-true", "--model.lr_scheduler", "null"),
     )
 

@@ -37,7 +37,7 @@ def words(tiny, rows, context, tmp_path):
         return (
             *("fit", "--model.student.name", tiny, "--model.rollout.init_args.sampling.max_new_tokens", 4),
             *("--data.train", rows, "--data.context", context, "--data.batch_size", 2, "--trainer.max_steps", steps),
-            *("--model.answer.max_new_tokens", 2, "--trainer.default_root_dir", tmp_path / "runs"),
+            *("--model.eval_sampling.max_new_tokens", 2, "--trainer.default_root_dir", tmp_path / "runs"),
             *(("--config", tmp_path / "overlay.yaml") if callback else ()),
         )
 

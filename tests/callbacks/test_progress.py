@@ -18,7 +18,12 @@ from opcd.runtime import activity, interruption
 from opcd.runtime.interruption import Interrupted
 from tests.helpers.rows import write_rows
 
-METRICS = {"train/divergence": 0.5, "train/tokens_per_s": 40, "train/response_tokens": 12, "train/ended": 0.75}
+METRICS = {
+    "train/divergence": 0.5,
+    "train/tokens_per_s": 40,
+    "train/response_tokens": 12,
+    "train/finished_fraction": 0.75,
+}
 SHOWN = "0.5000 nats/token  40 tokens/s  12 tokens a response, 75% ended"
 
 
@@ -71,7 +76,7 @@ def words(tiny, tmp_path, context):
     rows = write_rows(
         tmp_path / "asked.jsonl", [{"query": f"What is {n} + {n}?", "reference": 2 * n} for n in range(4)]
     )
-    shorter = ("--model.answer.max_new_tokens", 3, "--model.rollout.init_args.sampling.max_new_tokens", 3)
+    shorter = ("--model.eval_sampling.max_new_tokens", 3, "--model.rollout.init_args.sampling.max_new_tokens", 3)
     root = ("--trainer.default_root_dir", tmp_path / "runs", "--data.batch_size", 4, "--data.eval_batch_size", 2)
 
     def make(command: str) -> list[object]:

@@ -57,7 +57,13 @@ def test_what_a_run_leaves(fit, tmp_path, tiny, tiny_teacher):
     metrics = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in metrics] == ["0", "1"]
     for name in (
-        *("train/divergence", "train/tokens_per_s", "train/response_tokens", "train/ended", "train/student_entropy"),
+        *(
+            "train/divergence",
+            "train/tokens_per_s",
+            "train/response_tokens",
+            "train/finished_fraction",
+            "train/student_entropy",
+        ),
         *("train/teacher_entropy", "train/top1_agreement", "train/gradient_norm", "memory/peak_mib", "seconds/step"),
         *("seconds/sync", "seconds/rollout", "seconds/loss", "seconds/teacher", "seconds/student", "seconds/optimizer"),
     ):
@@ -140,7 +146,7 @@ def test_validate_test_and_predict(opcd, fit, tmp_path, rows, context):
         "--trainer.default_root_dir",
         tmp_path / "eval",
     )
-    common += ("--model.rollout.init_args.sampling.max_new_tokens", 4, "--model.answer.max_new_tokens", 4)
+    common += ("--model.rollout.init_args.sampling.max_new_tokens", 4, "--model.eval_sampling.max_new_tokens", 4)
     for command, source in (("validate", "val"), ("test", "test")):
         code, text = opcd(command, *common, f"--data.{source}", rows)
         assert code == 0, text
@@ -157,7 +163,14 @@ def test_validate_test_and_predict(opcd, fit, tmp_path, rows, context):
 def test_predict_without_a_context(opcd, tiny, rows, tmp_path):
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text(rows.read_text() + json.dumps({"query": "Who?", "context": "Odalys."}) + "\n")
-    words = ("--model.student.name", tiny, "--model.answer.max_new_tokens", 4, "--trainer.default_root_dir", tmp_path)
+    words = (
+        "--model.student.name",
+        tiny,
+        "--model.eval_sampling.max_new_tokens",
+        4,
+        "--trainer.default_root_dir",
+        tmp_path,
+    )
     nowhere = ("--model.teacher.init_args.model.name", "org/not-there")  # predict needs no teacher
     code, text = opcd("predict", *words, *nowhere, "--data.predict", mixed)
     assert code == 0, text

@@ -128,7 +128,7 @@ def runs(base, tmp_path_factory) -> Path:
     words = [
         *("fit", "--model.student.name", base, "--data.train", str(write_rows(folder / "rows.jsonl", ROWS))),
         *("--data.context", str(context), "--trainer.default_root_dir", str(folder), "--trainer.max_steps", "2"),
-        *("--model.rollout.init_args.sampling.max_new_tokens", "4", "--model.answer.max_new_tokens", "2"),
+        *("--model.rollout.init_args.sampling.max_new_tokens", "4", "--model.eval_sampling.max_new_tokens", "2"),
         *("--model.optimizer.class_path", "torch.optim.SGD", "--model.optimizer.init_args.lr", "1.0"),
         *("--model.gradient_clip_val", "null", "--seed_everything", "0"),  # else that of the test before
     ]

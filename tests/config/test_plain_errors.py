@@ -13,7 +13,7 @@ import pytest
         (["--model.loss", "opcd.losses.JDS"], ["model.loss: module 'opcd.losses' has no attribute 'JDS'"]),
         (
             ["--model.loss", "torch.nn.Linear"],
-            ["does not correspond to a subclass of Divergence; ", "torch.nn.Linear"],
+            ["does not correspond to a subclass of Loss", "torch.nn.Linear"],
         ),
         (["--model.loss", "mine.Loss"], ["model.loss: No module named 'mine'"]),
         (["--model.optimizer", "mine.Adam"], ["model.optimizer: No module named 'mine'", "mine.Adam"]),

@@ -24,7 +24,7 @@ def fit(tmp_path, tiny) -> dict:
         "data.batch_size": 2,
         "trainer.max_steps": 1,
         "trainer.enable_checkpointing": False,
-        "model.answer.max_new_tokens": 4,
+        "model.eval_sampling.max_new_tokens": 4,
         "model.rollout": {"class_path": "StudentRollout", "init_args": {"sampling": {"max_new_tokens": 4}}},
     }
 

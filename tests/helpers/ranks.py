@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 RANKS = ("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices")
-SHARDED = ("--trainer.accelerator", "cpu", "--trainer.strategy", "ModelParallelStrategy", "--trainer.devices", 2)
+SHARDED = ("--trainer.accelerator", "cpu", "--trainer.strategy", "fsdp2", "--trainer.devices", 2)
 
 
 def run(*args: object, launcher: tuple[str, ...] = ()) -> str:

@@ -41,7 +41,7 @@ def test_importance_weights_correct_for_another_policy(clip: float | None) -> No
 def test_the_clip_bounds_the_weight_and_not_the_advantage() -> None:
     student = torch.tensor([-1.0, -1.0], requires_grad=True)
     teacher, rollout = torch.tensor([-4.0, -4.0]), torch.tensor([-6.0, -0.5])
-    values = sampled_reverse_kl(student, teacher, rollout, max_importance=2.0)
+    values = sampled_reverse_kl(student, teacher, rollout, importance_clip=2.0)
     ratio = torch.tensor([2.0, torch.exp(torch.tensor(-0.5)).item()])  # e^5 is clipped, e^-0.5 is not
     torch.testing.assert_close(values.detach(), ratio * 3.0)
     torch.testing.assert_close(torch.autograd.grad(values.sum(), student)[0], ratio * 3.0)
@@ -63,7 +63,7 @@ def test_the_teacher_and_the_rollout_get_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SampledReverseKL(0.0), "max_importance is 0.0"),
+        (lambda: SampledReverseKL(0.0), "importance_clip is 0.0"),
         (lambda: SampledReverseKL(2.0)(torch.zeros(3), torch.zeros(3)), "no effect without rollout_log_probs"),
         (
             lambda: sampled_reverse_kl(torch.zeros(3, 5), torch.zeros(3)),

@@ -253,7 +253,7 @@ def test_the_sampled_reverse_kl_looks_at_the_tokens_of_the_response(tmp_path, re
         (SampledReverseKL(), RecordedRollout(), "RecordedRollout takes others"),
         (SampledReverseKL(), StudentRollout(Sampling(temperature=0.7)), "sampling.temperature to model.temperature"),
         (SampledReverseKL(), StudentRollout(Sampling(top_p=0.9)), "no top_p, top_k or options"),
-        (SampledReverseKL(max_importance=2.0), StudentRollout(), "max_importance has no effect"),
+        (SampledReverseKL(importance_clip=2.0), StudentRollout(), "importance_clip has no effect"),
     ],
 )
 def test_a_biased_sampled_reverse_kl_is_refused(loss, rollout, message):

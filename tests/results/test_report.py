@@ -85,7 +85,7 @@ def runs(tiny, tmp_path_factory) -> list[Path]:
     shared = (
         *("fit", "--model.student.name", tiny, "--data.train", str(rows), "--data.val", str(rows)),
         *("--data.context", str(folder / "context.txt"), "--data.batch_size", "2", "--trainer.max_steps", "3"),
-        *("--model.rollout.init_args.sampling.max_new_tokens", "4", "--model.answer.max_new_tokens", "4"),
+        *("--model.rollout.init_args.sampling.max_new_tokens", "4", "--model.eval_sampling.max_new_tokens", "4"),
         *("--trainer.val_check_interval", "1", "--trainer.default_root_dir", str(folder / "runs")),
     )
     made = [folder / "runs" / f"version_{number}" for number in (0, 1)]

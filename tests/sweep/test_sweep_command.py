@@ -27,7 +27,7 @@ def sweep_file(tmp_path, tiny, rows, context):
             "trainer.max_steps": 2,
             "trainer.limit_val_batches": 1,
             "trainer.enable_checkpointing": False,
-            "model.answer.max_new_tokens": 4,
+            "model.eval_sampling.max_new_tokens": 4,
             "model.rollout": {"class_path": "StudentRollout", "init_args": {"sampling": {"max_new_tokens": 4}}},
         }
         file = tmp_path / name

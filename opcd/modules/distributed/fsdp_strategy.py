@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
-from jsonargparse import Namespace
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import (
@@ -22,15 +21,15 @@ from torch.utils._pytree import tree_map
 from opcd.modules.distributed.sharding import full_tensor, part_of
 from opcd.runtime.errors import UserError
 
-SHARDED = "ModelParallelStrategy"
-"""What `trainer.strategy` says for FSDP2: Lightning's name, here for `FullyShard`."""
+SHARDED = "fsdp2"
+"""What `trainer.strategy` says for `FSDP2Strategy`."""
 
 
-class FullyShard(ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy):
     """Weights, gradients and moments of a student lie in parts, one on each rank; a layer is gathered when it computes.
 
     A checkpoint is one file with whole tensors, as one process or DDP writes it: a run may go on with another number of
-    ranks, and under another strategy. `trainer.strategy: ModelParallelStrategy` is this class.
+    ranks, and under another strategy. `trainer.strategy: fsdp2` is this class.
 
     Args:
         data_parallel_size: auto, or the number of all ranks.
@@ -120,37 +119,32 @@ class FullyShard(ModelParallelStrategy):
         return everything if self.is_global_zero else {}
 
 
-StrategyRegistry.register(SHARDED.lower(), FullyShard, description="FSDP2: fully_shard over all ranks")
+StrategyRegistry.register(SHARDED, FSDP2Strategy, description="FSDP2: fully_shard over all ranks")
 
 
-def chosen(configured: Any) -> Any:
-    """What `trainer.strategy` of a config means here: a name, or a class with its arguments.
+def check_configured(strategy: Any) -> None:
+    """Refuse a `trainer.strategy` of a config, a name or a class with its arguments, that no run works under.
 
     Raises:
-        UserError: it is FSDP's first version or DeepSpeed, by name.
+        UserError: it is FSDP's first version, DeepSpeed, or Lightning's own FSDP2.
     """
-    name = configured if isinstance(configured, str) else getattr(configured, "class_path", None)
-    if name is None:
-        return configured
-    last = name.rpartition(".")[2]
-    if last.lower().startswith(("fsdp", "deepspeed")):
-        raise UserError(_refused(last))
-    if last != SHARDED or isinstance(configured, str):
-        return configured
-    # Lightning's own cuts layers where it is not told otherwise, and writes a folder of parts as a checkpoint.
-    arguments = {name: value for name, value in configured.init_args.items() if name != "save_distributed_checkpoint"}
-    own = {"class_path": f"{__name__}.{FullyShard.__name__}", "init_args": Namespace(arguments)}  # type: ignore[no-untyped-call]
-    return Namespace(own)  # type: ignore[no-untyped-call]
+    name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
+    last = str(name).rpartition(".")[2].lower()
+    if last.startswith(("fsdp", "deepspeed", "modelparallel")) and last not in (
+        SHARDED,
+        FSDP2Strategy.__name__.lower(),
+    ):
+        raise UserError(_refused(str(name).rpartition(".")[2]))
 
 
 def check_strategy(strategy: Strategy) -> None:
     """Refuse a strategy that the training step does not work under (UserError)."""
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShard):
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
         raise UserError(_refused(type(strategy).__name__))
 
 
 def _refused(name: str) -> str:
     return (
-        f"trainer.strategy: {name} is not supported; use ddp, or {SHARDED} (FSDP2), which shards weights, gradients "
-        "and moments"
+        f"trainer.strategy: {name} is not supported; use ddp, or {SHARDED}, which shards weights, gradients and "
+        "moments (with arguments: opcd.modules.FSDP2Strategy)"
     )

@@ -34,7 +34,7 @@ class Rollout(ABC):
             data, or other.
         multi_turn: whether it may write more than one response to an example (a game's moves).
         asks_teacher: whether the teacher must be able to write responses.
-        max_importance: where a token counts as much as the student's probability of it is that of the policy which
+        importance_clip: where a token counts as much as the student's probability of it is that of the policy which
             wrote it, the most that one counts; None: all count the same.
         sampling: how tokens are drawn, where they are.
         stale: whether the weights that write may be older than this step's.
@@ -43,7 +43,7 @@ class Rollout(ABC):
     writer: ClassVar[Writer] = "other"
     multi_turn: ClassVar[bool] = False
     asks_teacher: ClassVar[bool] = False
-    max_importance: float | None = None
+    importance_clip: float | None = None
     sampling: Sampling | None = None
     stale: bool = False
 

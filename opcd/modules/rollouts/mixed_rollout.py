@@ -28,8 +28,8 @@ class MixedRollout(Rollout):
             raise ValueError(f"MixedRollout wants two or more rollouts and a share for each, got {len(shares)} shares")
         if any(rollout.multi_turn for rollout in rollouts):
             raise ValueError("MixedRollout wants one response a row: put it inside the GameRollout, not around it")
-        if any(rollout.max_importance is not None for rollout in rollouts):
-            raise ValueError("MixedRollout: a rollout's max_importance has no effect inside it; leave it out")
+        if any(rollout.importance_clip is not None for rollout in rollouts):
+            raise ValueError("MixedRollout: a rollout's importance_clip has no effect inside it; leave it out")
         if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"shares must be positive and sum to 1, got {shares}")
         if draw not in ("row", "batch"):

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 class VLLMRollout(Rollout):
     """On-policy as `StudentRollout`, y ~ p_B(. | x), where vLLM's p_B is the student's p_S up to rounding and age.
 
-    Logs the gap between both, the mean of |log p_S(y) - log p_B(y)| over the drawn tokens, as `train/rollout_gap`.
+    Logs the gap between both, the mean of |log p_S(y) - log p_B(y)| over the drawn tokens, as
+    `train/rollout_logprob_gap`.
 
     Args:
         engine: ColocatedVLLM (in this process) or VLLMServer.
         sampling: how tokens are drawn.
         dtype: type of the engine's weights; auto: bfloat16 where the device has instructions for it, else float32.
         every_n_steps: the weights are taken over at every n-th step; with more than 1 the responses are stale.
-        max_importance: weigh every token by min(p_S(y) / p_B(y), max_importance), truncated importance sampling, which
-            corrects what stale or low-precision weights draw otherwise. null: all tokens count the same.
+        importance_clip: weigh every token by min(p_S(y) / p_B(y), importance_clip), truncated importance sampling,
+            which corrects what stale or low-precision weights draw otherwise. null: all tokens count the same.
     """
 
     writer: ClassVar[Writer] = "student"
@@ -42,15 +43,15 @@ class VLLMRollout(Rollout):
         sampling: Sampling = Sampling(),  # noqa: B008
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
         every_n_steps: int = 1,
-        max_importance: float | None = None,
+        importance_clip: float | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         check_options(sampling)
-        _check_importance(max_importance, sampling)
+        _check_importance(importance_clip, sampling)
         self.engine, self.sampling, self.every_n_steps = engine, sampling, every_n_steps
         self.dtype = rollout_dtype(dtype)
-        self.max_importance, self.stale = max_importance, every_n_steps > 1
+        self.importance_clip, self.stale = importance_clip, every_n_steps > 1
         self._steps = 0
 
     @property
@@ -92,9 +93,9 @@ def _check_importance(limit: float | None, sampling: Sampling) -> None:
     if limit is None:
         return
     if not limit > 0:
-        raise ValueError(f"max_importance must be greater than 0, got {limit}")
+        raise ValueError(f"importance_clip must be greater than 0, got {limit}")
     if sampling.temperature != 1 or sampling.is_cut:
         raise ValueError(
-            "max_importance needs tokens drawn from the softmax itself, whose log-probabilities the engine gives: set "
-            "sampling.temperature to 1 and leave out top_p, top_k and options, or leave out max_importance"
+            "importance_clip needs tokens drawn from the softmax itself, whose log-probabilities the engine gives: set "
+            "sampling.temperature to 1 and leave out top_p, top_k and options, or leave out importance_clip"
         )

@@ -3,19 +3,20 @@
 import resource
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from opcd.modules.trajectories import Trajectories
 
-SHOWN = ("train/divergence", "train/tokens_per_s", "train/response_tokens", "train/ended")
+SHOWN = ("train/divergence", "train/tokens_per_s", "train/response_tokens", "train/finished_fraction")
 """What a progress bar shows of a step."""
-UNEVEN = ("divergence", "rollout_gap")
+UNEVEN = ("divergence", "rollout_logprob_gap")
 """How the names begin of values that a rank may lack, for it has no row of a teacher or of an engine's."""
 
 
@@ -68,28 +69,30 @@ class TokenMeans:
     """Means over tokens of several micro-batches."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: Counter[str] = Counter()
+        self._means: dict[str, MeanMetric] = {}
 
     @property
     def tokens(self) -> int:
         """How many there are; some values are known of fewer."""
-        return max(self._counts.values(), default=0)
+        return max((int(mean.weight) for mean in self._means.values()), default=0)
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add a value a token, [N] or, where it is not known of all, fewer; no gradient is kept."""
         for name, value in values.items():
-            total = value.detach().double().sum()
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] += len(value)
+            if name not in self._means:  # what is not finite must show
+                mean = MeanMetric(nan_strategy="disable", sync_on_compute=False).to(value.device)
+                mean.set_dtype(torch.float64)
+                self._means[name] = mean
+            self._means[name].update(value.detach().double())
 
     def compute(self) -> dict[str, float]:
         """Mean of every value over the tokens that had it."""
-        return {name: float(total) / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
+        return {name: float(mean.compute()) for name, mean in self._means.items() if mean.weight}
 
     def over_ranks(self, names: Sequence[str], all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The same of some values over the tokens of all ranks, less those that no token had; every rank must ask."""
-        own = [[float(self._sums.get(name, 0.0)), float(self._counts[name])] for name in names]
+        known = [self._means.get(name) for name in names]
+        own = [[float(mean.mean_value), float(mean.weight)] if mean else [0.0, 0.0] for mean in known]
         sums = all_sum(torch.tensor(own, dtype=torch.float64)).tolist()
         return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
 
@@ -112,8 +115,8 @@ def step_metrics(
         **{f"train/{name}": mean for name, mean in means.compute().items() if not name.startswith(UNEVEN)},
         "train/tokens_per_s": means.tokens / seconds["step"],
         "train/response_tokens": means.tokens / rows,
-        "train/ended": sum(trajectories.ended) / rows,
-        "train/empty": trajectories.empty / rows,
+        "train/finished_fraction": sum(trajectories.ended) / rows,
+        "train/empty_fraction": trajectories.empty / rows,
         "train/repetition": repetition(trajectories.responses),
         "train/gradient_norm": float(gradient_norm),
         "memory/peak_mib": peak_memory_mib(timer.device),

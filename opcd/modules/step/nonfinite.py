@@ -21,7 +21,7 @@ FOLDER = "bad_batches"
 
 
 @dataclass
-class BadNumbers:
+class OnNonfinite:
     """What happens where the loss, the teacher's states or the gradients are not finite."""
 
     action: Literal["stop", "skip"] = "stop"
@@ -31,9 +31,9 @@ class BadNumbers:
 
     def __post_init__(self) -> None:
         if self.action == "stop" and self.most_in_a_row is not None:
-            raise ValueError("bad_numbers.most_in_a_row has no effect where bad_numbers.action is stop; remove it")
+            raise ValueError("on_nonfinite.most_in_a_row has no effect where on_nonfinite.action is stop; remove it")
         if self.most_in_a_row is not None and self.most_in_a_row < 1:
-            raise ValueError(f"bad_numbers.most_in_a_row must be at least 1, got {self.most_in_a_row}")
+            raise ValueError(f"on_nonfinite.most_in_a_row must be at least 1, got {self.most_in_a_row}")
 
 
 @dataclass
@@ -46,7 +46,7 @@ class BadSteps:
         in_a_row: bad steps since the last good one.
     """
 
-    settings: BadNumbers
+    settings: OnNonfinite
     total: int = 0
     in_a_row: int = 0
 
@@ -64,9 +64,9 @@ class BadSteps:
         most = 0 if self.settings.action == "stop" else self.settings.most_in_a_row or 3
         said = f"after {step} optimizer steps: {problem}; the weights are unchanged, the batch is in {kept}"
         if self.in_a_row <= most:
-            rank_zero_warn(f"{said}. The step is skipped (model.bad_numbers.action: skip)")
+            rank_zero_warn(f"{said}. The step is skipped (model.on_nonfinite.action: skip)")
             return
-        way_out = f"{self.in_a_row} in a row" if most else "model.bad_numbers.action: skip goes on with the next batch"
+        way_out = f"{self.in_a_row} in a row" if most else "model.on_nonfinite.action: skip goes on with the next batch"
         raise StepAbandoned(
             f"{said}. {way_out}. A lower learning rate, model.max_nats or --trainer.precision 32-true may help"
         )

@@ -7,12 +7,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
-from opcd.modules.distributed.fsdp_strategy import FullyShard
+from opcd.modules.distributed.fsdp_strategy import FSDP2Strategy
 
 
 def is_sharded(trainer: Trainer) -> bool:
     """Whether this run has a sharded student: only training does, for whoever answers needs whole weights."""
-    return isinstance(trainer.strategy, FullyShard) and trainer.state.fn == "fit"
+    return isinstance(trainer.strategy, FSDP2Strategy) and trainer.state.fn == "fit"
 
 
 class Ranks:

@@ -91,7 +91,7 @@ class Step:
             weights: of one token of each response in the loss of the step, [B].
         """
         run = partial(self._accumulate, losses, rollouts, weights)
-        if not self.module.halve_micro_batches:
+        if not self.module.shrink_on_oom:
             return run(self.max_tokens)
         undo = self.module.optimizers().zero_grad  # type: ignore[union-attr]
         self.module.micro_batch_tokens = shrinking(run, undo, self.max_tokens, rollouts.longest)

@@ -25,7 +25,7 @@ def words(tiny, context, tmp_path):
     return (
         *("--model.student.name", tiny, "--data.context", context, "--trainer.precision", "64-true"),
         *("--model.teacher", "SelfTeacher"),
-        *("--model.answer.max_new_tokens", 3, "--trainer.default_root_dir", tmp_path / "runs"),
+        *("--model.eval_sampling.max_new_tokens", 3, "--trainer.default_root_dir", tmp_path / "runs"),
     ), ("--model.rollout", "RecordedRollout", "--data.train", file, "--trainer.max_steps", 3)
 
 

@@ -46,7 +46,14 @@ def fit(tiny, context, tmp_path):
     return (
         *("fit", "--model.student.name", tiny, "--data.context", context, "--trainer.precision", "64-true"),
         *("--data.train", write_rows(tmp_path / "rows.jsonl", rows), "--data.batch_size", 8, "--data.shuffle", "false"),
-        *("--model.rollout", "RecordedRollout", "--model.teacher", "SelfTeacher", "--model.answer.max_new_tokens", 3),
+        *(
+            "--model.rollout",
+            "RecordedRollout",
+            "--model.teacher",
+            "SelfTeacher",
+            "--model.eval_sampling.max_new_tokens",
+            3,
+        ),
         *("--model.micro_batch_tokens", 110, "--trainer.accelerator", "cpu", "--model.shared_prefix", "never"),
     )
 
@@ -91,18 +98,19 @@ def test_a_run_on_two_ranks_one_and_two_takes_the_steps_of_one(fit, opcd, tmp_pa
 @pytest.mark.parametrize(
     ("strategy", "said"),
     [
-        ("fsdp", "fsdp is not supported; use ddp, or ModelParallelStrategy"),
-        ("deepspeed_stage_2", "deepspeed_stage_2 is not supported; use ddp, or ModelParallelStrategy"),
+        ("fsdp", "fsdp is not supported; use ddp, or fsdp2"),
+        ("deepspeed_stage_2", "deepspeed_stage_2 is not supported; use ddp, or fsdp2"),
         ("lightning.pytorch.strategies.FSDPStrategy", "FSDPStrategy is not supported"),
-        (("ModelParallelStrategy", "tensor_parallel_size", 2), "tensor_parallel_size is 2, and there is no tensor"),
-        (("ModelParallelStrategy", "data_parallel_size", 3), "data_parallel_size is 3, and there are 1 ranks"),
+        ("ModelParallelStrategy", "ModelParallelStrategy is not supported; use ddp, or fsdp2"),
+        (("FSDP2Strategy", "tensor_parallel_size", 2), "tensor_parallel_size is 2, and there is no tensor"),
+        (("FSDP2Strategy", "data_parallel_size", 3), "data_parallel_size is 3, and there are 1 ranks"),
     ],
 )
 def test_what_cannot_work_is_refused(fit, opcd, tmp_path, strategy, said):
     if not isinstance(strategy, str):
         name, argument, value = strategy
         strategy = tmp_path / "overlay.yaml"
-        init = {"class_path": f"lightning.pytorch.strategies.{name}", "init_args": {"tensor_parallel_size": 1}}
+        init = {"class_path": f"opcd.modules.{name}", "init_args": {"tensor_parallel_size": 1}}
         init["init_args"][argument] = value
         strategy.write_text(yaml.safe_dump({"trainer": {"strategy": init}}))
         words = ("--config", strategy)
@@ -117,14 +125,14 @@ def test_what_cannot_work_is_refused(fit, opcd, tmp_path, strategy, said):
     ("words", "said"),
     [
         (("--model.adapter.rank", 4, "--model.teacher", "BaseTeacher"), "use ddp with model.adapter"),
-        (("--model.halve_micro_batches", "true"), "model.halve_micro_batches does not work under Model"),
+        (("--model.shrink_on_oom", "true"), "model.shrink_on_oom does not work under fsdp2"),
         (("--model.optimizer", "bitsandbytes.optim.AdamW8bit"), "AdamW8bit of bitsandbytes takes no sharded weights"),
     ],
 )
 def test_a_student_that_cannot_be_sharded_is_refused(fit, opcd, tmp_path, monkeypatch, words, said):
     monkeypatch.setattr(Student, "load", None)  # it comes before
     root = ("--trainer.default_root_dir", tmp_path / "runs")
-    code, text = opcd(*fit, *root, *words, *ONE, "--trainer.strategy", "ModelParallelStrategy")
+    code, text = opcd(*fit, *root, *words, *ONE, "--trainer.strategy", "fsdp2")
     assert code == 2 and said in text, text
 
 
@@ -141,7 +149,14 @@ def test_all_that_a_run_does_beside_training(tiny, rows, context, tmp_path):
         *("fit", "--config", tmp_path / "overlay.yaml", *SHARDED, "--trainer.default_root_dir", tmp_path / "runs"),
         *("--model.student.name", tiny, "--data.context", context, "--data.train", rows, "--data.val", rows),
         *("--data.batch_size", 4, "--data.eval_batch_size", 2, "--trainer.num_sanity_val_steps", 1),
-        *("--model.rollout.sampling.max_new_tokens", 6, "--model.answer.max_new_tokens", 3, "--trainer.max_steps", 2),
+        *(
+            "--model.rollout.sampling.max_new_tokens",
+            6,
+            "--model.eval_sampling.max_new_tokens",
+            3,
+            "--trainer.max_steps",
+            2,
+        ),
         *("--model.teacher", "MovingAverageTeacher", "--model.teacher.decay", 0.5, "--trainer.precision", "bf16-mixed"),
         *("--model.optimizer", "SGD", "--model.optimizer.lr", 0.01, "--model.gradient_checkpointing", "true"),
     )
@@ -188,11 +203,11 @@ def taught(tiny, tiny_teacher, context, tmp_path):
         *("--data.train", write_rows(tmp_path / "rows.jsonl", rows), "--data.shuffle", "false"),
         *("--model.rollout", "RecordedRollout", "--model.teacher", "FrozenTeacher", "--model.micro_batch_tokens", 110),
         *("--model.teacher.model.name", tiny_teacher, "--model.teacher.model.dtype", "float32"),
-        *("--model.answer.max_new_tokens", 3, "--trainer.max_steps", 2, "--trainer.accelerator", "cpu"),
+        *("--model.eval_sampling.max_new_tokens", 3, "--trainer.max_steps", 2, "--trainer.accelerator", "cpu"),
     )
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("ModelParallelStrategy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_teacher_in_parts_teaches_what_it_teaches_whole(strategy, taught, opcd, tmp_path):
     whole, parts = (("--trainer.default_root_dir", tmp_path / name) for name in ("whole", "parts"))
     assert opcd(*taught, *whole, "--data.batch_size", 8, "--model.shared_prefix", "always")[0] == 0
@@ -219,7 +234,7 @@ def test_what_a_teacher_in_parts_cannot_do_is_refused(teacher, rollout, ranks, p
 
 def test_predictions_need_no_teacher_and_so_none_in_parts(tiny, rows, context, opcd, tmp_path):
     words = ("--model.student.name", tiny, "--data.predict", rows, "--trainer.default_root_dir", tmp_path / "runs")
-    quick = ("--trainer.accelerator", "cpu", "--model.answer.max_new_tokens", 2)
+    quick = ("--trainer.accelerator", "cpu", "--model.eval_sampling.max_new_tokens", 2)
     assert opcd("predict", *words, *quick, "--model.teacher.init_args.shard", "true")[0] == 0
     fit = ("fit", "--data.train", rows, "--data.context", context, *words[:2], *words[4:], "--trainer.max_steps", 1)
     code, text = opcd(*fit, "--model.teacher.init_args.shard", "true")

@@ -133,7 +133,14 @@ def test_patterns_of_an_adapter_take_no_endless_time(setting, name, right, tiny,
 def test_an_adapter_answers_but_is_not_trained_on(tiny, rows, context, tmp_path, opcd):
     folder = tmp_path / "adapter"
     Student.load(ModelConfig(tiny), adapter=Lora(rank=4)).save(folder)
-    words = ("--model.student.name", folder, "--trainer.default_root_dir", tmp_path, "--model.answer.max_new_tokens", 2)
+    words = (
+        "--model.student.name",
+        folder,
+        "--trainer.default_root_dir",
+        tmp_path,
+        "--model.eval_sampling.max_new_tokens",
+        2,
+    )
     code, output = opcd("fit", *words, "--data.train", rows, "--data.context", context, "--trainer.max_steps", 1)
     assert code == 2 and "is an adapter" in output
     code, output = opcd("predict", *words, "--data.predict", rows, "--data.context", context)
@@ -303,7 +310,7 @@ def lora_run(experts, rows, context, tmp_path, opcd):
     def run():
         return opcd(
             *("fit", "--config", "configs/lora.yaml", "--model.student.name", experts, "--data.train", rows),
-            *("--data.context", context, "--data.batch_size", 2, "--model.answer.max_new_tokens", 4),
+            *("--data.context", context, "--data.batch_size", 2, "--model.eval_sampling.max_new_tokens", 4),
             *("--model.rollout", "{class_path: StudentRollout, init_args: {sampling: {max_new_tokens: 4}}}"),
             *("--trainer.max_steps", 1, "--trainer.precision", "32-true", "--model.student.dtype", "float32"),
             *("--model.shared_prefix", "never"),  # recurrent layers share none, and auto warns

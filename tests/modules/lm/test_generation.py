@@ -128,7 +128,7 @@ def test_a_run_is_the_same_whatever_the_folder_says(opcd, tiny, rows, context, t
     for number, student in enumerate((tiny, says, uncached)):
         command = ["fit", "--model.student.name", student, "--data.train", rows, "--data.context", context]
         command += ["--trainer.max_steps", 1, "--trainer.precision", "32-true", "--data.batch_size", 2]
-        command += ["--model.rollout.init_args.sampling.max_new_tokens", 6, "--model.answer.max_new_tokens", 6]
+        command += ["--model.rollout.init_args.sampling.max_new_tokens", 6, "--model.eval_sampling.max_new_tokens", 6]
         command += ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", tmp_path / str(number)]
         code, printed = opcd(*command)
         assert code == 0, printed
@@ -203,7 +203,7 @@ def test_every_option_reaches_what_is_written(model, name):
     [
         (["--model.rollout.init_args.sampling.options", "{num_beams: 2}"], "num_beams is no option of sampling"),
         (["--model.rollout.init_args.sampling.temperature", ".inf"], "temperature must be 0"),
-        (["--model.answer.options", "{min_p: 5}"], "min_p"),
+        (["--model.eval_sampling.options", "{min_p: 5}"], "min_p"),
         (["--model.temperature", ".inf"], "model.temperature must be a finite number"),
         (["--trainer.devices", "-7"], "trainer.devices: -7: there is no such device"),
         (["--trainer.devices", "[0,-1]"], "there is no such device"),

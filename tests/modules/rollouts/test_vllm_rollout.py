@@ -82,9 +82,9 @@ def fit(tmp_path, data, rollout, tiny, steps=1, loss=None, **options):
 def test_the_gap_is_that_of_the_weights(tmp_path, data, tiny):
     sampling = Sampling(8)
     exact = fit(tmp_path, data, VLLMRollout(Plain(), sampling, dtype="float32"), tiny)
-    assert float(exact.callback_metrics["train/rollout_gap"]) < 1e-5
+    assert float(exact.callback_metrics["train/rollout_logprob_gap"]) < 1e-5
     other = fit(tmp_path, data, VLLMRollout(Plain(noise=0.05), sampling, dtype="float32"), tiny)
-    assert float(other.callback_metrics["train/rollout_gap"]) > 0.05
+    assert float(other.callback_metrics["train/rollout_logprob_gap"]) > 0.05
 
 
 def test_the_gap_of_responses_that_are_known(tiny, batch):
@@ -117,7 +117,7 @@ def test_what_follows_the_end_has_no_log_probability(batch):
 @pytest.mark.parametrize("limit", [0.9, 1e6])
 def test_importance_weighs_every_token(monkeypatch, tmp_path, data, tiny, tiny_teacher, limit):
     """The gradient of a whole step against the definition, in float64."""
-    rollout = VLLMRollout(Plain(noise=0.05), Sampling(6), dtype="float32", max_importance=limit)
+    rollout = VLLMRollout(Plain(noise=0.05), Sampling(6), dtype="float32", importance_clip=limit)
     seen = []
     monkeypatch.setattr(VLLMRollout, "generate", _keeping(VLLMRollout.generate, seen))
     teacher = FrozenTeacher(ModelConfig(name=tiny_teacher, dtype="float32"))
@@ -179,15 +179,15 @@ def test_settings_say_everything():
         (lambda: VLLMRollout(Plain(), Sampling(options={"typical_p": 0.5})), "vLLM has no typical_p; it has min_p"),
         (lambda: VLLMRollout(Plain(), dtype="int8"), "dtype must be"),
         (lambda: VLLMRollout(Plain(), every_n_steps=0), "every_n_steps must be at least 1"),
-        (lambda: VLLMRollout(Plain(), max_importance=0.0), "max_importance must be greater than 0"),
-        (lambda: VLLMRollout(Plain(), Sampling(temperature=0.6), max_importance=2.0), "set sampling.temperature to 1"),
+        (lambda: VLLMRollout(Plain(), importance_clip=0.0), "importance_clip must be greater than 0"),
+        (lambda: VLLMRollout(Plain(), Sampling(temperature=0.6), importance_clip=2.0), "set sampling.temperature to 1"),
         (
-            lambda: MixedRollout([VLLMRollout(Plain(), max_importance=2.0), RecordedRollout()], [0.5, 0.5]),
-            "max_importance has no effect inside it",
+            lambda: MixedRollout([VLLMRollout(Plain(), importance_clip=2.0), RecordedRollout()], [0.5, 0.5]),
+            "importance_clip has no effect inside it",
         ),
         (
             lambda: Distiller(loss=SampledReverseKL(), rollout=VLLMRollout(Plain(), every_n_steps=4)),
-            "stale rollouts needs VLLMRollout's max_importance",
+            "stale rollouts needs VLLMRollout's importance_clip",
         ),
     ],
 )
@@ -198,8 +198,8 @@ def test_what_is_refused(make, message):
 
 def test_a_rollout_within_another_is_looked_at_as_well(monkeypatch):
     monkeypatch.setattr("opcd.modules.rollouts.colocated_vllm.find_spec", lambda name: name)
-    writes = VLLMRollout(ColocatedVLLM(), max_importance=2.0)
-    assert GameRollout(writes).max_importance == 2.0
+    writes = VLLMRollout(ColocatedVLLM(), importance_clip=2.0)
+    assert GameRollout(writes).importance_clip == 2.0
     mixed = MixedRollout([VLLMRollout(ColocatedVLLM()), RecordedRollout()], [0.5, 0.5])
     for rollout in (writes, GameRollout(writes), mixed, GameRollout(mixed)):
         distiller = Distiller(rollout=rollout)
@@ -308,7 +308,7 @@ def words(folder, rows, context, *more):
 
 def gaps(folder):
     with (folder.parent / "version_0" / "metrics.csv").open() as stream:
-        return [float(step["train/rollout_gap"]) for step in csv.DictReader(stream)]
+        return [float(step["train/rollout_logprob_gap"]) for step in csv.DictReader(stream)]
 
 
 @pytest.fixture

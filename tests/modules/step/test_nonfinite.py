@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from opcd.modules.step.nonfinite import BadNumbers, BadSteps, keep_batch, what_is_bad
+from opcd.modules.step.nonfinite import BadSteps, OnNonfinite, keep_batch, what_is_bad
 from opcd.modules.trajectories import Trajectories
 from opcd.runtime.errors import StepAbandoned
 
@@ -21,8 +21,8 @@ def test_what_is_bad():
 
 def test_stop_and_skip(tmp_path):
     with pytest.raises(StepAbandoned, match=r"after 4 optimizer steps: p; the weights are unchanged"):
-        BadSteps(BadNumbers()).bad(4, "p", tmp_path)
-    steps = BadSteps(BadNumbers("skip", 2))
+        BadSteps(OnNonfinite()).bad(4, "p", tmp_path)
+    steps = BadSteps(OnNonfinite("skip", 2))
     with pytest.warns(UserWarning, match="The step is skipped"):
         for _ in range(2):
             steps.bad(4, "p", tmp_path)
@@ -36,7 +36,7 @@ def test_stop_and_skip(tmp_path):
 
 def test_an_option_without_effect():
     with pytest.raises(ValueError, match="no effect"):
-        BadNumbers("stop", 3)
+        OnNonfinite("stop", 3)
 
 
 def test_a_kept_batch_has_all_responses_of_a_game(tmp_path, batch):

@@ -68,14 +68,14 @@ def test_smaller_micro_batches_give_the_same_step(monkeypatch, tmp_path, tiny, r
         one.fit(distiller, datamodule=data)
         return torch.cat([value.flatten() for value in kept.found.values()]), distiller.micro_batch_tokens
 
-    whole, tokens = gradient(4096, halve_micro_batches=True)
+    whole, tokens = gradient(4096, shrink_on_oom=True)
     assert tokens == 4096
     with pytest.warns(UserWarning, match=r"out of memory \(.*\): model.micro_batch_tokens is \d+ from here on"):
-        parts, tokens = gradient(100, halve_micro_batches=True)
+        parts, tokens = gradient(100, shrink_on_oom=True)
     assert tokens <= 100
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="out of memory in a step's student"), pytest.warns(UserWarning):
-        gradient(1, halve_micro_batches=True)
+        gradient(1, shrink_on_oom=True)
 
 
 def test_other_errors_stay_as_they_are(monkeypatch, fit):

@@ -147,7 +147,7 @@ def test_a_step_is_logged_under_the_same_names_on_every_rank(batch):
     """Where one rank lacks a value, Lightning would average it with the next one."""
     trajectories = Trajectories.of(batch, [torch.tensor([4, 5, 2])] * len(batch), {2})
     known = {"divergence": torch.ones(3), "student_entropy": torch.ones(3)}
-    more = {"rollout_gap": torch.ones(2), "divergence/a": torch.ones(3)}
+    more = {"rollout_logprob_gap": torch.ones(2), "divergence/a": torch.ones(3)}
     clock = PhaseTimer(torch.device("cpu"))
     with clock("step"):
         ranks = [TokenMeans(), TokenMeans()]
@@ -156,7 +156,7 @@ def test_a_step_is_logged_under_the_same_names_on_every_rank(batch):
     logged = [list(step_metrics(trajectories, means, clock, torch.tensor(1.0))) for means in ranks]
     assert logged[0] == logged[1] and "train/student_entropy" in logged[0]
     uneven = Distiller(teacher=RoutedTeachers({"a": SelfTeacher()})).uneven
-    assert set(uneven) == {"divergence", "rollout_gap", "divergence/a"}
+    assert set(uneven) == {"divergence", "rollout_logprob_gap", "divergence/a"}
 
 
 @pytest.fixture

@@ -638,7 +638,7 @@ def words(server, tiny, rows, context, tmp_path):
         *("--trainer.precision", "32-true", "--model.rollout.init_args.sampling.max_new_tokens", "6"),
         *("--model.rollout.init_args.dtype", "float32", "--model.optimizer", "torch.optim.SGD"),
         *("--model.optimizer.init_args.lr", "0.1", "--data.train", str(rows), "--data.context", str(context)),
-        *("--model.answer.max_new_tokens", "2", "--data.batch_size", "4", "--trainer.max_steps", "3"),
+        *("--model.eval_sampling.max_new_tokens", "2", "--data.batch_size", "4", "--trainer.max_steps", "3"),
         # The sums of a GPU have no fixed order, and two runs there differ by more than this.
         *("--trainer.default_root_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"),
     ]
