@@ -18,7 +18,7 @@ import torch
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import ColocatedVLLM, FrozenTeacher, Sampling, StudentRollout, VLLMRollout
-from opcd.modules.lm.hidden_states import States, head_of, last_hidden
+from opcd.modules.lm.hidden_states import HiddenStates, head_of, last_hidden
 from opcd.modules.rollout_mismatch import RolloutMismatch
 from opcd.modules.rollouts.base import Rollout
 from opcd.modules.student import Student
@@ -77,7 +77,7 @@ def measured(rollout: Rollout, student: Student, batch: object, options: argpars
 def gap(student: Student, written: Trajectories, options: argparse.Namespace) -> str:
     """The mean over all tokens, where the rollout gives log-probabilities."""
     model = student.plain(getattr(torch, options.dtype)).model.eval()
-    states = States(last_hidden(model, written.student_prompts, written.responses), head_of(model))
+    states = HiddenStates(last_hidden(model, written.student_prompts, written.responses), head_of(model))
     drift = RolloutMismatch.of(states, written)
     return "0 (the same weights)" if drift is None else f"{float(drift.gap.mean()):.4f}"
 

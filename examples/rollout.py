@@ -5,6 +5,7 @@
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -42,9 +43,10 @@ class TeacherStart(Rollout):
         responses = teacher.generate(batch, self.start, student.eos_ids, student.pad_id)
         rows = [row for row, start in enumerate(responses) if int(start[-1]) not in student.eos_ids]
         if rows:
-            begun = batch.select(rows)
-            prompts = zip(begun.student_prompts, rows, strict=True)
-            begun.student_prompts = [torch.cat([prompt, responses[row]]) for prompt, row in prompts]
-            for row, rest in zip(rows, self.rollout.generate(student, teacher, begun).responses, strict=True):
+            pairs = zip(batch.select(rows).rows, rows, strict=True)
+            begun = [replace(row, student_prompt=torch.cat([row.student_prompt, responses[n]])) for row, n in pairs]
+            for row, rest in zip(
+                rows, self.rollout.generate(student, teacher, Batch(begun, batch.views)).responses, strict=True
+            ):
                 responses[row] = torch.cat([responses[row], rest])
         return Trajectories.of(batch, responses, student.eos_ids)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.drills.fits import STEPS, Child, Fits, Outcome
 from opcd.modules import Distiller, FrozenTeacher
-from opcd.modules.lm.hidden_states import States
+from opcd.modules.lm.hidden_states import HiddenStates
 from opcd.modules.objective import Objective
 
 PLACES = ("loss", "teacher", "gradients")
@@ -65,7 +65,7 @@ def _spoil(place: str, first: int, last: int, value: float) -> None:
         begun += 1
         training_step(self, *args)
 
-    def loss(self: Objective, student: States, teacher: States, *args: Any) -> dict[str, torch.Tensor]:
+    def loss(self: Objective, student: HiddenStates, teacher: HiddenStates, *args: Any) -> dict[str, torch.Tensor]:
         if spoilt() and place == "teacher":
             teacher.hidden[0, 0] = value
         values = measure(self, student, teacher, *args)

@@ -15,7 +15,7 @@ from opcd.data import ContextQueryDataModule
 from opcd.export.merge import write_merged
 from opcd.models import architecture
 from opcd.models.model_card import Facts, model_card
-from opcd.modules import Distiller, FrozenTeacher, Student, Teacher
+from opcd.modules import Distiller, Student, Teacher
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import require_own, whole_folder
 
@@ -159,6 +159,7 @@ def _label(name: str | None, teacher: Teacher) -> str:
 
 
 def _model(teacher: Teacher, base: str) -> str | None:
-    if not isinstance(teacher, FrozenTeacher):
-        return None
-    return teacher.config.name if teacher.config else base
+    """The name of the model that taught; None where it is no other than the student at some time."""
+    if teacher.reader is not None:
+        return teacher.reader.name
+    return base if teacher.frozen and teacher.stands_alone else None

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 import shtab
 
 from opcd.cli import COMMANDS, TRAINER
+from opcd.config.config_errors import concrete
 from opcd.config.parsing import Parser
-from opcd.config.plain_errors import concrete
 
 DESCRIBED = ("opcd.", "lightning.", "torch.optim.")
 """Base classes whose subclasses are listed; those of torch.nn.Module would take two minutes."""

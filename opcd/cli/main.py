@@ -13,8 +13,8 @@ from pathlib import Path
 from jsonargparse import ArgumentError
 
 from opcd.cli import COMMANDS, TRAINER, WITHOUT_TORCH
+from opcd.config.config_errors import in_plain_words
 from opcd.config.parsing import allow_imports
-from opcd.config.plain_errors import in_plain_words
 from opcd.config.precheck import RECIPES, UNKNOWN, checked, unknown_words
 from opcd.config.signatures import inner_keys, options
 from opcd.runtime.did_you_mean import near, or_all

@@ -13,72 +13,107 @@ from opcd.data.views import Views
 
 
 @dataclass
-class Batch:
-    """Examples and their token ids, unpadded. All lists have one entry an example.
+class Row:
+    """One example, and both views of it as token ids.
 
     Attributes:
-        examples: the rows as they were read.
-        contexts: the context that the teacher sees; None for a row to predict that has none.
-        student_prompts: [P] int64 each: the query.
-        teacher_prompts: [Q] int64 each: the same with the context, where there is one.
-        teacher_prefixes: [P] int64 each: what the teacher prompts of its context have in common at their beginning.
-        responses: [R] int64 each: the recorded response with its end-of-sequence token; None where there is none.
+        example: as it was read.
+        context: what the teacher sees; None for a row to predict that has none.
+        student_prompt: [P] int64: the query.
+        teacher_prompt: [Q] int64: the same with the context, where there is one.
+        teacher_prefix: [P] int64: what the teacher prompts of its context have in common at their beginning.
+        response: [R] int64: the recorded response with its end-of-sequence token; None where there is none.
+    """
+
+    example: Example
+    context: str | None
+    student_prompt: Tensor
+    teacher_prompt: Tensor
+    teacher_prefix: Tensor
+    response: Tensor | None
+
+    @classmethod
+    def encoded(cls, example: Example, context: str | None, views: Views) -> Row:
+        """Both views of an example. UserError where a query does not fit the chat template."""
+        own = torch.tensor(views.student_prompt(example))
+        given = None if example.response is None else torch.tensor(views.response_ids(example.response))
+        if context is None:
+            return cls(example, None, own, own, torch.tensor([]).long(), given)
+        taught = torch.tensor(views.teacher_prompt(example, context))
+        return cls(example, context, own, taught, torch.tensor(views.teacher_prefix(context)).long(), given)
+
+    def to(self, device: torch.device | str) -> Row:
+        """A copy whose tensors are on `device`."""
+        return replace(
+            self,
+            student_prompt=self.student_prompt.to(device),
+            teacher_prompt=self.teacher_prompt.to(device),
+            teacher_prefix=self.teacher_prefix.to(device),
+            response=None if self.response is None else self.response.to(device),
+        )
+
+
+@dataclass
+class Batch:
+    """Rows, unpadded.
+
+    Attributes:
+        rows: of the batch.
         views: what encoded them, by the names of their teachers (`Example.teacher`).
     """
 
-    examples: list[Example]
-    contexts: list[str | None]
-    student_prompts: list[Tensor]
-    teacher_prompts: list[Tensor]
-    teacher_prefixes: list[Tensor]
-    responses: list[Tensor | None]
+    rows: list[Row]
     views: Mapping[str | None, Views]
 
     @classmethod
     def encoded(
-        cls, examples: Sequence[Example], contexts: list[str | None], views: Mapping[str | None, Views]
+        cls, examples: Sequence[Example], contexts: Sequence[str | None], views: Mapping[str | None, Views]
     ) -> Batch:
         """Both views of each example, with its context. UserError where a query does not fit the chat template."""
-        rows = [(example, context, views[example.teacher]) for example, context in zip(examples, contexts, strict=True)]
-        return cls(
-            examples=list(examples),
-            contexts=contexts,
-            student_prompts=[torch.tensor(own.student_prompt(e)) for e, _, own in rows],
-            teacher_prompts=[
-                torch.tensor(own.student_prompt(e) if c is None else own.teacher_prompt(e, c)) for e, c, own in rows
-            ],
-            teacher_prefixes=[torch.tensor([] if c is None else own.teacher_prefix(c)).long() for _, c, own in rows],
-            responses=[
-                None if e.response is None else torch.tensor(own.response_ids(e.response)) for e, _, own in rows
-            ],
-            views=views,
-        )
+        pairs = zip(examples, contexts, strict=True)
+        return cls([Row.encoded(example, context, views[example.teacher]) for example, context in pairs], views)
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.rows)
+
+    @property
+    def examples(self) -> list[Example]:
+        """Of each row."""
+        return [row.example for row in self.rows]
+
+    @property
+    def contexts(self) -> list[str | None]:
+        """Of each row."""
+        return [row.context for row in self.rows]
+
+    @property
+    def student_prompts(self) -> list[Tensor]:
+        """Of each row, [P]."""
+        return [row.student_prompt for row in self.rows]
+
+    @property
+    def teacher_prompts(self) -> list[Tensor]:
+        """Of each row, [Q]."""
+        return [row.teacher_prompt for row in self.rows]
+
+    @property
+    def teacher_prefixes(self) -> list[Tensor]:
+        """Of each row, [P]."""
+        return [row.teacher_prefix for row in self.rows]
+
+    @property
+    def responses(self) -> list[Tensor | None]:
+        """Of each row, [R]."""
+        return [row.response for row in self.rows]
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy whose tensors are on `device`. Lightning calls this."""
-        return replace(
-            self,
-            student_prompts=[prompt.to(device) for prompt in self.student_prompts],
-            teacher_prompts=[prompt.to(device) for prompt in self.teacher_prompts],
-            teacher_prefixes=[prefix.to(device) for prefix in self.teacher_prefixes],
-            responses=[None if response is None else response.to(device) for response in self.responses],
-        )
+        return Batch([row.to(device) for row in self.rows], self.views)
 
     def asking(self, examples: Sequence[Example]) -> Batch:
         """Other examples in the place of these, under their contexts and on their device."""
-        return Batch.encoded(examples, self.contexts, self.views).to(self.student_prompts[0].device)
+        return Batch.encoded(examples, self.contexts, self.views).to(self.rows[0].student_prompt.device)
 
-    def select(self, indices: list[int]) -> Batch:
-        """The batch of some of its examples, in the order of `indices`."""
-        return Batch(
-            examples=[self.examples[i] for i in indices],
-            contexts=[self.contexts[i] for i in indices],
-            student_prompts=[self.student_prompts[i] for i in indices],
-            teacher_prompts=[self.teacher_prompts[i] for i in indices],
-            teacher_prefixes=[self.teacher_prefixes[i] for i in indices],
-            responses=[self.responses[i] for i in indices],
-            views=self.views,
-        )
+    def select(self, indices: Sequence[int]) -> Batch:
+        """The batch of some of its rows, in the order of `indices`."""
+        return Batch([self.rows[i] for i in indices], self.views)

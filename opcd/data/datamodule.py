@@ -1,8 +1,9 @@
 """The data of a run: examples from files, two views of each, batches."""
 
+import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from opcd.data.batch import Batch
+from opcd.data.batch import Batch, Row
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
 from opcd.data.example import Example, OnBadRow, rows_hash
 from opcd.data.length_limits import LengthBudgets, OverlongContext, OverlongQuery
@@ -56,7 +57,7 @@ class ContextQueryDataModule(LightningDataModule):
         on_bad_row: raise an error for the first malformed row, or skip all such rows and warn of their number.
         shuffle: a new order of the training rows in each epoch, which depends on the seed and the epoch only.
         seed: seed of that order and of the drawn contexts.
-        num_workers: processes that load rows. Rows are in memory and tokenized in the main process: 0 is rarely slower.
+        num_workers: processes that tokenize rows ahead of the step; 0: the main process, before each step.
         student: linked from model.student by the command line.
         teacher: linked from the teacher's model by the command line; of several teachers (`RoutedTeachers.models`),
             from which the rows choose by name. Default: as student.
@@ -229,10 +230,9 @@ class ContextQueryDataModule(LightningDataModule):
         """Batches of rows to answer."""
         return self._loader("predict", self.eval_batch_size)
 
-    def on_before_batch_transfer(self, batch: list[Example], dataloader_idx: int) -> Batch:
-        """Encode what a loader gave. In the main process: workers have no part in what is drawn."""
-        epoch = self.trainer.current_epoch if self.trainer is not None and self.trainer.training else 0
-        return self.encode(batch, epoch)
+    def on_before_batch_transfer(self, batch: list[Row], dataloader_idx: int) -> Batch:
+        """Make a batch of what a loader gave; tokenizers do not travel from its workers."""
+        return Batch(batch, self._views)
 
     def encode(self, examples: list[Example], epoch: int = 0) -> Batch:
         """Both views of each example, with the contexts of an epoch."""
@@ -311,19 +311,42 @@ class ContextQueryDataModule(LightningDataModule):
         return Views(student, teacher, self.placement, self.template, *kwargs, keys=(STUDENT, key, "data."))
 
     def _loader(self, split: str, batch_size: int, sampler: ResumableSampler | None = None) -> DataLoader[Example]:
+        """Batches of a split, encoded where they are collated: in the workers, if there are any."""
         return DataLoader(
             cast("Dataset[Example]", self.examples(split)),
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=as_list,
+            collate_fn=Collate(self._context_source(), self._views, sampler),
+            worker_init_fn=one_thread,
             generator=torch.Generator(),  # each new iterator draws a seed, and must not from training's generator
         )
 
 
-def as_list(examples: list[Example]) -> list[Example]:
-    """Collate nothing: rows of different lengths become tensors one by one."""
-    return examples
+@dataclass
+class Collate:
+    """Encodes the rows of a batch: what is drawn depends on seed, epoch and row alone, whichever process does it.
+
+    Attributes:
+        contexts: gives each row its context.
+        views: encode rows, by the names of their teachers.
+        sampler: knows the epoch; None: the first.
+    """
+
+    contexts: ContextSource
+    views: Mapping[str | None, Views]
+    sampler: ResumableSampler | None
+
+    def __call__(self, examples: list[Example]) -> list[Row]:
+        """Both views of each example."""
+        epoch = 0 if self.sampler is None else self.sampler.epoch
+        contexts = (self.contexts.context_for(example, epoch) for example in examples)
+        return Batch.encoded(examples, list(contexts), self.views).rows
+
+
+def one_thread(worker: int) -> None:
+    """Keep the tokenizers of a worker from threads of their own, which they warn of after a fork."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _refuse_overlaps(sources: dict[str, str | ExampleSource | None]) -> None:

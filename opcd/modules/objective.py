@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opcd.losses import Loss, chunked, clip_nats, top1_agreement
 from opcd.losses import log_probs as measure
-from opcd.modules.lm.hidden_states import Routed, States, Target
+from opcd.modules.lm.hidden_states import HiddenStates, Routed, TeacherOutput
 from opcd.modules.rollout_mismatch import RolloutMismatch
 from opcd.modules.trajectories import Trajectories
 
@@ -31,7 +31,7 @@ class Objective:
     importance_clip: float | None = None
 
     def __call__(
-        self, student: States, teacher: Target, trajectories: Trajectories, weights: Tensor | None = None
+        self, student: HiddenStates, teacher: TeacherOutput, trajectories: Trajectories, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Nats of every response token (`divergence`), with gradient, and statistics without: each [N].
 
@@ -49,12 +49,12 @@ class Objective:
         return values | gap | {"loss": (values["divergence"] * weights).sum()}
 
     def _values(
-        self, student: States, teacher: Target, trajectories: Trajectories, weights: Tensor | None
+        self, student: HiddenStates, teacher: TeacherOutput, trajectories: Trajectories, weights: Tensor | None
     ) -> dict[str, Tensor]:
         if isinstance(teacher, Routed):
             return self._routed(student, teacher, trajectories, weights)
         known = {"weights": weights, "temperature": self.temperature}
-        if isinstance(teacher, States):
+        if isinstance(teacher, HiddenStates):
             sides = (student.hidden, student.head, teacher.hidden, teacher.head)
             tokens = torch.cat(trajectories.responses).to(student.hidden.device)
             return _named(self._terms, lambda terms: chunked(terms, *sides, (tokens,), **known))  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ class Objective:
         return _named(self._recorded_terms, lambda terms: chunked(terms, *side, per_token=rows, **known))  # type: ignore[arg-type]
 
     def _routed(
-        self, student: States, teacher: Routed, trajectories: Trajectories, weights: Tensor | None
+        self, student: HiddenStates, teacher: Routed, trajectories: Trajectories, weights: Tensor | None
     ) -> dict[str, Tensor]:
         """Each row's tokens against its own teacher, put back into the order of the rows."""
         by_row = torch.arange(len(student.hidden), device=student.hidden.device).split(trajectories.lengths.tolist())
@@ -70,7 +70,7 @@ class Objective:
         for name, (rows, target) in teacher.parts.items():
             tokens = torch.cat([by_row[row] for row in rows])
             share = None if weights is None else weights[tokens]
-            own = States(student.hidden[tokens], student.head)
+            own = HiddenStates(student.hidden[tokens], student.head)
             found[name] = self._values(own, target, trajectories.select(rows), share)
             places.append(tokens)
         order, parts = torch.cat(places).argsort(), list(found.values())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opcd.losses import chunked
-from opcd.modules.lm.hidden_states import States
+from opcd.modules.lm.hidden_states import HiddenStates
 from opcd.modules.trajectories import Trajectories
 
 
@@ -25,7 +25,7 @@ class RolloutMismatch:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, student: States, trajectories: Trajectories) -> "RolloutMismatch | None":
+    def of(cls, student: HiddenStates, trajectories: Trajectories) -> "RolloutMismatch | None":
         """None where no rollout gave log-probabilities: nothing is computed then."""
         if all(log_probs is None for log_probs in trajectories.log_probs):
             return None

@@ -17,7 +17,7 @@ from opcd.modules.distributed.sharding import blank_copy, fill, shard
 from opcd.modules.lm.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
 from opcd.modules.lm.decoding import Told
 from opcd.modules.lm.generation import EncodedPrefix, Sampling, generate
-from opcd.modules.lm.hidden_states import States, check_head, head_of
+from opcd.modules.lm.hidden_states import HiddenStates, check_head, head_of
 from opcd.modules.prefix.prefix_cache import Mode
 from opcd.modules.prefix.student_prefix import StudentPrefix
 from opcd.modules.trajectories import Trajectories
@@ -134,10 +134,10 @@ class Student(nn.Module):
         """Last hidden states that predict the responses, [N, H]; sharded weights are gathered around this call."""
         return self._rows.last_hidden(self.model, trajectories.student_prompts, trajectories.responses)
 
-    def score(self, trajectories: Trajectories) -> States:
-        """States of p_S(. | x, y<t) for all response tokens, with gradient."""
+    def score(self, trajectories: Trajectories) -> HiddenStates:
+        """HiddenStates of p_S(. | x, y<t) for all response tokens, with gradient."""
         with _without_kept_casts(self.model):
-            return States(self(trajectories), head_of(self.model))
+            return HiddenStates(self(trajectories), head_of(self.model))
 
     def answer(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,29 +19,45 @@ PASS = 256
 
 
 @dataclass
-class Trajectories:
-    """B responses, and the prompts that they follow.
+class Trajectory:
+    """A response, and the prompts that it follows.
 
     Attributes:
-        student_prompts: B tensors [P] of token ids: the query without the context.
-        teacher_prompts: B tensors [Q] of token ids: the query with the context.
-        teacher_prefixes: B tensors [P] of token ids that the teacher prompts of one context have in common at their
-            beginning (`Views.teacher_prefix`).
-        responses: B tensors [R], R >= 1, of token ids. Each ends with its first end-of-sequence token or at the
-            length limit, so every token of it counts.
-        ended: whether each response ended by itself, [B].
-        log_probs: B tensors [R]: log p(y) in nats of each token under the policy that wrote it, at temperature 1; None
-            where that is not known.
-        teachers: names of the teachers that score them, [B]; None where there is only one.
+        student_prompt: [P] token ids: the query without the context.
+        teacher_prompt: [Q] token ids: the query with the context.
+        teacher_prefix: [P] token ids that the teacher prompts of one context have in common at their beginning
+            (`Views.teacher_prefix`).
+        response: [R] token ids, R >= 1. It ends with its first end-of-sequence token or at the length limit, so every
+            token of it counts.
+        ended: whether it ended by itself.
+        log_probs: [R]: log p(y) in nats of each token under the policy that wrote it, at temperature 1; None where that
+            is not known.
+        teacher: the name of the teacher that scores it; None where there is only one.
     """
 
-    student_prompts: list[Tensor]
-    teacher_prompts: list[Tensor]
-    teacher_prefixes: list[Tensor]
-    responses: list[Tensor]
-    ended: list[bool]
-    log_probs: list[Tensor | None]
-    teachers: list[str | None]
+    student_prompt: Tensor
+    teacher_prompt: Tensor
+    teacher_prefix: Tensor
+    response: Tensor
+    ended: bool = False
+    log_probs: Tensor | None = None
+    teacher: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of the student's prompt and the response."""
+        return len(self.student_prompt) + len(self.response)
+
+
+@dataclass
+class Trajectories:
+    """The responses of a step, or of a micro-batch of it.
+
+    Attributes:
+        rows: B of them.
+    """
+
+    rows: list[Trajectory]
 
     @classmethod
     def of(
@@ -58,28 +74,58 @@ class Trajectories:
         Raises:
             UserError: a response has no token at all, so that there is nothing to compare.
         """
-        for example, response in zip(batch.examples, responses, strict=True):
+        rows = []
+        for row, response, scores in zip(batch.rows, responses, log_probs or [None] * len(responses), strict=True):
             if not len(response):
-                raise UserError(f"{example.source}: the rollout wrote no token, not even an end-of-sequence token")
-        cut = [first_sequence(response, eos_ids) for response in responses]
-        ended = [int(response[-1]) in eos_ids for response in cut]
-        given = log_probs or [None] * len(cut)
-        kept = [each if each is None else each[: len(y)] for each, y in zip(given, cut, strict=True)]
-        teachers = [example.teacher for example in batch.examples]
-        prompts = (batch.student_prompts, batch.teacher_prompts, batch.teacher_prefixes)
-        devices = [prompt.device for prompt in batch.student_prompts]
-        there = [response.to(device) for response, device in zip(cut, devices, strict=True)]
-        scores = [each if each is None else each.to(device) for each, device in zip(kept, devices, strict=True)]
-        return cls(*prompts, there, ended, scores, teachers)
+                raise UserError(f"{row.example.source}: the rollout wrote no token, not even an end-of-sequence token")
+            device, cut = row.student_prompt.device, first_sequence(response, eos_ids)
+            prompts = (row.student_prompt, row.teacher_prompt, row.teacher_prefix)
+            known = None if scores is None else scores[: len(cut)].to(device)
+            rows.append(Trajectory(*prompts, cut.to(device), int(cut[-1]) in eos_ids, known, row.example.teacher))
+        return cls(rows)
 
     @classmethod
     def joined(cls, parts: list[Trajectories]) -> Trajectories:
         """The rows of all parts, one part after the other."""
-        names = [field.name for field in fields(cls)]
-        return cls(*([row for part in parts for row in getattr(part, name)] for name in names))
+        return cls([row for part in parts for row in part.rows])
 
     def __len__(self) -> int:
-        return len(self.responses)
+        return len(self.rows)
+
+    @property
+    def student_prompts(self) -> list[Tensor]:
+        """Of each row, [P]."""
+        return [row.student_prompt for row in self.rows]
+
+    @property
+    def teacher_prompts(self) -> list[Tensor]:
+        """Of each row, [Q]."""
+        return [row.teacher_prompt for row in self.rows]
+
+    @property
+    def teacher_prefixes(self) -> list[Tensor]:
+        """Of each row, [P]."""
+        return [row.teacher_prefix for row in self.rows]
+
+    @property
+    def responses(self) -> list[Tensor]:
+        """Of each row, [R]."""
+        return [row.response for row in self.rows]
+
+    @property
+    def ended(self) -> list[bool]:
+        """Of each row."""
+        return [row.ended for row in self.rows]
+
+    @property
+    def log_probs(self) -> list[Tensor | None]:
+        """Of each row, [R]."""
+        return [row.log_probs for row in self.rows]
+
+    @property
+    def teachers(self) -> list[str | None]:
+        """Of each row."""
+        return [row.teacher for row in self.rows]
 
     @property
     def lengths(self) -> Tensor:
@@ -89,25 +135,23 @@ class Trajectories:
     @property
     def longest(self) -> int:
         """Tokens of the longest student row."""
-        return max(len(p) + len(r) for p, r in zip(self.student_prompts, self.responses, strict=True))
+        return max(row.tokens for row in self.rows)
 
     @property
     def empty(self) -> int:
         """How many responses are an end-of-sequence token and nothing else."""
-        return sum(len(response) == 1 and over for response, over in zip(self.responses, self.ended, strict=True))
+        return sum(len(row.response) == 1 and row.ended for row in self.rows)
 
     def select(self, rows: list[int]) -> Trajectories:
         """The trajectories at `rows`, in that order."""
-        columns = [getattr(self, field.name) for field in fields(self)]
-        return Trajectories(*([column[row] for row in rows] for column in columns))
+        return Trajectories([self.rows[row] for row in rows])
 
     def micro_batches(self, max_tokens: int) -> list[list[int]]:
         """Rows of each micro-batch: neighbours in length, so that little is padding, and at most `max_tokens`.
 
         Counted is rows x longest student row; a single row that is longer than that is a micro-batch of its own.
         """
-        sizes = [len(p) + len(r) for p, r in zip(self.student_prompts, self.responses, strict=True)]
-        return length_groups(sizes, max_tokens)
+        return length_groups([row.tokens for row in self.rows], max_tokens)
 
 
 def first_sequence(response: Tensor, eos_ids: set[int]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -20,7 +20,7 @@ from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.data.readers import STAGES
 from opcd.losses import Loss
 from opcd.models import base_of, context_window, own_quantization, resolve
-from opcd.modules.distributed.fsdp_strategy import SHARDED, FSDP2Strategy, check_strategy
+from opcd.modules.distributed.fsdp_strategy import SHARDED, FSDP2Strategy, check_configured, check_strategy
 from opcd.modules.lm.adapters import second_adapter
 from opcd.modules.rollouts.base import Rollout
 from opcd.modules.teachers.base import Reader, Teacher
@@ -62,6 +62,33 @@ class Run:
         sharded = isinstance(strategy, FSDP2Strategy) and stage == "fit"
         rows = data if isinstance(data, ContextQueryDataModule) else None
         return cls(distiller, rows, stage, trainer.world_size, sharded, str(trainer.precision), strategy)
+
+    @classmethod
+    def configured(cls, distiller: Distiller, trainer: Any, data: ContextQueryDataModule | None) -> Run:
+        """That of a trainer's config, whose devices may be elsewhere."""
+        ranks, sharded = configured_ranks(trainer)
+        return cls(distiller, data, "fit", ranks, sharded, str(trainer.precision))
+
+
+def on_gpu(trainer: Any) -> bool:
+    """Whether a trainer's config asks for a GPU; auto takes one where there is one. UserError for neither."""
+    name = str(trainer.accelerator)
+    if name not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"trainer.accelerator: {name} is not known here; use cpu or gpu")
+    return name in ("gpu", "cuda") or (name == "auto" and torch.cuda.is_available())
+
+
+def configured_ranks(trainer: Any) -> tuple[int, bool]:
+    """The number of ranks of a trainer's config, and whether the student is sharded over them."""
+    devices, strategy = trainer.devices, trainer.strategy
+    check_configured(strategy)
+    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2].lower()
+    sharded = name in (SHARDED, FSDP2Strategy.__name__.lower())
+    if not sharded and name not in ("auto", "singledevicestrategy") and not name.startswith("ddp"):
+        raise UserError(f"trainer.strategy: {name} is not known here; use ddp, or {SHARDED}")
+    if str(devices) in ("auto", "-1"):
+        devices = max(1, torch.cuda.device_count()) if on_gpu(trainer) else 1
+    return (len(devices) if isinstance(devices, list) else int(devices)) * int(trainer.num_nodes), sharded
 
 
 def validate(run: Run) -> None:

@@ -11,8 +11,7 @@ from opcd.accel.precision import fast_dtype
 from opcd.data.contexts import read_contexts
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Lora, ModelTeacher, Student
-from opcd.modules.distributed.fsdp_strategy import SHARDED, FSDP2Strategy, check_configured
-from opcd.modules.validation import Run, validate
+from opcd.modules.validation import Run, configured_ranks, on_gpu, validate
 from opcd.planning.model_shapes import Model, build, kept_by_autograd, measured
 from opcd.planning.sizes import Setting
 from opcd.runtime.errors import UserError
@@ -42,7 +41,7 @@ def read_setting(trainer: Any, made: Any, query: int | None, context: int | None
     """
     model: Distiller = made.model
     lengths = _lengths(made, query, context)
-    gpu, (ranks, sharded) = _on_gpu(trainer), _ranks(trainer)
+    gpu, (ranks, sharded) = on_gpu(trainer), configured_ranks(trainer)
     fast = torch.bfloat16 if gpu else fast_dtype("cpu")
     autocast, forced = _precision(trainer.precision, fast)
     frozen = forced or _dtype(model.student_config, fast)
@@ -104,27 +103,6 @@ def _lengths(made: Any, query: int | None, context: int | None) -> dict[str, int
         "response": response,
         "contexts": len(own) + (len(read_contexts(data.context)) if data.context else 0),
     }
-
-
-def _on_gpu(trainer: Any) -> bool:
-    """Whether the accelerator is a GPU; auto takes one where there is one. UserError for neither GPU nor CPU."""
-    name = str(trainer.accelerator)
-    if name not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(f"trainer.accelerator: there is no plan for {name}; use cpu or gpu")
-    return name in ("gpu", "cuda") or (name == "auto" and torch.cuda.is_available())
-
-
-def _ranks(trainer: Any) -> tuple[int, bool]:
-    """The number of ranks, and whether the student is sharded over them."""
-    devices, strategy = trainer.devices, trainer.strategy
-    check_configured(strategy)
-    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2].lower()
-    sharded = name in (SHARDED, FSDP2Strategy.__name__.lower())
-    if not sharded and name not in ("auto", "singledevicestrategy") and not name.startswith("ddp"):
-        raise UserError(f"trainer.strategy: there is no plan for {name}; use ddp, or {SHARDED}")
-    if str(devices) in ("auto", "-1"):
-        devices = max(1, torch.cuda.device_count()) if _on_gpu(trainer) else 1
-    return (len(devices) if isinstance(devices, list) else int(devices)) * int(trainer.num_nodes), sharded
 
 
 def _precision(configured: Any, fast: torch.dtype) -> tuple[torch.dtype | None, torch.dtype | None]:

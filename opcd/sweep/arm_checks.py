@@ -70,7 +70,7 @@ class ConfigChecker:
         try:
             objects = self.parser.instantiate(config)
             data = self._rows(objects.data, config)
-            validate(Run.of(objects.model, objects.trainer, data, "fit"))
+            validate(Run.configured(objects.model, config.trainer, data))
         except (ValueError, UserError, MisconfigurationException) as error:
             raise UserError(f"{where}: {error}") from error
         return plain_config(self.parser, config)

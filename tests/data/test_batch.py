@@ -3,18 +3,13 @@
 import torch
 
 from opcd.data import Batch
+from opcd.data.batch import Row
 
 
 def make(example):
-    return Batch(
-        examples=[example("a"), example("b", index=1)],
-        contexts=["c", "d"],
-        student_prompts=[torch.tensor([1]), torch.tensor([2, 3])],
-        teacher_prompts=[torch.tensor([4, 1]), torch.tensor([5, 2, 3])],
-        teacher_prefixes=[torch.tensor([4]), torch.tensor([5])],
-        responses=[None, torch.tensor([6])],
-        views=None,
-    )
+    first = Row(example("a"), "c", *map(torch.tensor, ([1], [4, 1], [4])), None)
+    second = Row(example("b", index=1), "d", *map(torch.tensor, ([2, 3], [5, 2, 3], [5], [6])))
+    return Batch([first, second], views={})
 
 
 def test_select(example):

@@ -116,7 +116,24 @@ def test_dapo_shape(files, write_rows):
 
 
 def batches(data, loader):
-    return [[example.index for example in rows] for rows in loader]
+    return [[row.example.index for row in rows] for rows in loader]
+
+
+def test_workers_encode_what_the_main_process_would(files):
+    """With the contexts of the epoch, drawn from a list: a row is tokenized where it is collated."""
+
+    def epochs(workers):
+        data = module(batch_size=4, num_workers=workers, context="contexts.json")
+        loader = data.train_dataloader()
+        found = []
+        for epoch in range(2):
+            loader.sampler.set_epoch(epoch)
+            found.append([(row.context, row.teacher_prompt.tolist()) for rows in loader for row in rows])
+        return found
+
+    first, second = epochs(0)
+    assert {context for context, _ in first} != {None} and first != second
+    assert epochs(2) == [first, second]
 
 
 def test_order(files):

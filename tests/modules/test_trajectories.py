@@ -1,6 +1,5 @@
 """End of sequence, micro-batches, and the weights of the reductions."""
 
-from dataclasses import fields
 from itertools import pairwise, product
 
 import pytest
@@ -34,8 +33,7 @@ def test_all_tensors_are_on_the_prompts_device(batch):
     responses = [torch.tensor([7, 8, 2, 9])] * 8
     log_probs = [torch.tensor([-1.0, -2.0, -0.5, -3.0]), *[None] * 7]
     trajectories = Trajectories.of(batch.to("meta"), responses, {2}, log_probs)
-    columns = [getattr(trajectories, field.name) for field in fields(trajectories)]
-    tensors = [value for column in columns for value in column if isinstance(value, torch.Tensor)]
+    tensors = [value for row in trajectories.rows for value in vars(row).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 4 * 8 + 1
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert trajectories.ended == [True] * 8

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from opcd.accel.base import Accelerator, Pair
 from opcd.accel.cpu import attention
 from opcd.accel.cpu.backward_memory import less_memory_in_backward
-from opcd.accel.cpu.heap import KEPT, LARGE, give_back, keep_freed_blocks, large_blocks_kept, let_go
+from opcd.accel.cpu.heap import KEPT, LARGE, drop_file_pages, keep_freed_blocks, large_blocks_kept, trim_heap
 from opcd.accel.cpu.onednn_linear import packed_linears
 from opcd.accel.cpu.prefix_attention import attends_by_rows, attention_by_rows
 
@@ -70,14 +70,14 @@ class CPUAccelerator(Accelerator):
         with large_blocks_kept() if name == "loss" and not recompute else nullcontext():
             yield
         if name in IDLE_AFTER and sum(weight.nbytes for weight in idle) >= (0 if recompute else LARGE):
-            let_go(idle)
+            drop_file_pages(idle)
         if name in TRIMMED:
-            give_back(beyond=0 if recompute else KEPT)
+            trim_heap(beyond=0 if recompute else KEPT)
 
     def trim(self) -> None:
         """Return the heap's free pages."""
-        give_back()
+        trim_heap()
 
     def forget_pages(self, tensors: list[Tensor]) -> None:
-        """See `heap.let_go`."""
-        let_go(tensors)
+        """See `heap.drop_file_pages`."""
+        drop_file_pages(tensors)

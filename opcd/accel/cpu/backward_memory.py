@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opcd.accel.cpu.heap import give_back
+from opcd.accel.cpu.heap import trim_heap
 
 LAYERS = 8
 """The heap gives back its free pages every so many layers; to map them anew takes time (docs/log.md)."""
@@ -29,7 +29,7 @@ def less_memory_in_backward(model: PreTrainedModel) -> None:
 def _give_back_in_backward(module: nn.Module, arguments: Any, output: Any) -> None:
     states = output[0] if isinstance(output, tuple) else output
     if _learns_on_cpu(states):
-        states.register_hook(lambda gradient: give_back())
+        states.register_hook(lambda gradient: trim_heap())
 
 
 def _added_by_rows(embedding: nn.Module, arguments: tuple[Tensor], states: Tensor) -> Tensor | None:
@@ -56,7 +56,7 @@ def _learns_rows(module: nn.Module) -> TypeGuard[nn.Embedding]:
 
 
 def _add_rows(embedding: nn.Embedding, ids: Tensor, gradient: Tensor) -> None:
-    give_back()
+    trim_heap()
     weight = embedding.weight
     if weight.grad is None:  # no head has been there before
         weight.grad = torch.zeros_like(weight)

@@ -61,7 +61,7 @@ def large_blocks_kept() -> Iterator[None]:
             ctypes.CDLL(None).mallopt(M_MMAP_MAX, MAPPINGS)
 
 
-def give_back(beyond: int = 0) -> None:
+def trim_heap(beyond: int = 0) -> None:
     """Return the heap's free pages to the kernel where there are more than `beyond` bytes of them.
 
     Blocks of many sizes fragment the heap: without this it grows by as much as a gigabyte a step (docs/log.md).
@@ -83,7 +83,7 @@ def _free_bytes() -> int:
     return int(heap().fordblks) if known else 2**62  # unknown: taken for many
 
 
-def let_go(tensors: Iterable[Tensor]) -> None:
+def drop_file_pages(tensors: Iterable[Tensor]) -> None:
     """Take the pages of the file that tensors are mapped from out of this process; the next read maps them anew.
 
     The kernel still has them in its cache, and may give that memory to others. A mapping that was written to stays, as

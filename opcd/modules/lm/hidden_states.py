@@ -11,7 +11,7 @@ from opcd.runtime.errors import UserError
 
 
 @dataclass
-class States:
+class HiddenStates:
     """What a model says about N response tokens.
 
     Attributes:
@@ -32,10 +32,10 @@ class Routed:
             order. Every row is in one part.
     """
 
-    parts: dict[str, tuple[list[int], "Target"]]
+    parts: dict[str, tuple[list[int], "TeacherOutput"]]
 
 
-Target = States | RecordedTopK | RecordedTokens | Routed
+TeacherOutput = HiddenStates | RecordedTopK | RecordedTokens | Routed
 """What a teacher says about N response tokens."""
 
 

@@ -13,7 +13,7 @@ from opcd.data import Batch, teacher_key
 from opcd.losses.divergences import Known
 from opcd.models import ModelConfig, context_window
 from opcd.modules.lm.generation import Sampling, eval_mode, generate, own_precision
-from opcd.modules.lm.hidden_states import States, Target, head_of, last_hidden
+from opcd.modules.lm.hidden_states import HiddenStates, TeacherOutput, head_of, last_hidden
 from opcd.modules.prefix.prefix_cache import Mode, PrefixCache
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories, length_groups
@@ -114,7 +114,7 @@ class Teacher(ABC):
         return nullcontext()
 
     @abstractmethod
-    def score(self, trajectories: Trajectories, max_tokens: int) -> Target:
+    def score(self, trajectories: Trajectories, max_tokens: int) -> TeacherOutput:
         """Score all response tokens, in row order, without gradient: p_T(. | c, x, y<t), or what is known of it.
 
         `max_tokens` is the most of one forward pass of a model.
@@ -151,8 +151,8 @@ class ModelTeacher(Teacher):
         """The model that scores; there after `setup`."""
 
     @torch.no_grad()
-    def score(self, trajectories: Trajectories, max_tokens: int) -> States:
-        """States of p_T(. | c, x, y<t) for all response tokens, in row order, without gradient.
+    def score(self, trajectories: Trajectories, max_tokens: int) -> HiddenStates:
+        """HiddenStates of p_T(. | c, x, y<t) for all response tokens, in row order, without gradient.
 
         Rows whose context is in the prefix cache come packed; the others, whole, in groups of at most `max_tokens` with
         their padding.
@@ -166,7 +166,7 @@ class ModelTeacher(Teacher):
                 prompts, responses = [rows[n][0] for n in numbers], [rows[n][1] for n in numbers]
                 states = last_hidden(self.model, prompts, responses).split([len(r) for r in responses])
                 hidden.update(zip(numbers, states, strict=True))
-        return States(torch.cat([hidden[number] for number in range(len(rows))]), head_of(self.model))
+        return HiddenStates(torch.cat([hidden[number] for number in range(len(rows))]), head_of(self.model))
 
     @torch.no_grad()
     def generate(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:

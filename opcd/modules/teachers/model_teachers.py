@@ -11,7 +11,7 @@ from opcd.accel import accelerator
 from opcd.models import ModelConfig, load_model
 from opcd.modules.distributed.sharding import InParts, full_tensor
 from opcd.modules.lm.adapters import trainable, twin, without_adapter
-from opcd.modules.lm.hidden_states import States, check_head
+from opcd.modules.lm.hidden_states import HiddenStates, check_head
 from opcd.modules.student import Student
 from opcd.modules.teachers.base import ModelTeacher
 from opcd.modules.trajectories import Trajectories
@@ -66,7 +66,7 @@ class FrozenTeacher(ModelTeacher):
                 "always (after a run on one rank that does not warn) or never"
             )
 
-    def score(self, trajectories: Trajectories, max_tokens: int) -> States:
+    def score(self, trajectories: Trajectories, max_tokens: int) -> HiddenStates:
         """As any model; where its layers lie in parts, the ranks make their passes together."""
         with self._parts.passes() if self._parts else nullcontext():
             return super().score(trajectories, max_tokens)

@@ -59,7 +59,7 @@ def test_the_heap_goes_back_every_few_layers_and_before_the_embedding(monkeypatc
     there = []
     monkeypatch.setattr(
         backward_memory,
-        "give_back",
+        "trim_heap",
         lambda: there.append([layer.mlp.up_proj.weight.grad is not None for layer in model.model.layers]),
     )
     model(input_ids=rows(4)[0]).logits.sum().backward()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from opcd.accel.cpu import accelerator as cpu
 from opcd.accel.cpu import backward_memory
 from opcd.accel.cpu import heap as memory
-from opcd.accel.cpu.heap import let_go
+from opcd.accel.cpu.heap import drop_file_pages
 from opcd.models import ModelConfig
 from opcd.modules import Student, Trajectories
 
@@ -38,7 +38,7 @@ def mapped(tmp_path):
 @linux
 def test_pages_of_a_file_leave_and_come_back(mapped):
     before, total = resident_mib("RssFile"), mapped.double().sum()
-    let_go([mapped])
+    drop_file_pages([mapped])
     assert before - resident_mib("RssFile") > 60
     assert mapped.double().sum() == total
 
@@ -47,7 +47,7 @@ def test_pages_of_a_file_leave_and_come_back(mapped):
 def test_what_was_written_stays(mapped):
     mapped[5] = -1
     before = resident_mib("RssFile")
-    let_go([mapped])
+    drop_file_pages([mapped])
     assert before - resident_mib("RssFile") < 4
     assert mapped[5] == -1
 
@@ -55,7 +55,7 @@ def test_what_was_written_stays(mapped):
 @linux
 def test_memory_of_no_file_stays():
     weight = torch.full((16 * MIB,), 3.0)
-    let_go([weight, torch.empty(0)])
+    drop_file_pages([weight, torch.empty(0)])
     assert weight.sum() == 3.0 * 16 * MIB
 
 
@@ -73,7 +73,7 @@ memory.keep_freed_blocks()
 mapped_apart()
 with memory.large_blocks_kept():
     mapped_apart()
-memory.give_back()
+memory.trim_heap()
 mapped_apart()
 """
 
@@ -96,7 +96,7 @@ def test_a_frozen_teacher_leaves_while_the_student_learns(
     """A large one, or where memory matters more than time: after its pass, and after the loss has read its head."""
     left = []
     monkeypatch.setattr(cpu, "LARGE", large)
-    monkeypatch.setattr(cpu, "let_go", lambda weights: left.append(len(weights)))
+    monkeypatch.setattr(cpu, "drop_file_pages", lambda weights: left.append(len(weights)))
     monkeypatch.setattr(cpu.CPUAccelerator, "forget_pages", lambda *arguments: None)  # of a model that was loaded
     code, output = opcd(
         *("fit", "--model.student.name", tiny, "--data.train", rows, "--data.context", context),
@@ -114,6 +114,6 @@ def test_the_heap_goes_back_in_the_backward_pass(checkpointing, monkeypatch, tin
     trajectories = Trajectories.of(batch, [torch.tensor([5, 6, 7])] * len(batch), learner.eos_ids)
     hidden = learner.score(trajectories).hidden
     calls = []
-    monkeypatch.setattr(backward_memory, "give_back", lambda: calls.append(None))
+    monkeypatch.setattr(backward_memory, "trim_heap", lambda: calls.append(None))
     hidden.sum().backward()
     assert bool(calls) == checkpointing

@@ -14,7 +14,7 @@ from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.lm.generation import Sampling, generate
 from opcd.modules.lm.hidden_states import check_head, head_of, last_hidden
 from opcd.modules.student import Student
-from opcd.modules.trajectories import Trajectories
+from opcd.modules.trajectories import Trajectories, Trajectory
 from tests.helpers.families import DENSE, FAMILIES, MIXTURES, attention_of, make
 from tests.helpers.small_models import Teaches
 
@@ -34,7 +34,8 @@ def rows() -> Trajectories:
     prefixes = [one, two, one, two, one]
     queries, responses = ids(5, 9, 3, 7, 4, seed=2), ids(6, 1, 12, 4, 5, seed=3)
     prompts = [torch.cat([prefix, query]) for prefix, query in zip(prefixes, queries, strict=True)]
-    return Trajectories(queries, prompts, prefixes, responses, [False] * 5, [None] * 5, [None] * 5)
+    views = zip(queries, prompts, prefixes, responses, strict=True)
+    return Trajectories([Trajectory(*row) for row in views])
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from opcd.modules.lm.generation import Sampling, generate
 from opcd.modules.prefix import packing
 from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student
-from opcd.modules.trajectories import Trajectories
+from opcd.modules.trajectories import Trajectories, Trajectory
 from opcd.planning.sizes import MASK
 from opcd.runtime.errors import UserError
 from tests.helpers.families import make
@@ -30,7 +30,8 @@ def mixed():
     prefixes = [one, two, one, two, one, one, two, one, ids(40, seed=4)[0]]
     heads = [*prefixes[:7], one[:20], ids(40, seed=5)[0]]
     prompts = [torch.cat([head, query]) for head, query in zip(heads, queries, strict=True)]
-    return Trajectories(queries, prompts, prefixes, responses, [False] * 9, [None] * 9, [None] * 9)
+    views = zip(queries, prompts, prefixes, responses, strict=True)
+    return Trajectories([Trajectory(*row) for row in views])
 
 
 @pytest.mark.parametrize("max_tokens", [10, 40, 4096])

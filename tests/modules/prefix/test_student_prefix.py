@@ -10,7 +10,7 @@ from opcd.accel.cpu import attention as cpu_attention
 from opcd.accel.cpu.attention import use_cpu_attention
 from opcd.modules import Student
 from opcd.modules.lm.adapters import Lora, add_lora
-from opcd.modules.trajectories import Trajectories
+from opcd.modules.trajectories import Trajectories, Trajectory
 from tests.helpers.small_models import FAMILIES, WITHOUT, ids
 
 SHARED, LENGTHS = 20, (5, 9, 3, 1)
@@ -22,7 +22,8 @@ def trajectories(shared=SHARED):
     start = ids(shared, seed=1)[0]
     prompts = [torch.cat([start, torch.tensor([10 + n]), query]) for n, query in enumerate(ids(*LENGTHS, seed=2))]
     responses = ids(6, 1, 12, 4, seed=3)
-    return Trajectories(prompts, prompts, prompts, responses, [False] * 4, [None] * 4, [None] * 4)
+    views = zip(prompts, prompts, prompts, responses, strict=True)
+    return Trajectories([Trajectory(*row) for row in views])
 
 
 def student(family, mode="auto", checkpointing=False):
@@ -85,7 +86,7 @@ def test_the_layers_see_the_beginning_once(family):
 def test_several_responses_to_one_query():
     """All but the last token of the prompt is shared: its state predicts the response."""
     prompt = ids(30, seed=1)[0]
-    rows = Trajectories([prompt] * 3, [prompt] * 3, [prompt] * 3, ids(4, 7, 2), [True] * 3, [None] * 3, [None] * 3)
+    rows = Trajectories([Trajectory(prompt, prompt, prompt, response, True) for response in ids(4, 7, 2)])
     (hidden, _), (right, _) = (learnt(student("llama", mode), rows) for mode in ("always", "never"))
     assert_close(hidden, right, rtol=1e-5, atol=1e-5)
     assert seen(student("llama", "always"), rows)[0] == [29 + 3 * (1 + 7)]

@@ -26,7 +26,7 @@ from opcd.modules import (
     VLLMServer,
 )
 from opcd.modules.lm.generation import generate
-from opcd.modules.lm.hidden_states import States, head_of, last_hidden
+from opcd.modules.lm.hidden_states import HiddenStates, head_of, last_hidden
 from opcd.modules.rollout_mismatch import RolloutMismatch
 from opcd.modules.rollouts.engine import Completion, Engine, vllm_settings
 from opcd.modules.student import Student
@@ -94,7 +94,7 @@ def test_the_gap_of_responses_that_are_known(tiny, batch):
     responses = [torch.tensor([5, 6, 7]), torch.tensor([8]), torch.tensor([9, 10])]
     given = [torch.tensor([-1.0, -2.0, -3.0]), None, torch.tensor([-4.0, -5.0])]
     trajectories = Trajectories.of(part, responses, {2}, given)
-    states = States(last_hidden(student.model, trajectories.student_prompts, responses), head_of(student.model))
+    states = HiddenStates(last_hidden(student.model, trajectories.student_prompts, responses), head_of(student.model))
     drift = RolloutMismatch.of(states, trajectories)
     own = []
     for prompt, response in zip(trajectories.student_prompts, responses, strict=True):

@@ -33,6 +33,7 @@ from opcd.modules import (
     Trajectories,
 )
 from opcd.modules.objective import Objective
+from opcd.modules.trajectories import Trajectory
 from opcd.modules.validation import Run, validate
 from opcd.runtime import interruption
 from opcd.runtime.errors import StepAbandoned, UserError
@@ -89,8 +90,8 @@ def trajectories():
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(49152, (16 + n % 5,), generator=draw) for n in range(8)]
     prompts = [torch.cat([ids[0][:8], row[:15]]) for row in ids]
-    views = [row[8:15] for row in ids], prompts, [ids[0][:8]] * 8, [row[15:] for row in ids]
-    written = Trajectories(*views, [True] * 8, [None] * 8, ["one", "other"] * 4)
+    rows = zip(ids, prompts, ["one", "other"] * 4, strict=True)
+    written = Trajectories([Trajectory(x[8:15], q, ids[0][:8], x[15:], True, None, name) for x, q, name in rows])
     return written.select([*range(8), 7])
 
 
