@@ -136,3 +136,41 @@ def test_cross_size_as_it_stands_lacks_only_the_hub_and_gpus(opcd, hub, tiny, mo
     )
     assert code == 0, said
     assert hub == [("open-r1/DAPO-Math-17k-Processed", "en", "train")]
+
+
+@pytest.mark.parametrize(
+    ("recipes", "words"),
+    [
+        (["quickstart"], ()),
+        (["off_policy"], ()),
+        (["system_prompt"], ("--model.rollout.init_args.sampling.max_new_tokens", 4)),
+        (["quickstart", "lora"], ()),
+        (["quickstart", "qlora"], ()),
+        (["quickstart", "teacher_4bit"], ()),
+        (
+            ["cross_size_cpu"],
+            (
+                *(
+                    "--model.teacher.init_args.model.name",
+                    "tiny",
+                    "--data.train",
+                    "configs/data/quickstart_train.jsonl",
+                ),
+                *("--data.context", "configs/data/quickstart_context.txt"),
+            ),
+        ),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else "",
+)
+def test_every_recipe_takes_a_step_with_a_tiny_model(opcd, recipes, words, tiny, monkeypatch, tmp_path):
+    """cross_size has a test of its own; node_8gpu, fsdp2 and slurm want more than one machine has here."""
+    monkeypatch.chdir(ROOT)
+    files = [word for recipe in recipes for word in ("--config", f"configs/{recipe}.yaml")]
+    said = [tiny if word == "tiny" else word for word in words]
+    code, text = opcd(
+        *("fit", *files, "--model.student.name", tiny, *said, "--model.eval_sampling.max_new_tokens", 2),
+        *("--data.batch_size", 2, "--trainer.max_steps", 1, "--trainer.default_root_dir", tmp_path / "runs"),
+    )
+    assert code == 0, text
+    assert (tmp_path / "runs/version_0/student").is_dir()
+    assert len((tmp_path / "runs/version_0/metrics.csv").read_text().splitlines()) > 1
