@@ -24,6 +24,6 @@ class Student:
 def test_the_student_is_on_the_gpu_where_there_is_one(there, device, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rollout.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr(rollout.Student, "load", lambda config: Student())
+    monkeypatch.setattr(rollout.Student, "load", lambda config, device: Student())
     with pytest.raises(Moved, match=device):
         rollout.main()
