@@ -42,7 +42,7 @@ def test_table_counts_before_after_and_with_the_context():
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
 def test_samples_compute_in_the_trainers_precision_as_predictions_do(tmp_path, rows, context, tiny, precision, dtype):
-    distiller = Distiller(ModelConfig(name=tiny), answer=Sampling(max_new_tokens=4, temperature=0.0))
+    distiller = Distiller(ModelConfig(name=tiny), eval_sampling=Sampling(max_new_tokens=4, temperature=0.0))
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     options = {"accelerator": "cpu", "precision": precision, "logger": False, "default_root_dir": tmp_path, **quiet}
     data = ContextQueryDataModule(train=str(rows), predict=str(rows), context=str(context), batch_size=8)
