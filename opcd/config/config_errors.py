@@ -18,6 +18,7 @@ FRAME = re.compile(
     r"|Subclass types expect|a class path|a dict with"
 )
 """How lines begin that say only what the next ones are about."""
+ANY_OF = "Does not validate against any of the Union subtypes"
 OTHER_TYPE = re.compile(r"Expected a (?!dot import )(?!.*Got value)|Import path .*does not|Not a valid subclass")
 NO_CLASS, GIVEN, SUBTYPES = "Expected a dot import path string: ", "Given value: ", "Subtypes: "
 OPTION = re.compile(r"Option '([\w.]+)' is not accepted")
@@ -29,6 +30,8 @@ OPTIMIZERS = "torch.optim.Optimizer"
 def in_plain_words(message: str) -> str:
     """The message; in one line where it is about a key of a config."""
     before, about_a_key, _ = message.partition('Parser key "')
+    if not about_a_key and ANY_OF in message:  # an argument of a class, when that is made
+        before, about_a_key, _ = message.partition(ANY_OF)
     keys: list[str] = []
     others: list[str] = []
     owner = subtypes = given = ""
@@ -45,8 +48,13 @@ def in_plain_words(message: str) -> str:
         elif OTHER_TYPE.match(line) or (line.startswith(NO_CLASS) and subtypes and not BASE.search(subtypes)):
             others.append(line)
         elif line and not KEY.search(line) and not line.startswith("Problem with given"):
-            return f"{before}{'.'.join(keys)}: {_reason(line, owner, subtypes or OPTIMIZERS)}"
-    return f"{before}{'.'.join(keys)}: {'; '.join(dict.fromkeys(others))}. Got value: {given}" if others else message
+            return f"{before}{_where(keys)}{_reason(line, owner, subtypes or OPTIMIZERS)}"
+    return f"{before}{_where(keys)}{'; '.join(dict.fromkeys(others))}. Got value: {given}" if others else message
+
+
+def _where(keys: list[str]) -> str:
+    """The key that a message is about, where that is known."""
+    return f"{'.'.join(keys)}: " if keys else ""
 
 
 def _reason(line: str, owner: str, bases: str) -> str:

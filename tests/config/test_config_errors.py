@@ -27,8 +27,14 @@ import pytest
         ),
         (["--model.teacher.init_args.model.nam", "x"], ["ModelConfig has no option nam; did you mean name?"]),
         (["--model.rollout", "JSD"], ["model.rollout: no class JSD; there are GameRollout, ", "StudentRollout"]),
-        (["--model.optimizer", "AdamW", "--model.optimizer.lrr", "1"], ["AdamW has no option lrr; did you mean lr?"]),
-        (["--model.optimizer", "AdamW", "--model.optimizer.lr", "x"], ["optimizer.lr: Expected a <class 'float'>"]),
+        (
+            ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lrr", "1"],
+            ["AdamW has no option lrr; did you mean lr?"],
+        ),
+        (
+            ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "x"],
+            ["optimizer.lr: Expected a <class 'float'>"],
+        ),
         (["--model.loss", "TopK", "--model.loss.k", "x"], ["model.loss.k: Expected a <class 'int'>. Got value: x"]),
         (["--trainer.precision", "8"], ["trainer.precision: Expected a typing.Literal[64, 32, 16]; ", "value: 8"]),
         (["--trainer.max_steps", "x"], ["trainer.max_steps: Expected a <class 'int'>. Got value: x"]),
@@ -37,7 +43,7 @@ import pytest
 def test_one_line_says_what_is_wrong_and_what_there_is(opcd, rows, words, told):
     code, text = opcd("fit", "--data.train", rows, *words)
     assert code == 2 and len(text.splitlines()) == 1
-    assert all(part in text for part in told)
+    assert all(part in text for part in told), text
 
 
 def test_a_value_that_does_not_fit_its_class_hides_behind_no_other_class(opcd, rows):

@@ -263,4 +263,4 @@ def test_the_seeds_of_a_data_module_are_its_rows(lessons, roomy):
         train=GameSeeds(Doors(), 7, 4), context=str(lessons), student=ModelConfig(name=roomy), batch_size=2
     )
     data.setup("fit")
-    assert sorted(example.seed for batch in data.train_dataloader() for example in batch) == [7, 8, 9, 10]
+    assert sorted(row.example.seed for rows in data.train_dataloader() for row in rows) == [7, 8, 9, 10]

@@ -175,7 +175,7 @@ def config(tmp_path, tiny, tiny_teacher, sets):
             },
             "rollout": rollout,
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-            "answer": {"max_new_tokens": 2, "temperature": 0.0},
+            "eval_sampling": {"max_new_tokens": 2, "temperature": 0.0},
         },
         "data": {
             "train": {"class_path": "DataSets", "init_args": {"data_sets": data_sets}},
@@ -308,7 +308,7 @@ def test_messages_name_the_teacher(fit, config, tiny_teacher, tmp_path):
 
 
 def test_what_python_refuses(sets, recorded, tiny, tmp_path):
-    with pytest.raises(ValueError, match="RecordedTeacher goes with others of its kind alone"):
+    with pytest.raises(ValueError, match="RecordedTeacher cannot be combined with other teacher types"):
         RoutedTeachers({"a": RecordedTeacher("folder"), "b": SelfTeacher()})
     teacher = RoutedTeachers({"a": SelfTeacher()}, default="a")
     with pytest.raises(UserError, match=r"data\.teacher: the data module knows of other teachers"):

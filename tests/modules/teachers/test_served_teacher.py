@@ -611,7 +611,7 @@ def test_arguments_that_make_no_sense(options, says):
 @pytest.mark.parametrize(
     ("loss", "temperature", "rollout", "says"),
     [
-        (ReverseKL(), 1.0, RecordedRollout(), "use TopK with support: teacher, or SampledReverseKL"),
+        (ReverseKL(), 1.0, RecordedRollout(), "use TopK with support: teacher or SampledReverseKL"),
         (
             TopK(ForwardKL(), 4, "student"),
             1.0,
