@@ -66,7 +66,7 @@ class RandomTeacher(FrozenTeacher):
         super().__init__()
         self.shape, self.tokens, self.attention = shape, tokens, attention
 
-    def prepare(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
+    def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Make the model."""
         config = config_of(self.shape, self.tokens)
         config._attn_implementation = self.attention

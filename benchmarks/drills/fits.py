@@ -167,7 +167,7 @@ def _config(folder: Path) -> dict[str, Any]:
             "rollout": {"class_path": "benchmarks.drills.watched.WatchedRollout", "init_args": {"rollout": mixed}},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
             "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.LinearLR", "init_args": {"total_iters": STEPS}},
-            "answer": {"max_new_tokens": 2},
+            "eval_sampling": {"max_new_tokens": 2},
         },
         "data": {
             "train": str(folder / "rows.jsonl"),

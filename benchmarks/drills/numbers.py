@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from benchmarks.drills.fits import STEPS, Child, Fits, Outcome
 from opcd.modules import Distiller, FrozenTeacher
 from opcd.modules.lm.hidden_states import HiddenStates
 from opcd.modules.objective import Objective
+from opcd.modules.step.ranks import Ranks
+from opcd.modules.step.runner import Step
 
 PLACES = ("loss", "teacher", "gradients")
 
@@ -54,8 +55,8 @@ def _judged(child: Child, root: Path, mode: int, what: str) -> str | None:
 def _spoil(place: str, first: int, last: int, value: float) -> None:
     """Put a value into what the steps `first` to `last` compute, counted from 0; and watch the weights in them."""
     begun = -1
-    training_step, optimizer_step = Distiller.training_step, Distiller._optimizer_step
-    measure, backward = Objective.__call__, Distiller._backward
+    training_step, optimize = Distiller.training_step, Step.optimize
+    measure, backward = Objective.__call__, Ranks.backward
 
     def spoilt() -> bool:
         return first <= begun <= last
@@ -70,30 +71,26 @@ def _spoil(place: str, first: int, last: int, value: float) -> None:
             teacher.hidden[0, 0] = value
         values = measure(self, student, teacher, *args)
         if spoilt() and place == "loss":
-            values["divergence"] = values["divergence"] * value
+            values |= {name: values[name] * value for name in ("divergence", "loss") if name in values}
         return values
 
-    def gradients(self: Distiller, *args: Any, **kwargs: Any) -> None:
-        backward(self, *args, **kwargs)
+    def gradients(self: Ranks, module: Distiller, *args: Any) -> None:
+        backward(self, module, *args)
         if spoilt() and place == "gradients":
-            next(p for p in self.student.parameters() if p.grad is not None).grad.view(-1)[7] = value  # type: ignore[union-attr]
+            next(p for p in module.student.parameters() if p.grad is not None).grad.view(-1)[7] = value  # type: ignore[union-attr]
 
-    def watched(self: Distiller, *args: Any) -> torch.Tensor:
+    def watched(self: Step, *args: Any) -> None:
         if not spoilt():
-            return optimizer_step(self, *args)
-        before = _digest(self)
+            return optimize(self, *args)
+        before = _digest(self.module)
         try:
-            return optimizer_step(self, *args)
+            return optimize(self, *args)
         finally:
-            print("UNCHANGED", before == _digest(self), flush=True)
+            print("UNCHANGED", before == _digest(self.module), flush=True)
 
-    replaced: dict[str, Callable[..., Any]] = {
-        "training_step": counted,
-        "_backward": gradients,
-        "_optimizer_step": watched,
-    }
-    for name, function in replaced.items():
-        setattr(Distiller, name, function)
+    Distiller.training_step = counted  # type: ignore[method-assign]
+    Ranks.backward = gradients  # type: ignore[method-assign, assignment]
+    Step.optimize = watched  # type: ignore[method-assign]
     Objective.__call__ = loss  # type: ignore[method-assign]
 
 
