@@ -20,7 +20,7 @@ from benchmarks.tiny import make_tiny
 from opcd.cli.main import main
 
 STEPS, ROWS, BATCH = 20, 16, 2
-COMPARED = ("divergence", "gradient_norm", "response_tokens", "student_entropy", "teacher_entropy", "ended")
+COMPARED = ("divergence", "gradient_norm", "response_tokens", "student_entropy", "teacher_entropy", "finished_fraction")
 
 
 @dataclass
