@@ -27,6 +27,7 @@ def sampling(tokens: int) -> list[str]:
     return [f"--{stage}.sampling={greedy}" for stage in ("solve", "extract", "select")]
 
 
+@pytest.mark.slow
 def test_the_packaged_model_from_problems_to_a_context(opcd, paths, tmp_path):
     """Greedy, with a prompt that a small model follows; the second call computes nothing."""
     prompt = tmp_path / "prompt.txt"

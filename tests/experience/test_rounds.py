@@ -61,6 +61,7 @@ def test_the_teacher_of_the_second_round(fit, tiny):
         settings(fit | {"model.teacher": several}, tiny)
 
 
+@pytest.mark.slow
 def test_two_rounds(scripted, fit, tiny, tmp_path, capsys):
     config = tmp_path / "rounds.yaml"
     config.write_text(yaml.safe_dump({"rounds": 2, "student": {"name": tiny}, "fit": {"set": fit, "context": "each"}}))

@@ -29,6 +29,7 @@ def words(tiny, context, tmp_path):
     ), ("--model.rollout", "RecordedRollout", "--data.train", file, "--trainer.max_steps", 3)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_weights_of_one(words, tmp_path):
     common, fit = words
     run("fit", *common, *fit, *RANKS, 1, "--data.batch_size", 8)
@@ -75,6 +76,7 @@ def test_two_ranks_of_one_teacher_each(words, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_every_row_once(words, tmp_path):
     common, _ = words
     rows = write_rows(tmp_path / "ask.jsonl", [{"query": f"What is {n} + {n}?"} for n in range(5)])

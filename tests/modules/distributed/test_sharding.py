@@ -207,7 +207,8 @@ def taught(tiny, tiny_teacher, context, tmp_path):
     )
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_teacher_in_parts_teaches_what_it_teaches_whole(strategy, taught, opcd, tmp_path):
     whole, parts = (("--trainer.default_root_dir", tmp_path / name) for name in ("whole", "parts"))
     assert opcd(*taught, *whole, "--data.batch_size", 8, "--model.shared_prefix", "always")[0] == 0
