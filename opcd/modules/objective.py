@@ -110,6 +110,7 @@ def _named(
     names: list[str] = []
 
     def values(*sides: Tensor) -> tuple[Tensor, ...]:
+        """Of a chunk; their names are the same in all."""
         found = terms(*sides)
         names[:] = found
         return tuple(found.values())

@@ -64,18 +64,12 @@ class Run:
         return cls(distiller, rows, stage, trainer.world_size, sharded, str(trainer.precision), strategy)
 
     @classmethod
-    def configured(cls, distiller: Distiller, trainer: Any, data: ContextQueryDataModule | None) -> Run:
+    def configured(
+        cls, distiller: Distiller, trainer: Any, data: ContextQueryDataModule | None, connect: bool = True
+    ) -> Run:
         """That of a trainer's config, whose devices may be elsewhere."""
         ranks, sharded = configured_ranks(trainer)
-        return cls(distiller, data, "fit", ranks, sharded, str(trainer.precision))
-
-
-def on_gpu(trainer: Any) -> bool:
-    """Whether a trainer's config asks for a GPU; auto takes one where there is one. UserError for neither."""
-    name = str(trainer.accelerator)
-    if name not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(f"trainer.accelerator: {name} is not known here; use cpu or gpu")
-    return name in ("gpu", "cuda") or (name == "auto" and torch.cuda.is_available())
+        return cls(distiller, data, "fit", ranks, sharded, str(trainer.precision), connect=connect)
 
 
 def configured_ranks(trainer: Any) -> tuple[int, bool]:
@@ -87,7 +81,7 @@ def configured_ranks(trainer: Any) -> tuple[int, bool]:
     if not sharded and name not in ("auto", "singledevicestrategy") and not name.startswith("ddp"):
         raise UserError(f"trainer.strategy: {name} is not known here; use ddp, or {SHARDED}")
     if str(devices) in ("auto", "-1"):
-        devices = max(1, torch.cuda.device_count()) if on_gpu(trainer) else 1
+        devices = max(1, torch.cuda.device_count()) if str(trainer.accelerator) in ("auto", "gpu", "cuda") else 1
     return (len(devices) if isinstance(devices, list) else int(devices)) * int(trainer.num_nodes), sharded
 
 
@@ -114,7 +108,7 @@ def validate(run: Run) -> None:
         for teacher in distiller.teacher.parts.values():
             teacher.check(run)
     if run.data is not None:
-        _check_data(run, run.data)
+        check_data(run, run.data)
 
 
 def check_positive(**values: float | None) -> None:
@@ -195,7 +189,7 @@ def check_on_policy(loss: Loss, rollout: Rollout, temperature: float) -> None:
             raise ValueError(f"model.loss: {name} with stale rollouts needs VLLMRollout's importance_clip; set it")
 
 
-def _check_data(run: Run, data: ContextQueryDataModule) -> None:
+def check_data(run: Run, data: ContextQueryDataModule) -> None:
     """Refuse prompts that leave no room for a response in a model's window, and names of other teachers."""
     distiller, predicts = run.distiller, run.stage == "predict"
     if not predicts:

@@ -11,7 +11,7 @@ from opcd.accel.precision import fast_dtype
 from opcd.data.contexts import read_contexts
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Lora, ModelTeacher, Student
-from opcd.modules.validation import Run, configured_ranks, on_gpu, validate
+from opcd.modules.validation import Run, check_data, validate
 from opcd.planning.model_shapes import Model, build, kept_by_autograd, measured
 from opcd.planning.sizes import Setting
 from opcd.runtime.errors import UserError
@@ -40,15 +40,16 @@ def read_setting(trainer: Any, made: Any, query: int | None, context: int | None
         UserError: something that `opcd fit` refuses, or that is not known here.
     """
     model: Distiller = made.model
-    lengths = _lengths(made, query, context)
-    gpu, (ranks, sharded) = on_gpu(trainer), configured_ranks(trainer)
+    gpu, run = _on_gpu(trainer), Run.configured(model, trainer, None, connect=False)
+    ranks, sharded = run.ranks, run.sharded
+    validate(run)
+    lengths = _lengths(made, query, context, run)
     fast = torch.bfloat16 if gpu else fast_dtype("cpu")
     autocast, forced = _precision(trainer.precision, fast)
     frozen = forced or _dtype(model.student_config, fast)
     dtype = frozen if model.adapter else forced or _dtype(model.student_config, torch.float32)
     optimizer, state_bytes = optimizer_of(model, torch.float32 if model.adapter else dtype)
     built = build(model.student_config, "model.student", dtype, model.adapter)
-    validate(Run(model, None, "fit", ranks, sharded, connect=False))
     student = measured(built, autocast, model.student_config.quantization)
     scorer, teacher_bytes, of_teachers = teachers_of(model, built, student, fast, sharded, ranks)
     writers, rollout_dtype, of_rollout = writers_of(model, fast if student.quantization == "none" else dtype)
@@ -78,7 +79,7 @@ def read_setting(trainer: Any, made: Any, query: int | None, context: int | None
     )
 
 
-def _lengths(made: Any, query: int | None, context: int | None) -> dict[str, int]:
+def _lengths(made: Any, query: int | None, context: int | None, run: Run) -> dict[str, int]:
     """Tokens of the longest prompts and responses, and the number of contexts. No row is read where both are given."""
     data, model = made.data, made.model
     try:
@@ -86,7 +87,7 @@ def _lengths(made: Any, query: int | None, context: int | None) -> dict[str, int
             return {"query": query, "context": context, "response": model.rollout.max_response_tokens(data, "train")}
         data.setup("fit")
         response = model.rollout.max_response_tokens(data, "train")
-        validate(Run(model, data, connect=False))
+        check_data(run, data)
     except RuntimeError as error:
         name = type(model.rollout).__name__
         raise UserError(
@@ -103,6 +104,14 @@ def _lengths(made: Any, query: int | None, context: int | None) -> dict[str, int
         "response": response,
         "contexts": len(own) + (len(read_contexts(data.context)) if data.context else 0),
     }
+
+
+def _on_gpu(trainer: Any) -> bool:
+    """Whether a trainer's config asks for a GPU; auto takes one where there is one. UserError for neither."""
+    name = str(trainer.accelerator)
+    if name not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"trainer.accelerator: there is no plan for {name}; use cpu or gpu")
+    return name in ("gpu", "cuda") or (name == "auto" and torch.cuda.is_available())
 
 
 def _precision(configured: Any, fast: torch.dtype) -> tuple[torch.dtype | None, torch.dtype | None]:

@@ -378,8 +378,8 @@ def test_the_papers_case(plan, pair):
     ("words", "why"),
     [
         (("--trainer.strategy", "fsdp"), "trainer.strategy: fsdp is not supported"),
-        (("--trainer.precision", "16-mixed"), "trainer.precision: there is no plan for 16-mixed"),
-        (("--trainer.accelerator", "tpu"), "trainer.accelerator: tpu is not known here"),
+        (("--trainer.precision", "16-mixed"), "trainer.precision: float16 needs loss scaling"),
+        (("--trainer.accelerator", "tpu"), "trainer.accelerator: there is no plan for tpu"),
         (("--model.student.quantization", "4bit"), "set model.adapter"),
         (("--model.teacher", "BaseTeacher"), "set model.adapter"),
         (("--memory", "much"), "wants a number and one of MB, GB, MiB, GiB"),
@@ -393,3 +393,14 @@ def test_what_is_refused(plan, tiny, words, why, capsys):
     except SystemExit as end:  # argparse's own
         code, text = end.code, capsys.readouterr().err
     assert code == 2 and why in text
+
+
+def test_a_teacher_in_parts_is_planned_for_its_ranks_with_rows_that_are_read(plan, tiny):
+    """The checks of data know how many ranks there are."""
+    words = ("--config", "configs/quickstart.yaml", "--model.student.name", tiny, "--model.rollout", "StudentRollout")
+    parts_of = ("--model.teacher", "FrozenTeacher", "--model.teacher.init_args.shard", "true")
+    two = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--model.shared_prefix", "always")
+    code, text = plan(*words, *parts_of, *two)
+    assert code == 0 and "2 CPUs" in text, text
+    code, text = plan(*words, *parts_of, "--trainer.accelerator", "cpu", "--trainer.devices", 1)
+    assert code == 2 and "has no effect on one rank" in text and "no row is read" not in text, text

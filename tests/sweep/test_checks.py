@@ -67,6 +67,10 @@ def test_a_wrong_arm_is_refused(checker, settings, message):
         checker.resolve(settings, "arm x")
 
 
+def test_an_accelerator_of_another_machine_is_none_of_the_checks(checker):
+    assert checker.resolve({"trainer.accelerator": "mps"}, "arm x")["trainer"]["accelerator"] == "mps"
+
+
 def test_a_resolved_config_is_the_whole_of_it(checker):
     config = checker.resolve({"model.loss": "opcd.losses.JSD", "seed_everything": 7}, "arm x")
     assert config["model"]["loss"] == {"class_path": "opcd.losses.JSD", "init_args": {"beta": 0.5}}
