@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,32 @@ class Row:
         )
 
 
+class Prompts:
+    """What a batch and the responses to it have in common: rows with the prompts of both views."""
+
+    rows: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def student_prompts(self) -> list[Tensor]:
+        """Of each row, [P]."""
+        return [row.student_prompt for row in self.rows]
+
+    @property
+    def teacher_prompts(self) -> list[Tensor]:
+        """Of each row, [Q]."""
+        return [row.teacher_prompt for row in self.rows]
+
+    @property
+    def teacher_prefixes(self) -> list[Tensor]:
+        """Of each row, [P]."""
+        return [row.teacher_prefix for row in self.rows]
+
+
 @dataclass
-class Batch:
+class Batch(Prompts):
     """Rows, unpadded.
 
     Attributes:
@@ -73,9 +98,6 @@ class Batch:
         pairs = zip(examples, contexts, strict=True)
         return cls([Row.encoded(example, context, views[example.teacher]) for example, context in pairs], views)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     @property
     def examples(self) -> list[Example]:
         """Of each row."""
@@ -85,21 +107,6 @@ class Batch:
     def contexts(self) -> list[str | None]:
         """Of each row."""
         return [row.context for row in self.rows]
-
-    @property
-    def student_prompts(self) -> list[Tensor]:
-        """Of each row, [P]."""
-        return [row.student_prompt for row in self.rows]
-
-    @property
-    def teacher_prompts(self) -> list[Tensor]:
-        """Of each row, [Q]."""
-        return [row.teacher_prompt for row in self.rows]
-
-    @property
-    def teacher_prefixes(self) -> list[Tensor]:
-        """Of each row, [P]."""
-        return [row.teacher_prefix for row in self.rows]
 
     @property
     def responses(self) -> list[Tensor | None]:

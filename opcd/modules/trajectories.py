@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opcd.data import Batch
+from opcd.data.batch import Prompts
 from opcd.runtime.errors import UserError
 
 Reduction = Literal["token", "sequence"]
@@ -50,7 +51,7 @@ class Trajectory:
 
 
 @dataclass
-class Trajectories:
+class Trajectories(Prompts):
     """The responses of a step, or of a micro-batch of it.
 
     Attributes:
@@ -88,24 +89,6 @@ class Trajectories:
     def joined(cls, parts: list[Trajectories]) -> Trajectories:
         """The rows of all parts, one part after the other."""
         return cls([row for part in parts for row in part.rows])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def student_prompts(self) -> list[Tensor]:
-        """Of each row, [P]."""
-        return [row.student_prompt for row in self.rows]
-
-    @property
-    def teacher_prompts(self) -> list[Tensor]:
-        """Of each row, [Q]."""
-        return [row.teacher_prompt for row in self.rows]
-
-    @property
-    def teacher_prefixes(self) -> list[Tensor]:
-        """Of each row, [P]."""
-        return [row.teacher_prefix for row in self.rows]
 
     @property
     def responses(self) -> list[Tensor]:
