@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be lost: whole or not there, proven by a manifest, found again after a kill."""
+"""Crash-safe checkpoints: written atomically, verified by a manifest, found again after a kill."""
 
 from opcd.checkpoints.checkpoint_files import BrokenCheckpoint, read_checkpoint, verify, write_checkpoint
 from opcd.checkpoints.checkpoint_io import SafeCheckpointIO

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold before anything of it is used: it may be somebody else's, or no checkpoint at all."""
+"""Checks of a checkpoint's contents, before anything of it is used: the file may be somebody else's."""
 
 from pathlib import Path
 from typing import Any
@@ -25,51 +25,53 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "hyper_parameters": (dict, type(None)),
     "ContextQueryDataModule": dict,
 }
-"""What stands at each key, where it is there."""
+"""The type of the value at each key, where the key is there."""
 WEIGHTS = ("state_dict",)
 TRAINING = (*WEIGHTS, "pytorch-lightning_version", "epoch", "global_step", "loops", "optimizer_states", "lr_schedulers")
-"""What training goes on from."""
+"""The keys that training needs to resume."""
 
 
-def check_contents(checkpoint: Any, path: Path, training: bool) -> dict[str, Any]:
-    """The checkpoint, where it has what Lightning will look for.
+def check_contents(checkpoint: dict[str, Any], path: Path, training: bool) -> None:
+    """Check that a checkpoint has what Lightning will look for.
 
     Args:
-        checkpoint: what the file holds.
+        checkpoint: the contents of the file.
         path: the file.
-        training: whether training is to go on from it; else its weights are enough.
+        training: whether training resumes from the checkpoint; else its weights are enough.
 
     Raises:
         BrokenCheckpoint: names the file, and what is wrong.
     """
-    if not isinstance(checkpoint, dict):
-        raise BrokenCheckpoint(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}, not a dictionary")
     if missing := [key for key in (TRAINING if training else WEIGHTS) if key not in checkpoint]:
-        use = "that training can go on from" if training else "of this program's"
-        raise BrokenCheckpoint(f"{path} is no checkpoint {use}: it has no {', '.join(missing)}")
+        use = "that training can resume from" if training else "of opcd"
+        raise BrokenCheckpoint(f"{path} is not a checkpoint {use}: it has no {', '.join(missing)}")
     for key, kind in KINDS.items():
         if key in checkpoint and (not isinstance(checkpoint[key], kind) or isinstance(checkpoint[key], bool)):
-            raise BrokenCheckpoint(f"{path} is no whole checkpoint: its {key} is a {type(checkpoint[key]).__name__}")
+            raise BrokenCheckpoint(
+                f"{path} is not a complete checkpoint: its {key} is a {type(checkpoint[key]).__name__}"
+            )
     if not isinstance(checkpoint.get("ContextQueryDataModule", {}).get("sha256", {}), dict):
-        raise BrokenCheckpoint(f"{path} is no whole checkpoint: its sha256 of the data is no dictionary")
+        raise BrokenCheckpoint(f"{path} is not a complete checkpoint: its sha256 of the data is not a dictionary")
     for name, weight in checkpoint["state_dict"].items():
         if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
-            raise BrokenCheckpoint(f"{path} is no whole checkpoint: {name!r} of its state_dict is no named tensor")
-    return checkpoint
+            raise BrokenCheckpoint(
+                f"{path} is not a complete checkpoint: {name!r} of its state_dict is not a named tensor"
+            )
 
 
 def check_hyper_parameters(checkpoint: dict[str, Any], model: dict[str, Any], path: Path) -> None:
-    """Refuse a checkpoint whose `hyper_parameters` ask for another model than the config: the config alone counts.
+    """Check that a checkpoint's `hyper_parameters` ask for the model of the config: the config alone counts.
 
     Args:
-        checkpoint: the checkpoint; those of `opcd fit` have no such key.
-        model: the config's section.
+        checkpoint: the checkpoint; one of `opcd fit` has no such key.
+        model: the config's section `model`.
         path: the file.
 
     Raises:
         UserError: names the keys that differ.
     """
-    asked = {key: value for key, value in (checkpoint.get("hyper_parameters") or {}).items() if key != "_instantiator"}
+    asked = dict(checkpoint.get("hyper_parameters") or {})
+    asked.pop("_instantiator", None)
     if keys := _other_keys(asked, model):
         raise UserError(
             f"{path}: its hyper_parameters differ from the config at {', '.join(keys)}. The config alone decides: set "
@@ -78,7 +80,7 @@ def check_hyper_parameters(checkpoint: dict[str, Any], model: dict[str, Any], pa
 
 
 def _other_keys(asked: Any, config: Any, above: str = "model") -> list[str]:
-    """Dotted keys of what is asked for that the config does not have, or has otherwise."""
+    """Dotted keys of `asked` that the config lacks, or has with another value."""
     if not isinstance(asked, dict) or not isinstance(config, dict):
         return [] if _same(asked, config) else [above]
     return [
@@ -89,7 +91,7 @@ def _other_keys(asked: Any, config: Any, above: str = "model") -> list[str]:
 
 
 def _same(asked: Any, config: Any) -> bool:
-    """Whether two plain values are the same; a tensor is none, and true is not 1."""
+    """Whether two plain values are equal; true is not 1, and a tensor equals nothing."""
     if isinstance(asked, list | tuple):
         return isinstance(config, list) and len(asked) == len(config) and all(map(_same, asked, config))
     if isinstance(asked, dict):

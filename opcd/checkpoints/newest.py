@@ -1,4 +1,4 @@
-"""`ckpt_path: last`: the newest whole checkpoint under a folder of runs."""
+"""The newest complete checkpoint under a folder of runs (`ckpt_path: last`), and whether this run can use it."""
 
 import json
 import re
@@ -16,38 +16,32 @@ from opcd.runtime.differences import changed_keys
 from opcd.runtime.errors import UserError
 
 FREE = (
-    *(
-        "model.eval_sampling",
-        "model.micro_batch_tokens",
-        "model.shrink_on_oom",
-        "model.gradient_checkpointing",
-        "model.shared_prefix",
-    ),
-    *("model.prefix_memory_mib", "model.on_nonfinite"),
+    *("model.eval_sampling", "model.micro_batch_tokens", "model.shrink_on_oom", "model.gradient_checkpointing"),
+    *("model.shared_prefix", "model.prefix_memory_mib", "model.on_nonfinite"),
     *("data.val", "data.test", "data.predict", "data.eval_batch_size", "data.num_workers"),
 )
-"""Settings that may change when a run goes on: they change what is shown, or rounding."""
+"""Settings that may change when a run resumes: they change only what is shown, or rounding."""
 NUMBERED = re.compile(r"version_(?P<number>[0-9]{1,18})")
 SERVED = re.compile(r"model\.teacher\..*\.?init_args\.(base_url|api_key_env|concurrency|timeout|patience)")
-"""So may where a teacher is served, and how patiently it is asked."""
+"""Settings of a teacher's server, which may change too."""
 
 
 def newest_whole(root: Path) -> Path | None:
-    """The newest whole checkpoint of the runs under `root` (version_N/checkpoints/*.ckpt); None where there is none.
+    """Find the newest complete checkpoint of the runs under `root` (version_N/checkpoints/*.ckpt); None: there is none.
 
-    A broken one is passed over, with a warning that names it and what is taken in its place.
+    A broken checkpoint is skipped with a warning that names it, and the one that is used instead.
 
     Raises:
         UserError: there are checkpoints, and all of them are broken.
     """
     path = _first_whole(_newest_first(root), "ckpt_path: last", root)
     if path is None:
-        rank_zero_info(f"ckpt_path: last: there is no checkpoint under {root} yet; training begins at step 0")
+        rank_zero_info(f"ckpt_path: last: there is no checkpoint under {root} yet; training starts at step 0")
     return path
 
 
 def newest_of_run(run: Path) -> Path | None:
-    """The newest whole checkpoint of one run (checkpoints/*.ckpt); otherwise as `newest_whole`."""
+    """Find the newest complete checkpoint of one run (checkpoints/*.ckpt); otherwise as `newest_whole`."""
     return _first_whole(_of_run(run), str(run), run)
 
 
@@ -63,26 +57,27 @@ def _first_whole(paths: Iterator[Path], asked: str, where: Path) -> Path | None:
             rank_zero_warn(f"{'; '.join(broken)}. Going on from {path} (step {manifest['step']}) instead")
         return path
     if broken:
-        raise UserError(f"{asked}: no checkpoint under {where} is whole: {'; '.join(broken)}")
+        raise UserError(f"{asked}: no checkpoint under {where} is complete: {'; '.join(broken)}")
     return None
 
 
 def check_checkpoint(path: Path, now: dict[str, Any], training: bool, verified: bool = False) -> dict[str, Any]:
-    """Refuse a checkpoint that this run cannot use, before anything is loaded.
+    """Check that this run can use a checkpoint, before a model is loaded.
 
     Args:
         path: the checkpoint.
         now: the run's config.
-        training: whether training is to go on from it; else its weights are enough.
-        verified: its file has been compared with its manifest.
+        training: whether training resumes from the checkpoint; else its weights are enough.
+        verified: the file has been compared with its manifest already.
 
     Returns:
-        What it says of the data that it was trained on; empty where it says nothing.
+        The data module's state in the checkpoint; empty where there is none.
 
     Raises:
         UserError: names the file, and what is wrong or which keys differ.
     """
-    checkpoint = check_contents(read_checkpoint(path, verified), path, training)
+    checkpoint = read_checkpoint(path, verified)
+    check_contents(checkpoint, path, training)
     check_hyper_parameters(checkpoint, now["model"], path)
     then = saved_config(path) or checkpoint.get("config")
     if training:
@@ -94,11 +89,11 @@ def check_checkpoint(path: Path, now: dict[str, Any], training: bool, verified: 
 
 
 def check_config(then: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
-    """Refuse to go on from a checkpoint of another config.
+    """Check that a checkpoint was saved with the config of this run, as far as the config changes the training.
 
     Args:
-        then: the config that the checkpoint was saved with; None where it is not known.
-        now: that of this run.
+        then: the config that the checkpoint was saved with; None: not known.
+        now: the config of this run.
         path: the checkpoint.
 
     Raises:
@@ -112,23 +107,23 @@ def check_config(then: dict[str, Any] | None, now: dict[str, Any], path: Path) -
     if changed:
         raise UserError(
             f"{path} was saved with another config; these keys differ: {', '.join(changed)}. Set them as they were "
-            f"({path.parent.parent / 'config.yaml'}), or begin a new run: without ckpt_path, {_trained_student(path)}"
+            f"({path.parent.parent / 'config.yaml'}), or start a new run: without ckpt_path, {_trained_student(path)}"
         )
 
 
 def _trained_student(path: Path) -> str:
-    """How a new run begins with what a checkpoint has learnt."""
+    """The option that starts a new run with the weights of a checkpoint."""
     run = path.parent.parent
     if (run / "student").is_dir():
-        return f"and to keep what was learnt with --model.student.name {run / 'student'}"
+        return f"and with --model.student.name {run / 'student'} to keep the trained weights"
     return (
-        f"and to keep what was learnt with --model.student.name FOLDER, which "
-        f"`opcd export {run} --to merged --out FOLDER` (--to hf where there is no adapter) writes out of the checkpoint"
+        f"and with --model.student.name FOLDER to keep the trained weights, where `opcd export {run} --to merged "
+        "--out FOLDER` (--to hf where there is no adapter) writes the folder from the checkpoint"
     )
 
 
 def _check_adapter(then: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
-    """The weights of an adapter mean nothing over another base, and fit it all the same."""
+    """Check that an adapter's weights are loaded over their own base: they would fit another one without an error."""
     if then is None:
         return
     _check_sections(then, path)
@@ -141,7 +136,7 @@ def _check_adapter(then: dict[str, Any] | None, now: dict[str, Any], path: Path)
 
 
 def _adapted(model: dict[str, Any]) -> dict[str, Any]:
-    """The adapter, and what it stands on; of a student without one nothing: all of its weights are in a checkpoint."""
+    """The adapter and its base; without an adapter, a checkpoint holds all weights, and the base does not matter."""
     if (adapter := model.get("adapter")) is None:
         return {"adapter": None}
     student = model["student"] if isinstance(model.get("student"), dict) else {}
@@ -149,14 +144,14 @@ def _adapted(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_sections(config: Any, path: Path) -> None:
-    """Refuse what is no config of `opcd fit`: it stands in a file."""
+    """Check that a config, which comes from a file, is one of `opcd fit`."""
     sections = [config.get(name) for name in ("model", "data", "trainer")] if isinstance(config, dict) else [None]
     if not all(isinstance(section, dict) for section in sections):
-        raise BrokenCheckpoint(f"{path}: the config in it is none of `opcd fit`")
+        raise BrokenCheckpoint(f"{path}: the config in it is not one of `opcd fit`")
 
 
 def saved_config(path: Path) -> dict[str, Any] | None:
-    """The config that a checkpoint's manifest holds; None where there is none."""
+    """Read the config in a checkpoint's manifest; None where there is none."""
     with suppress(BrokenCheckpoint):
         config: dict[str, Any] | None = read_manifest(path)["config"]
         return config
@@ -164,7 +159,7 @@ def saved_config(path: Path) -> dict[str, Any] | None:
 
 
 def _shaping(config: dict[str, Any]) -> dict[str, Any]:
-    """What changes the training steps."""
+    """The part of a config that changes the training steps."""
     trainer = {name: config["trainer"].get(name) for name in ("precision", "limit_train_batches")}
     shaping = {"seed_everything": config.get("seed_everything"), "trainer": trainer}
     for part in ("model", "data"):
@@ -173,7 +168,7 @@ def _shaping(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _newest_first(root: Path) -> Iterator[Path]:
-    """Checkpoints of the newest run first, in each the one of the most steps."""
+    """The checkpoints of the newest run first; in each run, that with the most steps first."""
     named = [(NUMBERED.fullmatch(path.name), path) for path in root.glob("version_*") if path.is_dir()]
     runs = [(int(found["number"]), path) for found, path in named if found]
     for _, run in sorted(runs, reverse=True):
@@ -181,11 +176,11 @@ def _newest_first(root: Path) -> Iterator[Path]:
 
 
 def _of_run(run: Path) -> Iterator[Path]:
-    yield from sorted((run / "checkpoints").glob("*.ckpt"), key=_age, reverse=True)
+    return iter(sorted((run / "checkpoints").glob("*.ckpt"), key=_age, reverse=True))
 
 
 def _age(path: Path) -> tuple[int, int]:
-    step = sys.maxsize  # one without a readable manifest is named, not passed over in silence
+    step = sys.maxsize  # a checkpoint without a readable manifest comes first, so that a warning names it
     with suppress(BrokenCheckpoint):
         step = read_manifest(path)["step"] or 0
     with suppress(OSError):
