@@ -1,4 +1,4 @@
-"""A checkpoint file and its manifest.
+"""Checkpoint files and their manifests, written and read for Lightning by `SafeCheckpointIO`.
 
 A checkpoint is written in three steps. The data go to `.NAME.RANDOM-being-written` beside the target, flushed and
 fsynced. Then the manifest is written: it accepts the new file and, where a file has the name already, that file too.
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 
 from opcd.runtime.errors import UserError
@@ -37,6 +39,37 @@ SPARE = 4 * 2**20
 
 class BrokenCheckpoint(UserError):
     """An error about a file that is not the checkpoint that was written."""
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Saves files atomically, with a manifest; loads verified files, and no code.
+
+    `Trainer(plugins=[SafeCheckpointIO()])` applies to every callback that saves; `opcd` always uses it. It supports
+    local folders, and strategies that save one file (not the shards of FSDP or DeepSpeed).
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        """Write the file and its manifest; `DiskFull` where there is no room."""
+        write_checkpoint(checkpoint, _local(path))
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Verify and load the file to the CPU, as tensors and plain values only; `UserError` where that fails."""
+        if weights_only is False:
+            raise UserError("weights_only=False would run code of the checkpoint; leave it out")
+        return read_checkpoint(_local(path))
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """Remove the file, then its manifest."""
+        for file in (_local(path), manifest_of(_local(path))):
+            file.unlink(missing_ok=True)
+
+
+def _local(path: _PATH) -> Path:
+    if "://" in str(path):
+        raise UserError(f"{path}: checkpoints are written to and read from local folders only")
+    return Path(path)
 
 
 def manifest_of(path: Path) -> Path:
@@ -237,3 +270,11 @@ def _check_manifest(manifest: Any) -> None:
 
 def _own_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def saved_config(path: Path) -> dict[str, Any] | None:
+    """Read the config in a checkpoint's manifest; None where there is none."""
+    with suppress(BrokenCheckpoint):
+        config: dict[str, Any] | None = read_manifest(path)["config"]
+        return config
+    return None

@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from opcd.checkpoints import newest_of_run, read_checkpoint
-from opcd.checkpoints.checkpoint_files import manifest_of
-from opcd.checkpoints.newest import saved_config
+from opcd.checkpoints.checkpoint_files import manifest_of, saved_config
 from opcd.models import (
     PACKAGED,
     ModelConfig,
