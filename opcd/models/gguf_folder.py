@@ -77,15 +77,12 @@ def converted(file: Path, key: str) -> Path:
         with exclusive(target.with_name(f"{target.name}.lock")):
             if not _intact(target):
                 _convert(file, target, key)
-    except DiskError as error:
-        raise UserError(f"{key}: cannot convert {file}: {error}; OPCD_CACHE names another folder for it") from error
-    except UserError as error:
-        raise UserError(f"{key}: cannot convert {file}: {error}") from error
-    except OSError as error:
-        remedy = "; OPCD_CACHE names another folder for it" if error.errno in UNWRITABLE else ""
-        raise UserError(f"{key}: cannot convert {file} into {cache_folder()}: {error}{remedy}") from error
     except Exception as error:  # transformers and gguf raise whatever a damaged file leads to
-        raise UserError(f"{key}: cannot convert {file} into {cache_folder()}: {explain(error)}") from error
+        into = "" if isinstance(error, UserError) else f" into {cache_folder()}"
+        unwritable = isinstance(error, DiskError) or getattr(error, "errno", None) in UNWRITABLE
+        remedy = "; OPCD_CACHE names another folder for it" if unwritable else ""
+        said = error if isinstance(error, UserError) else explain(error)
+        raise UserError(f"{key}: cannot convert {file}{into}: {said}{remedy}") from error
     return target
 
 
