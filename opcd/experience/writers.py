@@ -121,4 +121,4 @@ class ModelWriters:
                 f"{window} tokens"
             )
         kwargs = config.chat_template_kwargs
-        return Views(tokenizer, tokenizer, place, template, kwargs, kwargs, (key, key, ""))  # type: ignore[arg-type]
+        return Views(tokenizer, tokenizer, place, template, kwargs, kwargs, (key, key, ""))

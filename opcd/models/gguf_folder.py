@@ -121,7 +121,7 @@ def _patched(header: GGUFReader) -> Iterator[None]:
     transformers reads the header for config, tokenizer and weights, makes a table of names for every module, and draws
     a bar for each tensor, whatever its logging is set to.
     """
-    patches = (
+    patches: tuple[tuple[Any, str, Any], ...] = (
         (gguf, "GGUFReader", lambda path: header),
         (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
         (modeling_gguf_pytorch_utils, "tqdm", partial(tqdm, disable=True)),
@@ -132,8 +132,8 @@ def _patched(header: GGUFReader) -> Iterator[None]:
             setattr(module, name, value)
         yield
     finally:
-        for module, name, value in former:
-            setattr(module, name, value)
+        for module, name, before in former:
+            setattr(module, name, before)
 
 
 class _Reader(GGUFReader):
