@@ -288,7 +288,7 @@ def test_expected_weights_leave_nothing_to_the_backward_pass(counted, head, know
 
 
 def test_without_gradient_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opcd.losses.chunking.with_gradient", None)
+    monkeypatch.setattr("opcd.losses.chunking._with_gradient", None)
     hidden, matrix = leaf(N, H_S, seed=3), leaf(V, H_S, seed=1)
     with torch.no_grad():
         values = chunked_divergence(ForwardKL(), hidden, matrix, hidden + 1, matrix, memory_bytes=5 * ROW)
