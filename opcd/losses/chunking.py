@@ -113,7 +113,9 @@ def _one_chunk(
         first, *statistics = function(student, teacher, *rest[1:])
     for result in (first, *statistics):
         if result.shape != student_hidden.shape[:1]:
-            raise ValueError(f"function gave {list(result.shape)} for {len(student_hidden)} tokens; it must give [n]")
+            raise ValueError(
+                f"function returned {list(result.shape)} for {len(student_hidden)} tokens; it must return [n]"
+            )
     return first, *(statistic.detach().clone() for statistic in statistics)
 
 

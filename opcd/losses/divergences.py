@@ -173,7 +173,7 @@ class Mixture(Divergence):
     def __init__(self, divergences: list[Divergence], weights: list[float]) -> None:
         if len(divergences) < 2 or len(divergences) != len(weights):
             raise ValueError(
-                f"a Mixture wants two or more divergences and as many weights, got {len(divergences)} and "
+                f"a Mixture needs two or more divergences and as many weights, got {len(divergences)} and "
                 f"{len(weights)}; use a single divergence alone"
             )
         for weight in weights:

@@ -65,11 +65,11 @@ def _of_record(
         )
     if isinstance(record, RecordedTopK) and isinstance(loss, TopK):
         loss.check_record(record.tokens.shape[-1])
-        return lambda student, tokens, teacher: (loss.from_record(student, tokens, teacher),)
+        return lambda student, tokens, teacher: (loss.values_of_record(student, tokens, teacher)["divergence"],)
     if isinstance(record, RecordedTokens) and isinstance(loss, SampledReverseKL):
         return lambda student, tokens, *others: (loss(student.gather(-1, tokens[:, None])[:, 0], *others),)
     raise ValueError(
-        f"{loss!r} cannot be had from {type(record).__name__}: RecordedTopK gives the teacher's k likeliest tokens, "
-        "for TopK(..., support='teacher'); RecordedTokens gives the sampled tokens, for SampledReverseKL(); all others "
-        "need the teacher's hidden states and head"
+        f"{loss!r} cannot be computed from {type(record).__name__}: RecordedTopK gives the teacher's k likeliest "
+        "tokens, for TopK(..., support='teacher'); RecordedTokens gives the sampled tokens, for SampledReverseKL(); "
+        "all others need the teacher's hidden states and head"
     )

@@ -110,7 +110,7 @@ def check_beta(beta: float) -> None:
     """Raise ``ValueError`` unless 0 < beta < 1, with the KL to use at the two ends."""
     if not 0.0 < beta < 1.0:
         raise ValueError(
-            f"beta is {beta!r}; JSD needs 0 < beta < 1, for at both ends it is zero for every pair of models. "
+            f"beta is {beta!r}; JSD needs 0 < beta < 1, because at both ends it is zero for every pair of models. "
             "Use ForwardKL for KL(teacher ‖ student) (what JSD/beta tends to as beta goes to 0), or ReverseKL for "
             "KL(student ‖ teacher) (JSD/(1-beta) as beta goes to 1)"
         )

@@ -41,7 +41,7 @@ class TopK(Divergence):
         _check_choice(inner, k, support, tail)
         if tail == "drop":
             warnings.warn(
-                "tail='drop' is not a divergence: it can be negative, and is minimised by draining mass off the "
+                "tail='drop' is not a divergence: it can be negative, and is minimised by moving mass off the "
                 "support. It is what the paper's code does with k=256 of the student; watch retained_mass with it, or "
                 "use tail='bucket'",
                 UserWarning,
@@ -62,10 +62,6 @@ class TopK(Divergence):
         names = ("divergence", "student_retained_mass", "teacher_retained_mass")
         return dict(zip(names, self.with_retained_mass(student, teacher), strict=True))
 
-    def values_of_record(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
-        """The divergence, from recorded tokens [n, k]."""
-        return {"divergence": self.from_record(student, tokens, log_probs)}
-
     def from_log_probs(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``inner`` on the support and its tail, [..., V] x2 -> [...]; 0 at positions where the support is empty."""
         return self.with_retained_mass(student_log_probs, teacher_log_probs)[0]
@@ -85,24 +81,24 @@ class TopK(Divergence):
         student_mass, teacher_mass = (_gather(log_p, tokens).exp().sum(-1) for log_p in both)
         return value, student_mass, teacher_mass
 
-    def from_record(self, student_log_probs: Tensor, tokens: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    def values_of_record(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
         """The divergence from the teacher's recorded likeliest tokens: [..., V], ids and log p_T [..., n] -> [...].
 
         The teacher's mass off the record is one minus the recorded mass, exact to float32's rounding of 1.
         """
         if tokens.shape[-1] > self.k:
-            best = teacher_log_probs.topk(self.k).indices
-            tokens, teacher_log_probs = tokens.gather(-1, best), teacher_log_probs.gather(-1, best)
-        teacher = at_least_float32(teacher_log_probs)
+            best = log_probs.topk(self.k).indices
+            tokens, log_probs = tokens.gather(-1, best), log_probs.gather(-1, best)
+        teacher = at_least_float32(log_probs)
         if self.tail == "bucket":
             rest = torch.log1p(-teacher.exp().sum(-1).clamp(max=1.0))
             teacher = torch.cat([teacher, rest[..., None]], dim=-1)
         elif self.tail == "renormalize":
             teacher = teacher - log_total(teacher)[..., None]
-        return self.inner.from_log_probs(self._reduce(student_log_probs, tokens), teacher)
+        return {"divergence": self.inner.from_log_probs(self._reduce(student, tokens), teacher)}
 
     def check_record(self, recorded: int) -> None:
-        """Raise ``ValueError`` unless ``from_record`` works with so many recorded tokens a position."""
+        """Raise ``ValueError`` unless `values_of_record` works with so many recorded tokens a position."""
         if self.support != "teacher":
             raise ValueError(
                 f"support={self.support!r} needs the teacher's probability of tokens that the record does not hold; "
@@ -114,13 +110,12 @@ class TopK(Divergence):
     def _tokens(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """The ids of the support, [..., n], each once; the id V, which is no token, fills unused places."""
         vocabulary = student_log_probs.shape[-1]
-        k = min(self.k, vocabulary)
         if self.support == "student":
-            return student_log_probs.topk(k).indices
-        teachers = teacher_log_probs.topk(k).indices
+            return student_log_probs.topk(self.k).indices
+        teachers = teacher_log_probs.topk(self.k).indices
         if self.support == "teacher":
             return teachers
-        students = student_log_probs.topk(k).indices
+        students = student_log_probs.topk(self.k).indices
         shared = _members(students, vocabulary).gather(-1, teachers)
         if self.support == "intersection":
             return teachers.masked_fill(~shared, vocabulary)

@@ -357,5 +357,5 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> Non
 
 def test_a_function_that_reduces_is_refused() -> None:
     hidden, matrix = torch.zeros(5, 3), torch.zeros(8, 3)
-    with pytest.raises(ValueError, match=r"function gave \[\] for 5 tokens; it must give \[n\]"):
+    with pytest.raises(ValueError, match=r"function returned \[\] for 5 tokens; it must return \[n\]"):
         chunked(lambda s, t: (ReverseKL().from_log_probs(s, t).mean(),), hidden, matrix, hidden, matrix)
