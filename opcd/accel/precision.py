@@ -79,7 +79,7 @@ def warn_if_emulated(key: str, dtype: torch.dtype, device: torch.device | str) -
 def _warn(key: str, dtype: str, device: str) -> None:
     rank_zero_warn(
         f"{key}: {dtype} is emulated on this {device}, which has no instructions for it: a step takes about ten times "
-        "as long as in float32; leave the key out, and the type is chosen from the hardware"
+        "as long as in float32; remove the key: the type is then chosen for the hardware"
     )
 
 

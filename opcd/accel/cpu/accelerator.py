@@ -23,69 +23,6 @@ LAYERS = 8
 """In the backward pass the heap is trimmed every so many layers: mapping pages again takes time (docs/log.md)."""
 
 
-class CPUAccelerator(Accelerator):
-    """Its own attention, oneDNN's layout of weights, and a heap that returns unused memory.
-
-    The first instance changes how the process's C library keeps freed memory (`keep_freed_blocks`).
-    """
-
-    def __init__(self) -> None:
-        keep_freed_blocks()
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Use the attention of `attention.py` instead of SDPA."""
-        attention.use_cpu_attention(model)
-
-    def prepare_recomputation(self, model: PreTrainedModel) -> None:
-        """See `less_memory_in_backward`."""
-        less_memory_in_backward(model)
-
-    def mask_name(self, model: PreTrainedModel) -> str:
-        """The model's attention; that of `attention.py` takes SDPA's masks."""
-        name = super().mask_name(model)
-        return "sdpa" if name == attention.NAME else name
-
-    def fast_linears(
-        self, model: nn.Module, dtype: torch.dtype, steps: int, consume: bool = False
-    ) -> AbstractContextManager[None]:
-        """See `onednn_linear.py`."""
-        return packed_linears(model, dtype, steps, consume)
-
-    def packed_attention(
-        self, model: PreTrainedModel, layers: list[Pair], lengths: list[int]
-    ) -> AbstractContextManager[None] | None:
-        """See `attention_by_rows`."""
-        return attention.attention_by_rows(model, layers, lengths) if attention.attends_by_rows(model) else None
-
-    def shared_start(self, model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Any] | None:
-        """The argument `ROWS` of `attention.attention`; None for a model with another attention."""
-        own = model.config.get_text_config()._attn_implementation == attention.NAME
-        return {attention.ROWS: (rows, tokens)} if own else None
-
-    @contextmanager
-    def phase(self, name: str, recompute: bool, idle: list[Tensor]) -> Iterator[None]:
-        """Keep the loss's blocks in the heap while it runs; afterwards return free heap and file pages to the kernel.
-
-        With gradient checkpointing all are returned, else only what exceeds `KEPT` and `LARGE`: mapping pages again
-        takes time.
-        """
-        # With checkpointing, kept blocks leave holes between gradients, which cost more than new pages do.
-        with large_blocks_kept() if name == "loss" and not recompute else nullcontext():
-            yield
-        if name in IDLE_AFTER and sum(weight.nbytes for weight in idle) >= (0 if recompute else LARGE):
-            drop_file_pages(idle)
-        if name in TRIMMED:
-            trim_heap(beyond=0 if recompute else KEPT)
-
-    def trim(self) -> None:
-        """Return the heap's free pages."""
-        trim_heap()
-
-    def forget_pages(self, tensors: list[Tensor]) -> None:
-        """See `heap.drop_file_pages`."""
-        drop_file_pages(tensors)
-
-
 def less_memory_in_backward(model: PreTrainedModel) -> None:
     """Save memory in every backward pass on a CPU of a model that recomputes its activations.
 
@@ -130,3 +67,50 @@ def _add_rows(embedding: nn.Embedding, ids: Tensor, gradient: Tensor) -> None:
         weight.grad = torch.zeros_like(weight)
     kept = ids != (-1 if embedding.padding_idx is None else embedding.padding_idx)
     weight.grad.index_add_(0, ids[kept], gradient[kept])
+
+
+class CPUAccelerator(Accelerator):
+    """Its own attention, oneDNN's layout of weights, and a heap that returns unused memory.
+
+    The first instance changes how the process's C library keeps freed memory (`keep_freed_blocks`).
+    """
+
+    prepare = staticmethod(attention.use_cpu_attention)
+    prepare_recomputation = staticmethod(less_memory_in_backward)
+    fast_linears = staticmethod(packed_linears)
+    trim = staticmethod(trim_heap)
+    forget_pages = staticmethod(drop_file_pages)
+
+    def __init__(self) -> None:
+        keep_freed_blocks()
+
+    def mask_name(self, model: PreTrainedModel) -> str:
+        """The model's attention; that of `attention.py` takes SDPA's masks."""
+        name = super().mask_name(model)
+        return "sdpa" if name == attention.NAME else name
+
+    def packed_attention(
+        self, model: PreTrainedModel, layers: list[Pair], lengths: list[int]
+    ) -> AbstractContextManager[None] | None:
+        """See `attention_by_rows`."""
+        return attention.attention_by_rows(model, layers, lengths) if attention.attends_by_rows(model) else None
+
+    def shared_start(self, model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Any] | None:
+        """The argument `ROWS` of `attention.attention`; None for a model with another attention."""
+        own = model.config.get_text_config()._attn_implementation == attention.NAME
+        return {attention.ROWS: (rows, tokens)} if own else None
+
+    @contextmanager
+    def phase(self, name: str, recompute: bool, idle: list[Tensor]) -> Iterator[None]:
+        """Keep the loss's blocks in the heap while it runs; afterwards return free heap and file pages to the kernel.
+
+        With gradient checkpointing all are returned, else only what exceeds `KEPT` and `LARGE`: mapping pages again
+        takes time.
+        """
+        # With checkpointing, kept blocks leave holes between gradients, which cost more than new pages do.
+        with large_blocks_kept() if name == "loss" and not recompute else nullcontext():
+            yield
+        if name in IDLE_AFTER and sum(weight.nbytes for weight in idle) >= (0 if recompute else LARGE):
+            drop_file_pages(idle)
+        if name in TRIMMED:
+            trim_heap(beyond=0 if recompute else KEPT)

@@ -236,7 +236,7 @@ def _packed(
         ValueError: the model uses an argument that is not supported here; full rows are then passed instead.
     """
     if unknown := _unsupported(others):
-        raise ValueError(f"its attention has {', '.join(unknown)}, which is not known here; attention: eager has it")
+        raise ValueError(f"its attention has {', '.join(unknown)}, which is not supported here; use attention: eager")
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
