@@ -486,7 +486,7 @@ def test_a_push_to_the_hub(opcd, runs, base, hub, tmp_path):
     [
         ({"private": True, "siblings": [{"rfilename": "model.safetensors"}]}, "right", "already has files"),
         ({"private": False, "siblings": [{"rfilename": ".gitattributes"}]}, "right", "exists and is public"),
-        (None, "wrong", "refuses me/student"),
+        (None, "wrong", "rejects me/student"),
     ],
 )
 def test_a_hub_that_does_not_take_it(there, token, says, opcd, runs, hub, monkeypatch, no_weights):
