@@ -45,7 +45,8 @@ class Row:
 
     def to(self, device: torch.device | str) -> Row:
         """A copy whose tensors are on `device`."""
-        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
 
 class Prompts:

@@ -47,8 +47,11 @@ def _added_by_rows(embedding: nn.Module, arguments: tuple[Tensor], states: Tenso
     Not used on several ranks: DDP and FSDP see only gradients that autograd brings. Nor for embeddings that do more
     than look rows up, such as Gemma's, which scale them.
     """
-    looks_up = type(embedding) is nn.Embedding and embedding.weight.requires_grad
-    if not (_learns_on_cpu(states) and looks_up) or torch.distributed.is_initialized():
+    if (
+        type(embedding) is not nn.Embedding
+        or not (embedding.weight.requires_grad and _learns_on_cpu(states))
+        or torch.distributed.is_initialized()
+    ):
         _trim_in_backward(embedding, arguments, states)
         return None
     leaf = states.detach().requires_grad_()
