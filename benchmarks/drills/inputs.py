@@ -183,5 +183,5 @@ def _read(file: Path, skip: bool = False) -> int | tuple[int, int] | str:
         return f"{type(error).__name__}: {error}"
     if not skip:
         return kept
-    counts = [int(str(warning.message).split()[1]) for warning in said if "bad rows left out" in str(warning.message)]
+    counts = [int(str(warning.message).split()[1]) for warning in said if "bad rows skipped" in str(warning.message)]
     return kept, sum(counts)

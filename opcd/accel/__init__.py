@@ -1,15 +1,74 @@
-"""Faster computation on one kind of hardware. The method does not depend on it.
+"""Faster computation, or less memory, on one kind of hardware. The method does not depend on it.
 
-`accelerator(device)` is the only way in: the code of a device is imported where a model runs on such a device.
+Call `accelerator(device)`: it imports a device's code only where a model runs on such a device.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
-
-from opcd.accel.base import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 __all__ = ["Accelerator", "accelerator"]
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
+
+
+class Accelerator:
+    """The interface to a device's own code. This class changes nothing: it serves every device without such code."""
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Choose the attention of a model that will run on the device."""
+
+    def prepare_recomputation(self, model: PreTrainedModel) -> None:
+        """Save memory in the backward pass of a model with gradient checkpointing."""
+
+    def mask_name(self, model: PreTrainedModel) -> str:
+        """The transformers name of an attention that takes the same masks as the model's."""
+        return str(model.config.get_text_config()._attn_implementation)
+
+    def fast_linears(
+        self, model: nn.Module, dtype: torch.dtype, steps: int, consume: bool = False
+    ) -> AbstractContextManager[None]:
+        """Within the context, linear layers compute in `dtype` from weights laid out for `steps` decode steps.
+
+        With `consume`, the layers' own weights are empty afterwards.
+        """
+        return nullcontext()
+
+    def packed_attention(
+        self, model: PreTrainedModel, layers: list[Pair], lengths: list[int]
+    ) -> AbstractContextManager[None] | None:
+        """Within the context, packed rows of `lengths` tokens attend to themselves and to a prefix.
+
+        `layers` holds the prefix's keys and values, [1, groups, P, D] for each layer. None: use a mask instead.
+        """
+        return None
+
+    def shared_start(self, model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Any] | None:
+        """Arguments of a pass over `rows` rows whose first `tokens` are given once; None where this is not possible."""
+        return None
+
+    @contextmanager
+    def phase(self, name: str, recompute: bool, idle: list[Tensor]) -> Iterator[None]:
+        """Free memory around a phase of a step (sync with the rollout, teacher, student, loss, optimizer).
+
+        Args:
+            name: the phase.
+            recompute: the student has gradient checkpointing: memory matters more than time.
+            idle: weights that are not read before the next step.
+        """
+        yield
+
+    def trim(self) -> None:
+        """Return freed memory to the system."""
+
+    def forget_pages(self, tensors: list[Tensor]) -> None:
+        """Drop the pages of a file that tensors are mapped from; the next read maps them again."""
 
 
 @cache
@@ -22,5 +81,5 @@ def _of_type(kind: str) -> Accelerator:
 
 
 def accelerator(device: torch.device | str) -> Accelerator:
-    """That of a device."""
+    """The accelerator of a device."""
     return _of_type(torch.device(device).type)

@@ -1,4 +1,4 @@
-"""The floating-point type that a device computes fastest in: bfloat16 where it has the instructions, else float32."""
+"""The fastest floating-point type of a device: bfloat16 if it has the instructions, else float32."""
 
 import os
 from functools import cache
@@ -10,14 +10,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 TrainerPrecision = Literal["bf16-mixed", "32-true"]
 
 WITHOUT = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-"""Values of oneDNN's ONEDNN_MAX_CPU_ISA that hide bfloat16 instructions from it."""
+"""Values of ONEDNN_MAX_CPU_ISA with which oneDNN does not use bfloat16 instructions."""
 
 
 def has_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether the device has instructions for products in bfloat16 and does not emulate them.
+    """Whether the device has instructions for bfloat16 products instead of emulating them.
 
-    A CPU needs AVX512-BF16, AMX or their like on ARM, an NVIDIA GPU compute capability 8.0. The environment variable
-    ONEDNN_MAX_CPU_ISA can hide those of a CPU, as it does from oneDNN (for example AVX2).
+    A CPU needs AVX512-BF16, AMX or ARM's equivalent, an NVIDIA GPU compute capability 8.0. The environment variable
+    ONEDNN_MAX_CPU_ISA hides those of a CPU (for example AVX2), as it does from oneDNN.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -31,28 +31,28 @@ def has_bfloat16(device: torch.device | str = "cpu") -> bool:
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """The type for weights that are frozen or generate, where the user has chosen none: bfloat16 or float32."""
+    """The default type of weights that are frozen or that generate: bfloat16 or float32."""
     return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def trainer_precision(accelerator: str = "auto") -> TrainerPrecision:
-    """The `precision` for a Lightning Trainer on this machine, where the user has chosen none.
+    """The default `precision` of a Lightning Trainer on this machine.
 
     Args:
-        accelerator: the Trainer's; auto takes a GPU where there is one.
+        accelerator: the Trainer's; auto takes a GPU if there is one.
     """
     return "bf16-mixed" if has_bfloat16(device_of(accelerator)) else "32-true"
 
 
 def chosen_precision(accelerator: str) -> TrainerPrecision:
-    """`trainer_precision`, told in one line."""
-    precision = trainer_precision(accelerator)
-    rank_zero_info(f"computing in {str(fast_dtype(device_of(accelerator)))[6:]}: {reason(device_of(accelerator))}")
-    return precision
+    """`trainer_precision`, logged in one line."""
+    device = device_of(accelerator)
+    rank_zero_info(f"computing in {str(fast_dtype(device))[6:]}: {reason(device)}")
+    return trainer_precision(accelerator)
 
 
 def device_of(accelerator: str) -> torch.device:
-    """The device that Lightning takes for this name of an accelerator; one that is not known here counts as a CPU."""
+    """The device that Lightning uses for an accelerator's name; an unknown one counts as a CPU."""
     if accelerator in ("auto", "gpu") and torch.accelerator.is_available():
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -60,14 +60,14 @@ def device_of(accelerator: str) -> torch.device:
 
 
 def reason(device: torch.device | str = "cpu") -> str:
-    """Why `fast_dtype` is what it is, in a few words."""
+    """The reason for `fast_dtype`, in a few words."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
     return f"{name} has {'' if has_bfloat16(device) else 'no '}bfloat16 instructions"
 
 
 def warn_if_emulated(key: str, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Warn, once a process, that the type which `key` asks for has no instructions on this device."""
+    """Warn once per process if the device has no instructions for the type that `key` sets."""
     device = torch.device(device)
     slow = dtype == torch.bfloat16 and not has_bfloat16(device)
     slow = slow or (dtype == torch.float16 and device.type == "cpu" and not _cpu_has_float16())
@@ -79,7 +79,7 @@ def warn_if_emulated(key: str, dtype: torch.dtype, device: torch.device | str) -
 def _warn(key: str, dtype: str, device: str) -> None:
     rank_zero_warn(
         f"{key}: {dtype} is emulated on this {device}, which has no instructions for it: a step takes about ten times "
-        "as long as in float32; leave the key out, and the type is chosen from the hardware"
+        "as long as in float32; remove the key: the type is then chosen for the hardware"
     )
 
 
@@ -89,7 +89,7 @@ def _limit() -> str:
 
 @cache
 def _cpu_capabilities() -> tuple[str, ...]:
-    """Names of instruction sets of this CPU, as torch calls them: avx512_bf16, amx_bf16, ..."""
+    """torch's names of this CPU's instruction sets: avx512_bf16, amx_bf16, ..."""
     if hasattr(torch.cpu, "get_capabilities"):
         return tuple(name for name, there in torch.cpu.get_capabilities().items() if there is True)
     asked = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}  # torch < 2.11
@@ -102,7 +102,7 @@ def _cpu_has_float16() -> bool:
 
 @cache
 def _mps_multiplies() -> bool:
-    """Older releases of macOS have no bfloat16 on MPS: torch raises."""
+    """Whether a bfloat16 product works on MPS: in older releases of macOS torch raises."""
     try:
         square = torch.ones(2, 2, dtype=torch.bfloat16, device="mps")
         return bool((square @ square).float().sum().item() == 8)

@@ -19,7 +19,7 @@ from opcd.cli.evaluate import torch_device
 from opcd.cli.fit import fit_parser
 from opcd.cli.show import print_run
 from opcd.cli.sweep import INTERRUPTED
-from opcd.data.safe_tokenizer import TextEncoder
+from opcd.data.chat_template import TextEncoder
 from opcd.experience.experience_config import Experience, made
 from opcd.experience.experience_folder import claim, fingerprint
 from opcd.experience.lessons import Growth

@@ -1,4 +1,4 @@
-"""From files to batches: examples, contexts, both views of each, and the LightningDataModule that joins them."""
+"""From files to batches: examples, their contexts, both views of each, and the LightningDataModule."""
 
 from typing import TYPE_CHECKING
 

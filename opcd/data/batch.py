@@ -1,4 +1,4 @@
-"""What a training step gets: examples and both views of them as token ids."""
+"""Batches of a training step: examples, and both views of each as token ids."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Row:
     """One example, and both views of it as token ids.
 
     Attributes:
-        example: as it was read.
-        context: what the teacher sees; None for a row to predict that has none.
+        example: the example as it was read.
+        context: the context that the teacher sees; None for a row to predict without one.
         student_prompt: [P] int64: the query.
-        teacher_prompt: [Q] int64: the same with the context, where there is one.
-        teacher_prefix: [P] int64: what the teacher prompts of its context have in common at their beginning.
-        response: [R] int64: the recorded response with its end-of-sequence token; None where there is none.
+        teacher_prompt: [Q] int64: the query with the context, if there is one.
+        teacher_prefix: [P] int64: the beginning that all teacher prompts with this context share.
+        response: [R] int64: the recorded response with its end-of-sequence token; None if there is none.
     """
 
     example: Example
@@ -35,27 +35,22 @@ class Row:
 
     @classmethod
     def encoded(cls, example: Example, context: str | None, views: Views) -> Row:
-        """Both views of an example. UserError where a query does not fit the chat template."""
-        own = torch.tensor(views.student_prompt(example))
-        given = None if example.response is None else torch.tensor(views.response_ids(example.response))
+        """Both views of an example. UserError if a query does not fit the chat template."""
+        student = torch.tensor(views.student_prompt(example))
+        response = None if example.response is None else torch.tensor(views.response_ids(example.response))
         if context is None:
-            return cls(example, None, own, own, torch.tensor([]).long(), given)
-        taught = torch.tensor(views.teacher_prompt(example, context))
-        return cls(example, context, own, taught, torch.tensor(views.teacher_prefix(context)).long(), given)
+            return cls(example, None, student, student, torch.tensor([]).long(), response)
+        teacher = torch.tensor(views.teacher_prompt(example, context))
+        return cls(example, context, student, teacher, torch.tensor(views.teacher_prefix(context)).long(), response)
 
     def to(self, device: torch.device | str) -> Row:
         """A copy whose tensors are on `device`."""
-        return replace(
-            self,
-            student_prompt=self.student_prompt.to(device),
-            teacher_prompt=self.teacher_prompt.to(device),
-            teacher_prefix=self.teacher_prefix.to(device),
-            response=None if self.response is None else self.response.to(device),
-        )
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
 
 class Prompts:
-    """What a batch and the responses to it have in common: rows with the prompts of both views."""
+    """The prompts of both views of some rows: shared by a batch and by the responses to it."""
 
     rows: list[Any]
 
@@ -64,17 +59,17 @@ class Prompts:
 
     @property
     def student_prompts(self) -> list[Tensor]:
-        """Of each row, [P]."""
+        """The student's prompt of each row, [P]."""
         return [row.student_prompt for row in self.rows]
 
     @property
     def teacher_prompts(self) -> list[Tensor]:
-        """Of each row, [Q]."""
+        """The teacher's prompt of each row, [Q]."""
         return [row.teacher_prompt for row in self.rows]
 
     @property
     def teacher_prefixes(self) -> list[Tensor]:
-        """Of each row, [P]."""
+        """The shared beginning of each row's teacher prompt, [P]."""
         return [row.teacher_prefix for row in self.rows]
 
 
@@ -83,8 +78,8 @@ class Batch(Prompts):
     """Rows, unpadded.
 
     Attributes:
-        rows: of the batch.
-        views: what encoded them, by the names of their teachers (`Example.teacher`).
+        rows: the rows.
+        views: the views that encoded them, by teacher name (`Example.teacher`).
     """
 
     rows: list[Row]
@@ -94,23 +89,23 @@ class Batch(Prompts):
     def encoded(
         cls, examples: Sequence[Example], contexts: Sequence[str | None], views: Mapping[str | None, Views]
     ) -> Batch:
-        """Both views of each example, with its context. UserError where a query does not fit the chat template."""
+        """Both views of each example with its context. UserError if a query does not fit the chat template."""
         pairs = zip(examples, contexts, strict=True)
         return cls([Row.encoded(example, context, views[example.teacher]) for example, context in pairs], views)
 
     @property
     def examples(self) -> list[Example]:
-        """Of each row."""
+        """The example of each row."""
         return [row.example for row in self.rows]
 
     @property
     def contexts(self) -> list[str | None]:
-        """Of each row."""
+        """The context of each row."""
         return [row.context for row in self.rows]
 
     @property
     def responses(self) -> list[Tensor | None]:
-        """Of each row, [R]."""
+        """The recorded response of each row, [R]."""
         return [row.response for row in self.rows]
 
     def to(self, device: torch.device | str) -> Batch:
@@ -118,7 +113,7 @@ class Batch(Prompts):
         return Batch([row.to(device) for row in self.rows], self.views)
 
     def asking(self, examples: Sequence[Example]) -> Batch:
-        """Other examples in the place of these, under their contexts and on their device."""
+        """The same rows with other examples, under the same contexts and on the same device."""
         return Batch.encoded(examples, self.contexts, self.views).to(self.rows[0].student_prompt.device)
 
     def select(self, indices: Sequence[int]) -> Batch:

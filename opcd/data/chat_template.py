@@ -1,16 +1,20 @@
-"""Chat messages as the token ids of a tokenizer's chat template."""
+"""Text and chat messages as token ids, such that text from data never becomes a control token.
 
+A context that contains `<|im_end|>` would otherwise close its own turn.
+"""
+
+import copy
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import jinja2
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from opcd.data.example import Message
-from opcd.data.safe_tokenizer import TextEncoder
 from opcd.runtime.errors import UserError
 
-# Private-use characters: a template passes them on untouched, and no template holds them.
+# Private-use characters: templates copy them unchanged, and no template contains them.
 MARK = "\ue000{}\ue001"
 MARKS = re.compile("\ue000([0-9]+)\ue001")
 PROBES = {
@@ -19,17 +23,70 @@ PROBES = {
     "assistant": ["user", "assistant", "user"],
     "tool": ["user", "assistant", "tool", "user"],
 }
-"""The roles of a conversation in which each role occurs."""
+"""For each role, the roles of a conversation in which it occurs."""
+
+
+class TextEncoder:
+    """Encodes trusted text (a chat template's) with its control tokens, and data without.
+
+    Control tokens are the tokenizer's special tokens and the tokens that were added as plain text (`<think>`,
+    `<tool_call>`), except added white space (Gemma's runs of line breaks).
+
+    Attributes:
+        controls: the texts of the control tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
+        controls = {number: token for number, token in added.items() if token.content.strip(" \n\t\r▁")}
+        self.tokenizer = self._data_tokenizer = tokenizer
+        self.controls = [token.content for token in controls.values()]
+        self._ids = controls.keys()
+        if plain := [token.content for token in controls.values() if not token.special]:
+            # `split_special_tokens` splits special tokens only: in this copy every control token is special.
+            self._data_tokenizer = copy.deepcopy(tokenizer)
+            special = [AddedToken(content, special=True, normalized=False) for content in plain]
+            self._data_tokenizer.add_tokens(special, special_tokens=True)
+
+    def holds_control(self, text: str) -> bool:
+        """Whether `text` contains the text of a control token."""
+        return any(control in text for control in self.controls)
+
+    def trusted(self, text: str) -> list[int]:
+        """Ids of `text` with its control tokens parsed; nothing is added."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def data(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of `text`, in which control tokens are plain text.
+
+        Args:
+            text: any text.
+            add_special_tokens: put the tokenizer's usual tokens (BOS) around it.
+
+        Raises:
+            UserError: this tokenizer cannot take a control token as plain text.
+        """
+        options = {"split_special_tokens": True, "verbose": False}
+        plain = list(self._data_tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+        if self.holds_control(text) and not self._ids.isdisjoint(plain):
+            raise UserError(
+                f"the tokenizer cannot take its control tokens as plain text; remove them from {text[:80]!r}"
+            )
+        return list(self._data_tokenizer(text, **options)["input_ids"]) if add_special_tokens else plain
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, control tokens included."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class ChatRenderer:
-    """Applies one model's chat template, up to the prompt of the answer that is to be generated.
+    """Applies one model's chat template, up to the generation prompt.
 
     Args:
         text: the encoder of the model's tokenizer.
         template_kwargs: extra variables of the template.
         key: config key of the model (`model.student`), for messages.
-        otherwise: what else helps where there is no chat template, for messages.
+        otherwise: an alternative to a chat template, for the message where there is none.
 
     Raises:
         UserError: there is no chat template, or it never reads one of `template_kwargs`.
@@ -39,29 +96,30 @@ class ChatRenderer:
         self.text = text
         self.tokenizer = text.tokenizer
         self.template_kwargs, self.key = template_kwargs, key
-        self._check(key, otherwise)
+        if not (template := self.tokenizer.chat_template):
+            raise UserError(
+                f"{key}: the tokenizer of {self.tokenizer.name_or_path} has no chat template; "
+                f"set {key}.chat_template{otherwise}"
+            )
+        for name in template_kwargs:
+            if name not in str(template):
+                raise UserError(f"{key}.chat_template_kwargs: the chat template never reads {name!r}; remove it")
         self._parts: set[str] = set()
         for role in PROBES:
-            if self._wants_parts(role):
+            if not self._shows(role, self._parts) and self._shows(role, self._parts | {role}):
                 self._parts.add(role)
 
-    def _wants_parts(self, role: str) -> bool:
-        """Whether a message of the role shows only where its content is a list of parts (`{"type": "text"}`)."""
+    def _shows(self, role: str, parts: set[str]) -> bool:
+        """Whether the template shows a message of the role, if the roles in `parts` have a list of parts as content."""
         roles = PROBES[role]
-        place = max(0, len(roles) - 2)
-        messages = [{"role": of, "content": MARK.format(number)} for number, of in enumerate(roles)]
-
-        def shows(parts: set[str]) -> bool:
-            """Whether the message is in the template's text."""
-            try:
-                return MARK.format(place) in self._rendered(messages, parts)
-            except Exception:  # the template's own; it is told when a row is rendered
-                return False
-
-        return not shows(self._parts) and shows(self._parts | {role})
+        messages = [{"role": name, "content": MARK.format(number)} for number, name in enumerate(roles)]
+        try:
+            return MARK.format(max(0, len(roles) - 2)) in self._rendered(messages, parts)
+        except Exception:  # the template's own; reported when a row is rendered
+            return False
 
     def _rendered(self, messages: list[Message], parts: set[str]) -> str:
-        """The template's text; messages of the roles in `parts` have a list of parts in the place of their text."""
+        """The template's text; the content of roles in `parts` is a list of parts (`{"type": "text"}`)."""
         options = {**self.template_kwargs, "tokenize": False, "add_generation_prompt": True}
         given: list[dict[str, Any]] = [
             {**message, "content": [{"type": "text", "text": message["content"]}]}
@@ -71,40 +129,30 @@ class ChatRenderer:
         ]
         return str(self.tokenizer.apply_chat_template(given, **options))
 
-    def _check(self, key: str, otherwise: str) -> None:
-        template = self.tokenizer.chat_template
-        if not template:
-            raise UserError(
-                f"{key}: the tokenizer of {self.tokenizer.name_or_path} has no chat template; "
-                f"set {key}.chat_template{otherwise}"
-            )
-        for name in self.template_kwargs:
-            if name not in str(template):
-                raise UserError(f"{key}.chat_template_kwargs: the chat template never reads {name!r}; remove it")
-
     def render(self, messages: list[Message]) -> str:
         """The text of the messages and of the generation prompt.
 
         Raises:
-            UserError: the template refuses the messages.
+            UserError: the template raises an error.
         """
         try:
             return self._rendered(messages, self._parts)
         except jinja2.TemplateError as error:
-            raise UserError(f"the chat template refuses these messages: {error}") from error
+            raise UserError(f"the chat template rejects these messages: {error}") from error
         except Exception as error:  # a template is a program: it may divide by zero
             reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"the chat template fails: {reason}; mend it, or set {self.key}.chat_template") from error
+            raise UserError(f"the chat template fails: {reason}; fix it, or set {self.key}.chat_template") from error
 
     def encode(self, messages: list[Message], source: str) -> list[int]:
-        """Ids of the messages and of the generation prompt; what the messages say never becomes a control token.
+        """Ids of the messages and of the generation prompt; text of the messages never becomes a control token.
 
         Args:
             messages: chat messages.
             source: where they were read, for messages.
 
         Raises:
-            UserError: the template refuses the messages, or they hold control tokens that cannot be told from its own.
+            UserError: the template raises an error, or the messages hold control tokens that cannot be distinguished
+                from the template's own.
         """
         try:
             text = self.render(messages)
@@ -115,7 +163,7 @@ class ChatRenderer:
             raise UserError(f"{source}: {error}") from error
 
     def _splice(self, messages: list[Message], text: str) -> list[int]:
-        """Ids of the template's own pieces and, between them, of the data, each encoded on its own."""
+        """Ids of the template's pieces and of the data between them, each encoded separately."""
         marked = self.render([{**message, "content": MARK.format(i)} for i, message in enumerate(messages)])
         ids: list[int] = []
         rest = text
@@ -129,15 +177,15 @@ class ChatRenderer:
                 raise UserError("the chat template rewrites these messages; remove the control tokens from them")
             ids += self.text.data(span) if is_data else self.text.trusted(span)
             rest = rest.removeprefix(span)
-        # Some tokenizers put a space before everything that they encode: pieces then say more than the whole.
+        # Some tokenizers put a space before everything that they encode: the pieces then have more than the full text.
         if rest or self.text.decode(ids) != self.text.decode(self.text.trusted(text)):
             raise UserError("the tokenizer cannot encode these messages in pieces; remove the control tokens from them")
         return ids
 
     def _spans(self, content: str) -> Iterator[str]:
-        """What a template may make of a content: all of it, or what is left without thoughts or before a control token.
+        """Yield what a template may keep of a content: all, all but the thoughts, or a part beside a control token.
 
-        Templates leave the thoughts out of earlier turns: `content.split('</think>')[-1]`.
+        Templates remove the thoughts of earlier turns: `content.split('</think>')[-1]`.
         """
         ends = [control for control in self.text.controls if control in content]
         cut = [content, _without_blocks(content, ends), *(content.rsplit(end, 1)[1] for end in ends)]
@@ -147,7 +195,7 @@ class ChatRenderer:
 
 
 def _without_blocks(content: str, controls: list[str]) -> str:
-    """The content without what stands between `<NAME>` and `</NAME>`, the two included, where both are controls."""
+    """The content without each block from `<NAME>` to `</NAME>`, if both are control tokens."""
     for end in controls:
         begin = end.replace("</", "<", 1)
         if begin != end and begin in controls:

@@ -1,4 +1,4 @@
-"""The contexts that the teacher sees: one for the data set, one an example, or one drawn from a list."""
+"""The contexts that the teacher sees: one for the data set, one per example, or one drawn from a list."""
 
 import hashlib
 import random
@@ -13,17 +13,17 @@ def read_contexts(path: str, key: str = "data.context") -> list[str]:
     """The contexts of a file, without white space around them.
 
     Args:
-        path: a .json file with a list of texts, a .jsonl file with one text or {"context": text} a line, or a file with
-            any other suffix, which is one context.
-        key: the config key that holds the path, for messages.
+        path: a .json file with a list of texts, a .jsonl file with one text or {"context": text} per line, or a file
+            with any other suffix, which is one context.
+        key: the config key of the path, for messages.
 
     Raises:
-        UserError: the file cannot be read, or a context in it is empty or no text.
+        UserError: the file cannot be read, or a context in it is empty or not text.
     """
     file = require_file(path, key)
-    found: Sequence[tuple[str, object]]
+    found: list[tuple[str, object]]
     if suffix_of(file) == ".jsonl":
-        found = [(source, _unwrap(value)) for source, value in read_jsonl(file, key)]
+        found = [(at, row.get("context") if isinstance(row, dict) else row) for at, row in read_jsonl(file, key)]
     elif suffix_of(file) == ".json":
         value = read_json(file, key)
         if not isinstance(value, list):
@@ -44,24 +44,24 @@ def read_context(path: str, key: str) -> str:
     """
     contexts = read_contexts(path, key)
     if len(contexts) > 1:
-        raise UserError(f"{key}: {path} holds {len(contexts)} contexts, and one is wanted here; name a file with one")
+        raise UserError(f"{key}: {path} holds {len(contexts)} contexts; name a file with one context")
     return contexts[0]
 
 
 def context_hash(contexts: Sequence[str]) -> str:
-    """SHA-256, in hex, of the contexts in their order: names them in a model card without their text."""
+    """SHA-256, in hex, of the contexts in their order: identifies them in a model card without their text."""
     digest = hashlib.sha256()
     for context in contexts:
         content = context.encode()
-        digest.update(len(content).to_bytes(8, "big") + content)  # with the length: ["ab"] and ["a", "b"] must differ
+        digest.update(len(content).to_bytes(8, "big") + content)  # ["ab"] and ["a", "b"] must differ
     return digest.hexdigest()
 
 
 class ContextSource:
-    """Gives each example its context: its own, else the only one of the data set, else one drawn from the list.
+    """Gives each example its context: its own, or one of the data set's, drawn if there are several.
 
     Args:
-        contexts: the data set's contexts; None: each example must have its own.
+        contexts: the data set's contexts. None: each example must have its own.
         seed: seed of the draw.
     """
 
@@ -74,35 +74,29 @@ class ContextSource:
         return self.contexts if example.context is None else [example.context]
 
     def context_for(self, example: Example, epoch: int) -> str | None:
-        """The context of an example in an epoch; None where there is none.
+        """The context of an example in an epoch; None if there is none.
 
         The draw depends on (seed, epoch, example.index) only: workers, ranks and the order of calls do not change it.
         """
         candidates = self.candidates(example)
-        if not candidates:
-            return None
-        return random.Random(f"{self.seed}/{epoch}/{example.index}").choice(candidates)
+        return random.Random(f"{self.seed}/{epoch}/{example.index}").choice(candidates) if candidates else None
 
     def check(self, splits: Mapping[str, Sequence[Example]], complete: bool = True) -> None:
-        """Refuse an example without a context (rows to predict need none), and contexts that no example uses.
+        """Check that every example has a context (rows to predict need none), and that data.context has a use.
 
         Args:
             splits: the examples of each split.
-            complete: these are all examples of the config; others could use the data set's contexts.
+            complete: whether these are all examples of the config; others could use the data set's contexts.
 
         Raises:
-            UserError: names the first such row, or data.context.
+            UserError: names the first row without a context, or data.context.
         """
-        examples = [example for split in splits.values() for example in split]
         for example in (example for split, rows in splits.items() if split != "predict" for example in rows):
             if not self.candidates(example):
                 raise UserError(f"{example.source}: no context: give the row one, or set data.context")
-        if complete and self.contexts and all(example.context is not None for example in examples):
+        own = all(example.context is not None for rows in splits.values() for example in rows)
+        if complete and self.contexts and own:
             raise UserError("data.context has no effect: every row has a context of its own; remove one of the two")
-
-
-def _unwrap(value: object) -> object:
-    return value.get("context") if isinstance(value, dict) else value
 
 
 def _context(value: object, source: str, key: str) -> str:

@@ -2,25 +2,23 @@
 
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from itertools import combinations
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import combinations, islice
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from opcd.data.batch import Batch, Row
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
 from opcd.data.example import Example, OnBadRow, rows_hash
-from opcd.data.length_limits import LengthBudgets, OverlongContext, OverlongQuery
-from opcd.data.prompt_lengths import longest_prompts
+from opcd.data.length_limits import LengthBudgets, OverlongContext, OverlongQuery, longest_prompts
 from opcd.data.readers import STAGES, ExampleSource, not_set, read_examples
-from opcd.data.sampler import ResumableSampler
 from opcd.data.teacher_names import TeacherModels, check_same_vocabulary, teacher_key, with_teachers
-from opcd.data.usable import usable
 from opcd.data.views import STUDENT, Placement, Views, split_template
 from opcd.models import ModelConfig, load_tokenizer
 from opcd.runtime.errors import UserError
@@ -31,10 +29,10 @@ class ContextQueryDataModule(LightningDataModule):
 
     A source is a .jsonl, .json, .csv or .parquet file (.jsonl.gz and the like too), a pattern of several files
     (rows/*.jsonl), a hub data set (org/name:split or org/name/config:split), or a class that makes rows
-    (opcd.data.DataSets: several of them; opcd.games.GameSeeds). A row is {"query", "context", "response", "reference",
+    (opcd.data.DataSets: several sources; opcd.games.GameSeeds). A row is {"query", "context", "response", "reference",
     "teacher"} (only the query is required; text or chat messages), TRL's {"prompt", "completion",
-    "privileged_context"}, {"messages"}, {"content", "answer"}, or in the shape of DAPO-Math-17k; names of one shape may
-    stand in another.
+    "privileged_context"}, {"messages"}, {"content", "answer"}, or in the shape of DAPO-Math-17k. Column names of
+    different shapes can be combined.
 
     Args:
         train: source of the training rows.
@@ -43,24 +41,24 @@ class ContextQueryDataModule(LightningDataModule):
         predict: source of the rows to answer.
         context: file with the context of all rows without their own: text (one context), or .json or .jsonl with a list
             from which each row draws one in each epoch.
-        placement: where the teacher's context goes: a system message, the last user message, or raw (before the query,
-            without a chat template).
+        placement: where the teacher's context goes: system (the system message), user (the last user message) or raw
+            (before the query, without a chat template).
         template: joins context and query for placement user and raw; holds {context} and {query} once each. Default:
             the two with a blank line between them.
         batch_size: queries in a training batch, per device.
-        eval_batch_size: queries in a batch of the other splits. Default: as batch_size.
-        max_context_tokens: most tokens of a context's own text.
-        overlong_context: what happens to a longer one: raise an error, drop the row (or the context from the list), or
-            cut the context's beginning (cut_left) or end (cut_right).
-        max_query_tokens: most tokens of a student's prompt.
-        overlong_query: what happens to a row with a longer one.
+        eval_batch_size: queries in a batch of the other splits. Default: batch_size.
+        max_context_tokens: maximum number of tokens of a context's own text.
+        overlong_context: what happens to a longer context: raise an error, drop the row (or the context from the list),
+            or cut the context's beginning (cut_left) or end (cut_right).
+        max_query_tokens: maximum number of tokens of a student's prompt.
+        overlong_query: what happens to a row with a longer prompt: raise an error, or drop the row.
         on_bad_row: raise an error for the first malformed row, or skip all such rows and warn of their number.
-        shuffle: a new order of the training rows in each epoch, which depends on the seed and the epoch only.
-        seed: seed of that order and of the drawn contexts.
-        num_workers: processes that tokenize rows ahead of the step; 0: the main process, before each step.
-        student: linked from model.student by the command line.
-        teacher: linked from the teacher's model by the command line; of several teachers (`RoutedTeachers.models`),
-            from which the rows choose by name. Default: as student.
+        shuffle: draw a new order of the training rows in each epoch; it depends on the seed and the epoch only.
+        seed: seed of the order and of the drawn contexts.
+        num_workers: number of processes that tokenize rows ahead of the step. 0: the main process, before each step.
+        student: the student's model; the command line links it from model.student.
+        teacher: the teacher's model, or those of several teachers (`RoutedTeachers.models`) from which the rows choose
+            by name; the command line links it from model.teacher. Default: student.
 
     Raises:
         UserError: an argument is wrong or has no effect.
@@ -92,7 +90,7 @@ class ContextQueryDataModule(LightningDataModule):
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
         _refuse_overlaps({"train": train, "val": val, "test": test})
         self.context = context
-        split_template(template, placement)  # a wrong one is refused before anything is read
+        split_template(template, placement)  # raises for a wrong one before anything is read
         self.placement, self.template = placement, template
         self.batch_size = _at_least(1, batch_size, "batch_size")
         eval_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -103,20 +101,18 @@ class ContextQueryDataModule(LightningDataModule):
         self.student = student or ModelConfig()
         self.teacher = teacher
         if val is None:
-            # What Lightning takes for "no validation"; it warns of an empty list of loaders.
+            # Lightning then runs no validation; it warns of an empty list of loaders.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
         self._examples: dict[str, list[Example]] = {}
         self._longest: dict[str, tuple[int, dict[str | None, int]]] = {}
-        self._contexts: ContextSource | None = None
         self._views: dict[str | None, Views] = {}
         self._taught = True
         self._begin = {"epoch": 0, "samples": 0}
         self._trained_on: Mapping[str, Any] = {}
-        self._fingerprint: dict[str, str] | None = None
         self._templates: list[str] = []
 
     def setup(self, stage: str) -> None:
-        """Read the rows of a stage (fit, validate, test, predict), and check all that needs no model.
+        """Read the rows of a stage (fit, validate, test, predict), and make all checks that need no model.
 
         Raises:
             UserError: a source is missing or wrong, the tokenizers do not fit, or something is too long.
@@ -129,14 +125,15 @@ class ContextQueryDataModule(LightningDataModule):
             for split in splits
             if (source := self.sources[split]) is not None and split not in self._examples
         }
-        contexts = self._context_source()
-        known = {**self._examples, **rows}
+        contexts, known = self._contexts, {**self._examples, **rows}
         contexts.check(known, complete=all(source is None or split in known for split, source in self.sources.items()))
         if not self._views or self._taught is (stage == "predict"):
-            self._taught = stage != "predict"  # the student answers with the context itself: no teacher is needed
+            self._taught = stage != "predict"  # the student predicts with the context itself: no teacher is needed
             self._views = self._make_views()
             contexts.contexts = self.budgets.limit_contexts(contexts.contexts, self.views)
-            self._check_contexts(contexts.contexts)
+            for number, context in enumerate(contexts.contexts if self._taught else [], start=1):
+                for views in self._views.values():
+                    views.check_context(context, f"data.context, context {number}")
         for split, examples in rows.items():
             kept = self._usable(examples, f"data.{split}")
             self._longest[split] = longest_prompts(kept, contexts, self._views)
@@ -145,23 +142,21 @@ class ContextQueryDataModule(LightningDataModule):
             self._check_trained_on()
 
     def go_on_from(self, trained_on: Mapping[str, Any]) -> None:
-        """Let `setup` refuse rows and contexts that are not those of a checkpoint (its `state_dict` of this module)."""
+        """Let `setup` compare rows and contexts with those of a checkpoint (its `state_dict` of this module)."""
         self._trained_on = trained_on
 
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of what training depends on and files hold, not the config: rows, contexts and chat templates."""
-        if self._fingerprint is None:
-            self._fingerprint = {
-                "rows": rows_hash(self.examples("train")),
-                "contexts": context_hash(self._context_source().contexts),
-                "chat templates": context_hash(self._templates),
-            }
-        return self._fingerprint
+        """SHA-256 of the training data that is in files, not in the config: rows, contexts and chat templates."""
+        return {
+            "rows": rows_hash(self.examples("train")),
+            "contexts": context_hash(self._contexts.contexts),
+            "chat templates": context_hash(self._templates),
+        }
 
     @property
     def views(self) -> Views:
-        """What encodes prompts and responses, after `setup`; of the first of several teachers: the student is one."""
+        """The encoder of prompts and responses, after `setup`; of several teachers, the first one's."""
         if not self._views:
             raise RuntimeError("call setup(stage) first")
         return next(iter(self._views.values()))
@@ -170,33 +165,34 @@ class ContextQueryDataModule(LightningDataModule):
     def context_hash(self) -> str:
         """SHA-256 of the contexts that the teacher sees: data.context, then the rows' own."""
         own = {example.context: None for split in self._examples.values() for example in split if example.context}
-        return context_hash([*self._context_source().contexts, *own])
+        return context_hash([*self._contexts.contexts, *own])
 
     def examples(self, split: str) -> list[Example]:
-        """The rows of a split (train, val, test, predict) that was set up, without the dropped ones."""
+        """The rows of a split (train, val, test, predict) after `setup`, without the dropped ones."""
         if split not in self._examples:
-            raise RuntimeError(f"the split {split!r} is not set up; it is read by the stages that need it: {STAGES}")
+            raise RuntimeError(f"the split {split!r} is not set up; call setup with a stage that reads it: {STAGES}")
         return self._examples[split]
 
     def longest_student_prompt(self, split: str) -> int:
-        """Tokens of the longest student prompt of a split that was set up."""
+        """Tokens of the longest student prompt of a split, after `setup`."""
         return self._longest[split][0]
 
     def longest_teacher_prompt(self, split: str, teacher: str | None = None) -> int:
-        """Tokens of the longest prompt of a teacher, in a split that was set up, whichever contexts are drawn."""
+        """Tokens of a teacher's longest prompt in a split, for any drawn contexts, after `setup`."""
         return self._longest[split][1][teacher]
 
     def train_dataloader(self) -> DataLoader[Example]:
-        """Batches of training rows. Under several ranks, rows are repeated until all ranks have as many."""
+        """Batches of training rows. With several ranks, rows are repeated until all ranks have as many."""
         dataset = cast("Dataset[Example]", self.examples("train"))
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         begin, self._begin = self._begin, {"epoch": 0, "samples": 0}
-        start = begin["samples"] // ranks["num_replicas"]
-        order = {"shuffle": self.shuffle, "seed": self.seed, "epoch": begin["epoch"], "start": start}
-        return self._loader("train", self.batch_size, ResumableSampler(dataset, **ranks, **order))
+        sampler = ResumableSampler(dataset, **ranks, shuffle=self.shuffle, seed=self.seed)
+        sampler.set_epoch(begin["epoch"])
+        sampler.start = begin["samples"] // ranks["num_replicas"]
+        return self._loader("train", self.batch_size, sampler)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands: the epoch, and the rows of all ranks that were trained on in it."""
+        """The progress of training: the epoch, and the rows of all ranks that were trained on in it."""
         if self.trainer is None or self.trainer.num_training_batches in (0, float("inf")):
             return {}  # nothing is trained
         done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
@@ -205,17 +201,17 @@ class ContextQueryDataModule(LightningDataModule):
         return {**place, "sha256": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training loader begin there.
+        """Let the next training loader begin at a checkpoint's progress.
 
         Raises:
-            UserError: the rows or contexts are others by now.
+            UserError: the rows or contexts have changed since.
         """
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         self.go_on_from(state_dict)
         self._check_trained_on()
         self._begin = {name: int(state_dict.get(name, 0)) for name in ("epoch", "samples")}
-        # Lightning looks for a loader that can be set to a place; here it is the sampler.
+        # Lightning looks for a resumable loader; here the sampler is resumable.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
 
     def val_dataloader(self) -> DataLoader[Example]:
@@ -231,126 +227,135 @@ class ContextQueryDataModule(LightningDataModule):
         return self._loader("predict", self.eval_batch_size)
 
     def on_before_batch_transfer(self, batch: list[Row], dataloader_idx: int) -> Batch:
-        """Make a batch of what a loader gave; tokenizers do not travel from its workers."""
+        """Make a batch of a loader's rows; its workers do not send the views, which hold tokenizers."""
         return Batch(batch, self._views)
 
     def encode(self, examples: list[Example], epoch: int = 0) -> Batch:
         """Both views of each example, with the contexts of an epoch."""
-        contexts = [self._context_source().context_for(example, epoch) for example in examples]
+        contexts = [self._contexts.context_for(example, epoch) for example in examples]
         return Batch.encoded(examples, contexts, self._views)
 
     def _check_trained_on(self) -> None:
-        """Refuse other data than the checkpoint's. One of an older version does not say what it was."""
+        """Compare the data with the checkpoint's. A checkpoint of an older version has no hashes."""
         then = self._trained_on.get("sha256", {})
         if "train" not in self._examples:
             return
         if other := [name for name, value in self.fingerprint.items() if then.get(name, value) != value]:
             raise UserError(
-                f"data: the {' and '.join(other)} are not those that the checkpoint was trained on (SHA-256 differs): "
-                "a file was edited since. Give it what it had, or begin a new run without ckpt_path"
+                f"data: the {' and '.join(other)} differ from those that the checkpoint was trained on (SHA-256): a "
+                "file was edited since. Restore the file, or start a new run without ckpt_path"
             )
 
     def _read(self, split: str, source: str | ExampleSource) -> list[Example]:
-        """The rows of a source, each with the name of its teacher where there are several."""
+        """The rows of a source, each with the name of its teacher if there are several."""
         examples = read_examples(source, f"data.{split}", self.on_bad_row)
-        if split == "predict":  # no teacher is there
+        if split == "predict":  # there is no teacher
             return [replace(example, teacher=None) for example in examples]
         return with_teachers(examples, self.teacher if isinstance(self.teacher, TeacherModels) else None)
 
-    def _check_contexts(self, contexts: list[str]) -> None:
-        """Refuse contexts of the data set that change how a teacher's prompts end."""
-        if self._taught:
-            for number, context in enumerate(contexts, start=1):
-                for views in self._views.values():
-                    views.check_context(context, f"data.context, context {number}")
-
     def _usable(self, examples: list[Example], key: str) -> list[Example]:
-        """The rows that prompts can be made of and that the budgets keep, each with its own context cut to them."""
+        """The rows that prompts can be made of and that the length limits keep, their own contexts cut to these."""
         checked: set[tuple[str | None, str]] = set()
 
+        def check_row(example: Example) -> None:
+            views = self._views[example.teacher]
+            check = views.check_row if self._taught else views.student_prompt
+            check(example)
+
         def check_context(example: Example) -> None:
-            """Of its own: each text once."""
             name, context = example.teacher, example.context
-            if self._taught and context is not None and (name, context) not in checked:
+            if self._taught and context is not None and (name, context) not in checked:  # each text once
                 self._views[name].check_context(context, example.source)
                 checked.add((name, context))
 
-        def check_row(example: Example) -> None:
-            """Without a teacher there is one view."""
-            views = self._views[example.teacher]
-            if self._taught:
-                views.check_row(example)
-            else:
-                views.student_prompt(example)
+        rows = self._passing(examples, check_row, key)
+        return self._passing(self.budgets.limit_examples(rows, self.views, key), check_context, key)
 
-        rows = usable(examples, check_row, key, self.on_bad_row)
-        kept = self.budgets.limit_examples(rows, self.views, key)
-        return usable(kept, check_context, key, self.on_bad_row)
+    def _passing(self, examples: list[Example], check: Callable[[Example], None], key: str) -> list[Example]:
+        """The rows without an error in `check`. With on_bad_row: skip, the others are left out with one warning."""
+        kept, bad = [], []
+        for example in examples:
+            try:
+                check(example)
+                kept.append(example)
+            except UserError as error:
+                if self.on_bad_row == "raise":
+                    raise
+                bad.append(str(error))
+        if bad:
+            rank_zero_warn(f"{key}: {len(bad)} bad rows skipped (data.on_bad_row: skip), {len(kept)} kept: {bad[0]}")
+        if bad and not kept:
+            raise UserError(f"{key}: no row is left; the first error: {bad[0]}")
+        return kept
 
-    def _context_source(self) -> ContextSource:
-        if self._contexts is None:
-            contexts = None if self.context is None else read_contexts(self.context)
-            self._contexts = ContextSource(contexts, self.seed)
-        return self._contexts
+    @cached_property
+    def _contexts(self) -> ContextSource:
+        return ContextSource(None if self.context is None else read_contexts(self.context), self.seed)
 
     def _make_views(self) -> dict[str | None, Views]:
-        """Views of the student's prompts and of each teacher's, by the names of the teachers (None: the only one)."""
+        """Views of the student's prompts and of each teacher's, by teacher name (None: the only one)."""
         student = load_tokenizer(self.student, STUDENT)
         self._templates = [str(student.chat_template)]
         models: Mapping[Any, ModelConfig | None] = {None: self.student}
         if self._taught and self.teacher is not None:
             models = self.teacher.models if isinstance(self.teacher, TeacherModels) else {None: self.teacher}
-        return {name: self._views_with(student, config or self.student, name) for name, config in models.items()}
+        made = {}
+        for name, model in models.items():
+            config, key = model or self.student, f"{teacher_key(name)}.init_args.model"
+            teacher = student if config == self.student else load_tokenizer(config, key)
+            self._templates.append(str(teacher.chat_template))
+            check_same_vocabulary(student, teacher, key)
+            kwargs = (self.student.chat_template_kwargs, config.chat_template_kwargs)
+            made[name] = Views(student, teacher, self.placement, self.template, *kwargs, (STUDENT, key, "data."))
+        return made
 
-    def _views_with(self, student: PreTrainedTokenizerBase, config: ModelConfig, name: str | None) -> Views:
-        key = f"{teacher_key(name)}.init_args.model"
-        teacher = student if config == self.student else load_tokenizer(config, key)
-        self._templates.append(str(teacher.chat_template))
-        check_same_vocabulary(student, teacher, key)
-        kwargs = (self.student.chat_template_kwargs, config.chat_template_kwargs)
-        return Views(student, teacher, self.placement, self.template, *kwargs, keys=(STUDENT, key, "data."))
-
-    def _loader(self, split: str, batch_size: int, sampler: ResumableSampler | None = None) -> DataLoader[Example]:
-        """Batches of a split, encoded where they are collated: in the workers, if there are any."""
+    def _loader(self, split: str, batch_size: int, sampler: "ResumableSampler | None" = None) -> DataLoader[Example]:
+        """Batches of a split, encoded when they are collated: in the workers, if there are any."""
         return DataLoader(
             cast("Dataset[Example]", self.examples(split)),
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=Collate(self._context_source(), self._views, sampler),
+            collate_fn=partial(_collate, self._contexts, self._views, sampler),
             worker_init_fn=one_thread,
-            generator=torch.Generator(),  # each new iterator draws a seed, and must not from training's generator
+            generator=torch.Generator(),  # each new iterator draws a seed: not from training's generator
         )
 
 
-@dataclass
-class Collate:
-    """Encodes the rows of a batch: what is drawn depends on seed, epoch and row alone, whichever process does it.
+class ResumableSampler(DistributedSampler[Example]):
+    """The rows of a rank, in an order that depends on seed, epoch and rank only.
 
     Attributes:
-        contexts: gives each row its context.
-        views: encode rows, by the names of their teachers.
-        sampler: knows the epoch; None: the first.
+        start: the rows to leave out of the first epoch, because they were trained on.
     """
 
-    contexts: ContextSource
-    views: Mapping[str | None, Views]
-    sampler: ResumableSampler | None
+    start = 0
 
-    def __call__(self, examples: list[Example]) -> list[Row]:
-        """Both views of each example."""
-        epoch = 0 if self.sampler is None else self.sampler.epoch
-        contexts = (self.contexts.context_for(example, epoch) for example in examples)
-        return Batch.encoded(examples, list(contexts), self.views).rows
+    def __iter__(self) -> Iterator[Example]:
+        """Indices of an epoch. The length stays that of a full epoch, which Lightning counts by."""
+        start, self.start = self.start, 0
+        return islice(super().__iter__(), start, None)
+
+
+def _collate(
+    contexts: ContextSource,
+    views: Mapping[str | None, Views],
+    sampler: ResumableSampler | None,
+    examples: list[Example],
+) -> list[Row]:
+    """Encode the rows of a batch, in the sampler's epoch (without a sampler: the first)."""
+    epoch = 0 if sampler is None else sampler.epoch
+    drawn = [contexts.context_for(example, epoch) for example in examples]
+    return Batch.encoded(examples, drawn, views).rows
 
 
 def one_thread(worker: int) -> None:
-    """Keep the tokenizers of a worker from threads of their own, which they warn of after a fork."""
+    """Keep a worker's tokenizers from starting threads; they warn of threads after a fork."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _refuse_overlaps(sources: dict[str, str | ExampleSource | None]) -> None:
-    """What is measured must not have been trained on; of files, nobody knows before they are read."""
+    """Check that no split is measured on rows of another. The rows of files are unknown before they are read."""
     made = [(split, source) for split, source in sources.items() if isinstance(source, ExampleSource)]
     for (split, source), (other, other_source) in combinations(made, 2):
         if (shared := source.overlap(other_source)) is not None:

@@ -1,4 +1,4 @@
-"""One example, and the rows that it is read from: under the project's names, TRL's, DAPO-Math-17k's and the paper's."""
+"""Examples, parsed from rows with the project's column names, TRL's, DAPO-Math-17k's or the paper's."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from opcd.runtime.files.user_files import check_text
 
 Message = dict[str, str]
 OnBadRow = Literal["raise", "skip"]
-"""What a row that is wrong does: `data.on_bad_row`."""
+"""What happens to a malformed row (`data.on_bad_row`)."""
 
 NAMES = {
     "query": ("query", "prompt", "messages", "content"),
@@ -22,7 +22,7 @@ NAMES = {
     "reference": ("reference", "reward_model", "answer"),
     "teacher": ("teacher",),
 }
-"""The names that a column of each field can have; any of them can stand beside any other."""
+"""The column names of each field. Names of different shapes can be combined."""
 KNOWN = [name for names in NAMES.values() for name in names]
 _SYSTEM = 'make it the first message of the query: [{"role": "system", "content": ...}, {"role": "user", ...}]'
 _TEXT_ONLY = "models are trained on text alone; leave such rows out, or remove the column"
@@ -40,7 +40,7 @@ UNREAD = {
     "conversations": _SHAREGPT,
     "instruction": _ALPACA,
 }
-"""Columns that change what a prompt says and are not read, each with what to do about it."""
+"""Columns that change what a prompt says but are not read, each with advice."""
 ROLES = ("system", "user", "assistant", "tool")
 ACCEPTED = (
     "accepted are {query, context, response, reference, teacher}, {prompt, completion, privileged_context}, "
@@ -51,16 +51,16 @@ ACCEPTED = (
 
 @dataclass  # not frozen: Lightning's true-precision plugins copy batches field by field
 class Example:
-    """A query, and what is known about it.
+    """A query, and what belongs to it.
 
     Attributes:
         query: text, or chat messages ({"role": ..., "content": ...}) of which the last is the user's.
-        context: the example's own context, which the teacher sees; None: the data set's.
+        context: the example's own context, which the teacher sees. None: the data set's.
         response: a recorded response.
-        reference: what an answer is compared with; never shown to a model.
+        reference: the answer to compare with; never shown to a model.
         index: number of the row in its data set, after reading.
         source: where it was read, such as "train.jsonl:12".
-        teacher: name of the teacher that scores it; None where there is only one.
+        teacher: name of the teacher that scores it. None: there is only one.
     """
 
     query: str | list[Message]
@@ -75,17 +75,19 @@ class Example:
 def parse_rows(
     rows: Iterable[tuple[str, object]], key: str, on_bad_row: OnBadRow = "raise", accepted: str = ACCEPTED
 ) -> list[Example]:
-    """Examples from (source, raw row) pairs. Copies of a DAPO-Math-17k problem are dropped, and their number logged:
-    on the hub that set holds each problem about a hundred times by accident. So are columns that are not read.
+    """Examples from (source, raw row) pairs.
+
+    Copies of a DAPO-Math-17k problem are dropped: on the hub each problem occurs about a hundred times by accident.
+    Their number is logged, and so are columns that are not read.
 
     Args:
-        rows: where each row was read, and the row, or the UserError that says why there is none.
+        rows: where each row was read, and the row, or the UserError that says why it could not be read.
         key: the config key of their source, for messages.
-        on_bad_row: raise an error for the first wrong row, or leave all such rows out with one warning.
-        accepted: what rows may look like, for messages.
+        on_bad_row: raise an error for the first malformed row, or skip all such rows with one warning.
+        accepted: the accepted shapes of rows, for messages.
 
     Raises:
-        UserError: a row is in no accepted shape, or one of its fields is wrong.
+        UserError: a row has no accepted shape, or one of its fields is wrong.
     """
     examples: list[Example] = []
     problems: set[str] = set()
@@ -109,10 +111,10 @@ def parse_rows(
             other |= dict.fromkeys(str(name) for name in row if name not in KNOWN)  # type: ignore[attr-defined]
     if not (bad or copies or other):
         return examples
-    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn  # seconds, that others need not wait
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn  # takes seconds
 
     if bad:
-        rank_zero_warn(f"{key}: {len(bad)} bad rows left out (data.on_bad_row: skip), {len(examples)} kept: {bad[0]}")
+        rank_zero_warn(f"{key}: {len(bad)} bad rows skipped (data.on_bad_row: skip), {len(examples)} kept: {bad[0]}")
     if copies:
         rank_zero_info(f"{key}: dropped {copies} copies of problems; {len(examples)} rows remain")
     if other:
@@ -122,7 +124,7 @@ def parse_rows(
 
 
 def parse_row(row: object, source: str, index: int, accepted: str = ACCEPTED) -> Example:
-    """An example from one raw row; `accepted` says what rows may look like, for messages.
+    """An example from one raw row; `accepted` is the accepted shapes of rows, for messages.
 
     Raises:
         UserError: names the source and the field.
@@ -157,7 +159,7 @@ def parse_row(row: object, source: str, index: int, accepted: str = ACCEPTED) ->
 
 
 def refuse_unread(row: dict[str, Any], source: str) -> None:
-    """Refuse a row with a column that changes what its prompt says and is not read (`UNREAD`).
+    """Raise an error for a row with a column that changes its prompt but is not read (`UNREAD`).
 
     Raises:
         UserError: names the column, and says what to do.
@@ -168,7 +170,7 @@ def refuse_unread(row: dict[str, Any], source: str) -> None:
 
 
 def _refuse_misspelt(row: dict[str, Any], source: str) -> None:
-    if len(row) > 1000:  # no row that somebody has written; each name takes a tenth of a millisecond
+    if len(row) > 1000:  # not written by hand; each name takes a tenth of a millisecond
         return
     for name in map(str, row):
         meant = None if name in KNOWN or len(name) > 32 else _nearest(name.lower())
@@ -178,13 +180,13 @@ def _refuse_misspelt(row: dict[str, Any], source: str) -> None:
 
 @lru_cache(maxsize=4096)  # rows have the same columns
 def _nearest(name: str) -> str | None:
-    """The known name that was probably meant, but for `prompt_id` and the like."""
+    """The known name that was probably meant; None for names such as `prompt_id`."""
     found = near(name, KNOWN, cutoff=0.8)
     return None if found is None or name.startswith(f"{found}_") else found
 
 
 def _name(row: dict[str, Any], field: str, source: str) -> str | None:
-    """The row's name of a field: of the one that has a value, else of one that has none, else None."""
+    """The row's name of a field: the one with a value, else one without, else None."""
     there = [name for name in NAMES[field] if name in row]
     given = [name for name in there if _value(row, name) is not None]
     if len(given) > 1:
@@ -194,7 +196,7 @@ def _name(row: dict[str, Any], field: str, source: str) -> str | None:
 
 
 def _value(row: dict[str, Any], name: str) -> Any:
-    """What a column says; of DAPO-Math-17k's `reward_model` the right answer."""
+    """The value of a column; for DAPO-Math-17k's `reward_model` the right answer."""
     value = row.get(name)
     if name != "reward_model":
         return value
@@ -206,7 +208,7 @@ def _shown(name: str) -> str:
 
 
 def rows_hash(examples: Iterable[Example]) -> str:
-    """SHA-256, in hex, of what training sees of rows, in their order: not where they lie, nor references."""
+    """SHA-256, in hex, of what training sees of rows, in their order: not their sources or references."""
     digest = hashlib.sha256()
     for example in examples:
         seen = [example.query, example.context, example.response, example.teacher]
@@ -219,7 +221,7 @@ def _is_dapo(row: object) -> TypeGuard[dict[str, Any]]:
 
 
 def _without_answer(messages: object, source: str) -> tuple[object, str | None]:
-    """The messages up to the user's last one, and what the assistant says to it, where it does."""
+    """The messages up to the user's last one, and the assistant's answer to it, if there is one."""
     if not isinstance(messages, list):
         raise UserError(f"{source}: messages must be a list of messages, not {_kind(messages)}")
     last = messages[-1] if messages else None
@@ -259,7 +261,7 @@ def _message(value: object, where: str) -> Message:
 
 
 def _completion(value: object, source: str, name: str) -> object:
-    """The text of a response: text already, or, as TRL has it, one message of the assistant."""
+    """The text of a response, which is text or, as in TRL, one message of the assistant."""
     if not isinstance(value, list):
         return value
     if len(value) != 1 or _message(value[0], f"{source}: {name}[0]")["role"] != "assistant":

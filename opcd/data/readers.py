@@ -1,4 +1,4 @@
-"""Examples from files (.jsonl, .json, .csv, .parquet) or from a data set of the hub."""
+"""Readers of examples from files (.jsonl, .json, .csv, .parquet) and from data sets of the hub."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Rows = Iterator[tuple[str, object]]
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?")
 KINDS = ".jsonl, .json, .csv or .parquet"
 SAVED = ("dataset_info.json", "dataset_dict.json")
-"""Files of a folder that `save_to_disk` of the library `datasets` has written."""
+"""Files that `save_to_disk` of the library `datasets` writes into its folder."""
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-"""The splits that a stage of the Trainer reads; the first of them is required."""
+"""The splits that a stage of the Trainer reads; the first is required."""
 
 
 class ExampleSource(ABC):
-    """Makes examples that stand in no file. Its `str` names them in messages and in the model card."""
+    """A source of examples that are in no file. Its `str` names them in messages and in the model card."""
 
     @abstractmethod
     def examples(self, key: str, on_bad_row: OnBadRow = "raise") -> list[Example]:
@@ -35,7 +35,7 @@ class ExampleSource(ABC):
 
     @abstractmethod
     def overlap(self, other: ExampleSource) -> str | None:
-        """What both give, in words for a message; None where they have nothing in common."""
+        """What both sources contain, in words for a message; None if they share nothing."""
 
 
 def read_examples(
@@ -47,13 +47,13 @@ def read_examples(
     """All examples of a source.
 
     Args:
-        source: a .jsonl, .json, .csv or .parquet file (.gz, but for Parquet, is read too), a pattern of several
-            (rows/*.jsonl), a hub data set "org/name", "org/name:split" or "org/name/config:split" (split: train; slices
-            of `datasets`, such as train[:1000], are allowed; a set with several configs needs one), or what makes
-            examples itself.
-        key: the config key that holds the source, for messages and for the `source` of examples that stand in no file.
-        on_bad_row: raise an error for the first wrong row, or leave all such rows out with one warning.
-        accepted: what rows may look like, for messages.
+        source: a .jsonl, .json, .csv or .parquet file (also .gz, except Parquet), a pattern of several
+            (rows/*.jsonl), a hub data set "org/name", "org/name:split" or "org/name/config:split" (default split:
+            train; slices of `datasets`, such as train[:1000], are allowed; a set with several configs needs one), or an
+            ExampleSource.
+        key: the config key of the source, for messages and for the `source` of examples that are in no file.
+        on_bad_row: raise an error for the first malformed row, or skip all such rows with one warning.
+        accepted: the accepted shapes of rows, for messages.
 
     Raises:
         UserError: the source cannot be read, has no rows, or a row is wrong.
@@ -70,13 +70,13 @@ def read_rows(source: str, key: str) -> Rows:
     """(where, raw row) of each row of a source, such as ("train.jsonl:12", {...}); arguments as for `read_examples`.
 
     Raises:
-        UserError: the source cannot be read, or a line of it is no JSON.
+        UserError: the source cannot be read, or a line is not JSON.
     """
     return raising(_rows(source, key))
 
 
 def _rows(source: str, key: str) -> Rows:
-    """The same; a line that is no JSON is the UserError that says so."""
+    """The rows as in `read_rows`, but a line that is not JSON gives its UserError as the row."""
     path, file = Path(source).expanduser(), find_file(source, key)
     if file is not None:
         return _file_rows([file], key)
@@ -94,47 +94,45 @@ def _rows(source: str, key: str) -> Rows:
 
 
 def find_file(source: str, key: str) -> Path | None:
-    """The file that a source names; None where it is a pattern of several or a hub data set.
+    """The file that a source names; None for a pattern or a hub data set.
 
     Raises:
-        UserError: it does not exist, or is a folder.
+        UserError: the file does not exist, or is a folder.
     """
     path = Path(source).expanduser()
+    if path.is_dir() and any((path / name).is_file() for name in SAVED):
+        raise UserError(
+            f"{key}: {path.resolve()} was written by save_to_disk of `datasets`; write it as one file: "
+            f"datasets.load_from_disk({str(path)!r}).to_parquet('rows.parquet') (of a dictionary of splits, one by one)"
+        )
     if path.is_dir():
-        _refuse_folder(path, key)
+        raise UserError(
+            f"{key}: {path.resolve()} is a folder; name a file in it, or several by a pattern ({path}/*.jsonl)"
+        )
     pattern = glob.has_magic(source) and not path.exists()
     return None if pattern or _reader(path) is None else require_file(source, key)
 
 
 def _file_rows(files: list[Path], key: str) -> Rows:
-    """The rows of files, one after the other. All are looked at before the first is read."""
-    readers = [_reader(file) for file in files]
+    """Yield the rows of files, one after the other. All names are checked before the first file is read."""
+    readers = []
+    for file in files:
+        if (reader := _reader(file)) is None or file.is_dir():
+            raise UserError(f"{key}: {file.resolve()} is not a {KINDS} file; narrow the pattern")
+        readers.append(reader)
     for file, reader in zip(files, readers, strict=True):
-        if reader is None or file.is_dir():
-            raise UserError(f"{key}: {file.resolve()} is no {KINDS} file; narrow the pattern")
-    for file, reader in zip(files, readers, strict=True):
-        assert reader is not None
         yield from reader(file, key)
 
 
 def _reader(path: Path) -> Callable[[Path, str], Rows] | None:
-    """What reads a file of this name."""
+    """The reader for a file name's suffix; None for an unknown suffix."""
     if path.suffix == ".parquet":
         return _parquet_rows
     return {".jsonl": jsonl_lines, ".json": _json_rows, ".csv": _csv_rows}.get(suffix_of(path))
 
 
-def _refuse_folder(path: Path, key: str) -> None:
-    if any((path / name).is_file() for name in SAVED):
-        raise UserError(
-            f"{key}: {path.resolve()} was written by save_to_disk of `datasets`; write it as one file: "
-            f"datasets.load_from_disk({str(path)!r}).to_parquet('rows.parquet') (of a dictionary of splits, one by one)"
-        )
-    raise UserError(f"{key}: {path.resolve()} is a folder; name a file in it, or several by a pattern ({path}/*.jsonl)")
-
-
 def _csv_rows(path: Path, key: str) -> Rows:
-    """Rows of text cells below a line of names; an empty cell is none."""
+    """Rows of text cells below a line of names; an empty cell is None."""
     csv.field_size_limit(LONGEST)
     lines = csv.reader(io.StringIO(read_text(path, key), newline=""), strict=True)
     try:
@@ -172,11 +170,11 @@ def _parquet_rows(path: Path, key: str) -> Rows:
 
 def _hub_rows(name: str, config: str | None, split: str, key: str) -> Rows:
     import datasets
-    from lightning.pytorch.utilities import rank_zero_info  # seconds, that others need not wait
+    from lightning.pytorch.utilities import rank_zero_info  # takes seconds
 
     source = f"{name}/{config}:{split}" if config else f"{name}:{split}"
     if not hub_reachable():
-        datasets.config.HF_HUB_OFFLINE = True  # what is in the cache is still read, and nothing is tried for 20 s
+        datasets.config.HF_HUB_OFFLINE = True  # read the cache only, without 20 s of retries
     rank_zero_info(f"{key}: reading {source}, from the hub or its cache")
     datasets.disable_progress_bars()
     try:
@@ -190,20 +188,20 @@ def _hub_rows(name: str, config: str | None, split: str, key: str) -> Rows:
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         named = "config" in str(error).lower()
-        hint = f"; a config is named so: {name}/CONFIG:{split}" if named else ""
+        hint = f"; name a config as {name}/CONFIG:{split}" if named else ""
         raise UserError(f"{key}: the hub data set {source} cannot be read: {error}{hint}") from error
     yield from _numbered(rows, source)
 
 
 def _numbered(rows: Iterable[object], source: str) -> Rows:
-    """Rows of a source without lines: they are counted from 1."""
+    """Yield the rows of a source without lines, numbered from 1."""
     for number, row in enumerate(rows, start=1):
         yield f"{source}: row {number}", row
 
 
 def not_set(stage: str) -> str:
-    """What is wrong where a stage's first split is not set."""
-    name = str.__str__(stage)  # Lightning's enumeration prints another one
+    """The message where a stage's first split is not set."""
+    name = str.__str__(stage)  # Lightning's enumeration formats differently
     return (
         f"data.{STAGES[stage][0]} is not set; `{name}` needs it: name a file or a hub data set (`opcd init FOLDER` "
         "makes a recipe to begin with)"

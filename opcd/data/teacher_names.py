@@ -1,4 +1,4 @@
-"""Which teacher each row has, where there are several, which models, and whether tokens mean the same to all."""
+"""The teacher of each row where there are several, their models, and the check that vocabularies agree."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,18 +13,18 @@ from opcd.runtime.errors import UserError
 
 @dataclass
 class TeacherModels:
-    """The models of several teachers (`opcd.modules.RoutedTeachers`), by the names that rows give them."""
+    """The models of several teachers (`opcd.modules.RoutedTeachers`), by the names that rows use."""
 
     models: dict[str, ModelConfig | None]
-    """null: none of its own, it sees the context through the student's tokenizer."""
+    """null: no model of its own; the student's tokenizer encodes its prompts."""
     default: str | None = None
-    """The teacher of rows that name none; null refuses such rows."""
+    """The teacher of rows that name none; null: such rows are an error."""
 
     def teacher_of(self, example: Example) -> str:
         """The name of a row's teacher.
 
         Raises:
-            UserError: the row names none and there is no default, or names one that is not there.
+            UserError: the row names none and there is no default, or names an unknown one.
         """
         name = self.default if example.teacher is None else example.teacher
         if name is None:
@@ -38,27 +38,27 @@ class TeacherModels:
 
 
 def teacher_key(name: str | None = None) -> str:
-    """The config key of a teacher: of one among several by its name."""
+    """The config key of the teacher, or of the one with this name among several."""
     return "model.teacher" if name is None else f"model.teacher.init_args.teachers.{name}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The name that was probably meant, or all of them, in words for a message."""
+    """Words for a message: the name that was probably meant, or all names."""
     return or_all(name, names).removeprefix("; ")
 
 
 def with_teachers(examples: list[Example], teachers: TeacherModels | None) -> list[Example]:
-    """The examples, each with the name of its teacher where there are several.
+    """The examples, each with the name of its teacher if there are several.
 
     Raises:
-        UserError: a row names an unknown teacher, none without a default, or one where there is only one.
+        UserError: a row names an unknown teacher, none without a default, or one although there is only one.
     """
     if teachers is not None:
         return [replace(example, teacher=teachers.teacher_of(example)) for example in examples]
     for example in examples:
         if example.teacher is not None:
             raise UserError(
-                f"{example.source}: teacher {example.teacher!r} has no effect, for model.teacher is a single one; "
+                f"{example.source}: teacher {example.teacher!r} has no effect, because model.teacher is a single one; "
                 "remove the column, or set model.teacher to RoutedTeachers"
             )
     return examples
@@ -67,14 +67,12 @@ def with_teachers(examples: list[Example], teachers: TeacherModels | None) -> li
 def check_same_vocabulary(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, key: str = "model.teacher.init_args.model"
 ) -> None:
-    """Refuse two tokenizers that disagree on a token or an id that both have. One may have more than the other.
+    """Check that two tokenizers agree on every token and id that both have: the divergence compares tokens by id.
 
-    The divergence compares tokens id by id.
-
-    `key` is the teacher's config key, for messages.
+    One may have more tokens than the other. `key` is the teacher's config key, for messages.
 
     Raises:
-        UserError: gives two of the tokens that differ, and their ids.
+        UserError: names two of the tokens that differ, and their ids.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:

@@ -1,21 +1,20 @@
-"""The two views of an example: what the student is asked, and the same with the context, for the teacher."""
+"""The two views of an example: the student's prompt, and the teacher's, which also holds the context."""
 
 from functools import lru_cache
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from opcd.data.chat_template import MARK, ChatRenderer
+from opcd.data.chat_template import MARK, ChatRenderer, TextEncoder
 from opcd.data.example import Example, Message
-from opcd.data.safe_tokenizer import TextEncoder
 from opcd.runtime.errors import UserError
 
 Placement = Literal["system", "user", "raw"]
-"""Where the teacher's context goes: `ContextQueryDataModule` explains each."""
+"""Where the teacher's context goes; `ContextQueryDataModule` describes each."""
 
 DEFAULT_TEMPLATE = "{context}\n\n{query}"
 PROBES = ("A word.", "\n7")
-"""Two queries that no token can begin alike."""
+"""Two queries whose first tokens differ in every vocabulary."""
 KEPT_PREFIXES = 256
 STUDENT, TEACHER = "model.student", "model.teacher.init_args.model"
 
@@ -26,12 +25,12 @@ class Views:
     Args:
         student: the student's tokenizer.
         teacher: the teacher's tokenizer, of the same vocabulary.
-        placement: where the teacher's context goes. system: in a system message, joined to one that is there already;
-            user: before the query, in the last message of the user's; raw: before the query, without a chat template.
+        placement: where the teacher's context goes. system: in the system message, before its text if there is one;
+            user: before the query, in the last user message; raw: before the query, without a chat template.
         template: joins the two for user and raw; holds {context} and {query} once each. None: "{context}\\n\\n{query}".
         student_kwargs: extra variables of the student's chat template.
-        teacher_kwargs: extra variables of the teacher's.
-        keys: config keys of the student, the teacher, and what holds placement and template, for messages.
+        teacher_kwargs: extra variables of the teacher's chat template.
+        keys: config keys of the student and the teacher, and the prefix of placement and template, for messages.
 
     Raises:
         UserError: the template or the chat templates do not fit the placement, or the views end differently.
@@ -56,19 +55,22 @@ class Views:
         self._prefixes: dict[str, list[int]] = {}
         self._context_ids = lru_cache(maxsize=16)(self._teacher_text.data)  # many rows have one context
         if placement == "raw":
-            _refuse_kwargs(dict(zip(keys, (student_kwargs, teacher_kwargs), strict=False)))
+            for key, kwargs in zip(keys, (student_kwargs, teacher_kwargs), strict=False):
+                if kwargs:
+                    raise UserError(f"{key}.chat_template_kwargs has no effect with data.placement: raw; remove it")
             return
         raw = ", or data.placement: raw" if keys[2] == "data." else ""
         self._student = ChatRenderer(self._student_text, student_kwargs or {}, keys[0], raw)
         self._teacher = ChatRenderer(self._teacher_text, teacher_kwargs or {}, keys[1], raw)
-        self._check_same_end()
+        question: list[Message] = [{"role": "user", "content": PROBES[0]}]
+        self._check_ends(question, question)
         self._check_context_shows()
 
     def student_prompt(self, example: Example) -> list[int]:
-        """Ids of the query and of the generation prompt: what the student answers.
+        """Ids of the query and of the generation prompt.
 
         Raises:
-            UserError: the query does not fit the placement or the chat template; names its source.
+            UserError: the query does not fit the placement or the chat template; the message names its source.
         """
         if self.placement == "raw":
             return self._student_text.data(_raw_query(example), add_special_tokens=True)
@@ -85,10 +87,10 @@ class Views:
         return self._teacher.encode(self._with_context(_messages(example), context), example.source)
 
     def teacher_prefix(self, context: str) -> list[int]:
-        """Ids at the beginning of every teacher prompt with this context, whatever the query.
+        """Ids that teacher prompts with this context begin with, whatever the query.
 
-        What prompts for two different queries share: the context and what the chat template puts before it. A prompt
-        that begins otherwise (its own system message joins the context) shares less, never something else.
+        They are the common beginning of the prompts of two different queries: the context and what the chat template
+        puts before it. A prompt whose own system message follows the context may share fewer of these ids.
         """
         if context not in self._prefixes:
             if len(self._prefixes) >= KEPT_PREFIXES:  # contexts may be as many as rows
@@ -99,17 +101,17 @@ class Views:
         return self._prefixes[context]
 
     def response_ids(self, text: str) -> list[int]:
-        """Ids of a response, then the end-of-sequence token. No special token in the text is taken as one."""
-        # Unlike a prompt, a response may hold what a model writes: added tokens that are not special, such as <think>.
+        """Ids of a response, then the end-of-sequence token. Special tokens in the text are plain text."""
+        # Unlike a prompt, a response may hold added tokens that are not special, such as <think>: models write them.
         encoded = self._student_text.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return [*encoded["input_ids"], self._eos]
 
     def context_ids(self, context: str) -> list[int]:
-        """Ids of a context's own text, by the teacher's tokenizer."""
+        """Ids of a context's own text, from the teacher's tokenizer."""
         return self._context_ids(context)
 
     def context_text(self, ids: list[int]) -> str:
-        """The text of a part of `context_ids`."""
+        """The text of some of `context_ids`."""
         return self._teacher_text.decode(ids)
 
     def _with_context(self, messages: list[Message], context: str) -> list[Message]:
@@ -123,7 +125,7 @@ class Views:
         return "".join({"{context}": context, "{query}": query}.get(piece, piece) for piece in self._template)
 
     def check_row(self, example: Example) -> None:
-        """Refuse a row that a prompt cannot be made of, with a context or without.
+        """Check that prompts can be made of a row, with a context and without.
 
         Raises:
             UserError: the query does not fit the placement or a chat template, or the views end differently.
@@ -141,7 +143,7 @@ class Views:
             self.teacher_prompt(example, PROBES[0])
 
     def check_context(self, context: str, source: str) -> None:
-        """Refuse a context under which the teacher's prompts end otherwise than the student's (`/no_think`).
+        """Check that a context does not change how the teacher's prompts end (as `/no_think` does).
 
         Raises:
             UserError: shows both ends.
@@ -154,12 +156,8 @@ class Views:
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
 
-    def _check_same_end(self) -> None:
-        question: list[Message] = [{"role": "user", "content": PROBES[0]}]
-        self._check_ends(question, question)
-
     def _check_ends(self, student: list[Message], teacher: list[Message]) -> None:
-        """Compare what both chat templates write after the last message: the response follows it."""
+        """Check that both chat templates write the same after the last message, where the response follows."""
         ends = [
             view.text.trusted(view.render(_marked(messages)).rpartition(MARK.format(0))[2])
             for view, messages in ((self._student, student), (self._teacher, teacher))
@@ -167,8 +165,8 @@ class Views:
         if ends[0] != ends[1]:
             switched = student != teacher and self._ends_alike(student)
             cause = (
-                "the context changes the chat template's end (as /no_think does); remove that from the context, or "
-                "switch it for both by chat_template_kwargs"
+                "the context changes the chat template's end (as /no_think does); remove that text from the context, "
+                "or set it for both models in chat_template_kwargs"
                 if switched
                 else f"make {self._keys[0]}.chat_template_kwargs and {self._keys[1]}.chat_template_kwargs agree (or "
                 "the chat templates)"
@@ -180,7 +178,7 @@ class Views:
             )
 
     def _ends_alike(self, messages: list[Message]) -> bool:
-        """Whether both models' prompts of the same messages end alike."""
+        """Whether both models' prompts of the same messages have the same end."""
         try:
             self._check_ends(messages, messages)
         except UserError:
@@ -203,7 +201,7 @@ class Views:
 
 
 def split_template(template: str | None, placement: Placement, key: str = "data.") -> list[str]:
-    """The template (None: the default) cut at its two fields: text from data may hold braces, which str.format reads.
+    """The template (None: the default), split at its two fields. str.format would fail on braces in the data.
 
     Raises:
         UserError: a field is missing or repeated, or the placement uses no template.
@@ -212,14 +210,8 @@ def split_template(template: str | None, placement: Placement, key: str = "data.
         raise UserError(f"{key}template has no effect with {key}placement: system; remove it, or use placement user")
     text = DEFAULT_TEMPLATE if template is None else template
     if text.count("{context}") != 1 or text.count("{query}") != 1:
-        raise UserError(f"{key}template must hold {{context}} and {{query}} once each; it is {text!r}")
+        raise UserError(f"{key}template must contain {{context}} and {{query}} once each; it is {text!r}")
     return [piece for half in text.partition("{context}") for piece in half.partition("{query}")]
-
-
-def _refuse_kwargs(by_key: dict[str, dict[str, Any] | None]) -> None:
-    for key, kwargs in by_key.items():
-        if kwargs:
-            raise UserError(f"{key}.chat_template_kwargs has no effect with data.placement: raw; remove it")
 
 
 def _messages(example: Example) -> list[Message]:
@@ -228,7 +220,7 @@ def _messages(example: Example) -> list[Message]:
 
 
 def _marked(messages: list[Message]) -> list[Message]:
-    """The messages with a mark at the end of the last one."""
+    """The messages with a mark after the last one's content."""
     return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + MARK.format(0)}]
 
 

@@ -10,8 +10,8 @@ import torch.distributed
 from opcd.evaluation.batched_answers import Answer, Answering, prompt_ids
 from opcd.evaluation.scores import Row
 from opcd.games import Game, GameExample, GameSeeds, play
-from opcd.games.game_lengths import history_tokens
 from opcd.games.game_seeds import as_game
+from opcd.games.play import history_tokens
 
 GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_gen_toks": 1024}
 """A reply, as the paper's code evaluates games; a game has several."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from opcd.data import Views
-from opcd.data.safe_tokenizer import TextEncoder
+from opcd.data.chat_template import TextEncoder
 from opcd.data.views import split_template
 from opcd.evaluation.batched_answers import prompt_ids
 from opcd.runtime.errors import UserError

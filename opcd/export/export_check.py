@@ -1,4 +1,4 @@
-"""Whether what was written is what was trained: logits on a fixed prompt, and the greedy answer to it."""
+"""The check that an export behaves as the student: logits on a fixed prompt, and the greedy answer to it."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opcd.data.chat_template import ChatRenderer
-from opcd.data.safe_tokenizer import TextEncoder
+from opcd.data.chat_template import ChatRenderer, TextEncoder
 from opcd.modules.lm.generation import Sampling, generate
 from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
@@ -15,17 +14,17 @@ from opcd.runtime.errors import UserError
 PROMPT = "Who wrote “Faust”, in which year, and what are 1234 + 567 and naïve façades? Answer in two lines:\n1."
 GREEDY = Sampling(max_new_tokens=32, temperature=0.0)
 TOLERANCE = 1e-4
-"""Most difference of logits, as a share of the largest one: float32 sums have another order (measured: 7e-6)."""
+"""The allowed difference of logits, relative to the largest logit: sums have another order (measured: 7e-6)."""
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a model does with the prompt.
+    """A model's behaviour on the prompt.
 
     Attributes:
-        prompt: its token ids, [P].
+        prompt: the prompt's token ids, [P].
         answer: the greedy continuation, [R].
-        logits: at every position of both, [P + R, V], in float32.
+        logits: the logits at every position of both, [P + R, V], in float32.
         eos_ids: tokens that end the answer.
     """
 
@@ -36,7 +35,7 @@ class Behaviour:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The prompt through the chat template where there is one: [P]."""
+    """Ids of the prompt, in the chat template if there is one: [P]."""
     text = PROMPT
     if tokenizer.chat_template is not None:
         renderer = ChatRenderer(TextEncoder(tokenizer), {}, "the student")
@@ -45,7 +44,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def behaviour(student: Student) -> Behaviour:
-    """What the student does with the prompt."""
+    """The student's behaviour on the prompt."""
     prompt = prompt_ids(student.tokenizer)
     answer = _answer(student, prompt, student.eos_ids)
     return Behaviour(prompt, answer, logits_of(student.model, torch.cat([prompt, answer])), student.eos_ids)
@@ -60,43 +59,43 @@ def _answer(student: Student, prompt: Tensor, eos_ids: set[int]) -> Tensor:
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits at every position, on the CPU: [T] -> [T, V] in float32.
 
-    Where there is a GPU, bitsandbytes has its models there, and the others are not.
+    The model may be on a GPU: bitsandbytes puts quantized models there.
     """
     return model(input_ids=ids[None].to(model.device)).logits[0].float().cpu()  # type: ignore[no-any-return]
 
 
 def check_same(expected: Behaviour, found: Student, what: str) -> float:
-    """The largest absolute difference of logits.
+    """Compare a model with the expected behaviour and return the largest absolute difference of logits.
 
     Args:
-        expected: what it must do.
-        found: a model with its tokenizer.
-        what: names it in the error.
+        expected: the expected behaviour.
+        found: the model with its tokenizer.
+        what: the model's name in the error.
 
     Raises:
-        UserError: it encodes the prompt otherwise, or its logits differ by more, or its greedy answer is another.
+        UserError: the prompt's ids differ, the logits differ by more than `TOLERANCE`, or the greedy answers differ.
     """
     prompt = prompt_ids(found.tokenizer)
     if not torch.equal(prompt, expected.prompt):
         raise UserError(
-            f"{what} encodes the check's prompt otherwise: {prompt.tolist()}, not {expected.prompt.tolist()}"
+            f"{what} encodes the check's prompt differently: {prompt.tolist()}, not {expected.prompt.tolist()}"
         )
     logits = logits_of(found.model, torch.cat([prompt, expected.answer]))
     difference = float((logits - expected.logits).abs().max())
     most = TOLERANCE * float(expected.logits.abs().max())
-    if not difference <= most:  # not `>`: NaN is no small difference
-        raise UserError(f"{what} has other logits than the student: {difference:.3g} apart, of at most {most:.3g}")
+    if not difference <= most:  # not `>`: NaN must raise
+        raise UserError(f"{what} has other logits than the student: by {difference:.3g}; at most {most:.3g} is allowed")
     answer = _answer(found, prompt, expected.eos_ids)
     if not torch.equal(answer, expected.answer):
         raise UserError(
-            f"{what} answers the check's prompt otherwise: {answer.tolist()}, not {expected.answer.tolist()}"
+            f"{what} answers the check's prompt differently: {answer.tolist()}, not {expected.answer.tolist()}"
         )
     return difference
 
 
 @torch.no_grad()
 def round_weights(model: PreTrainedModel, dtype: torch.dtype, least_dimensions: int = 1) -> None:
-    """Round float32 weights of so many dimensions or more to `dtype`, in place.
+    """Round float32 weights of at least `least_dimensions` dimensions to `dtype`, in place.
 
     Raises:
         UserError: a weight is too large for the type.

@@ -1,9 +1,9 @@
-"""GGUF, the file that llama.cpp and Ollama run: architectures Llama, Qwen2 and Qwen3 with a byte-level BPE tokenizer.
+"""Writing GGUF, the file format of llama.cpp and Ollama: Llama, Qwen2 and Qwen3 with a byte-level BPE tokenizer.
 
-What is there beside the weights: the shape of the model, the vocabulary with the kind of each token, merges, special
-tokens, the name of the rule that splits text before merging (`tokenizer.ggml.pre`), and the chat template. llama.cpp
-rotates neighbouring pairs of a head's dimensions for Llama, where transformers rotates halves: rows of its query and
-key projections change places. Scaled rotary frequencies (Llama 3.1) are a tensor, `rope_freqs`.
+Beside the weights, the file has the shape of the model, the vocabulary with the kind of each token, merges, special
+tokens, the name of the rule that splits text before merging (`tokenizer.ggml.pre`), and the chat template. For Llama,
+llama.cpp rotates neighbouring pairs of a head's dimensions, where transformers rotates halves: the rows of the query
+and key projections are reordered. Scaled rotary frequencies (Llama 3.1) are a tensor, `rope_freqs`.
 """
 
 import json
@@ -27,7 +27,7 @@ TYPES = {
     torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
 }
 ROUNDED = 2
-"""Least dimensions of a tensor that has the file's type: vectors, such as norms and biases, stay in float32."""
+"""Tensors with fewer dimensions, such as norms and biases, stay in float32."""
 ROPE_FREQS = "rope_freqs.weight"
 ELSEWHERE = "; export --to hf or merged, and convert that with llama.cpp's own convert_hf_to_gguf.py"
 
@@ -38,11 +38,11 @@ PROBE = (
     "I'm we'LL don't  THEY'VE 3 12 345 6789 a1b22 ½ ²³ ١٢٣  naïve Straße 東京都 здравствуй! ...?!\n\n \t x\r\n  y  \n"
     "#include <a.h>; foo_bar(x[0], 'y') -> {z: 1e-5}\u00a0🙂🙂 'sound `tis\u2019s \u0301e\u0301 ok \n \n\n  end   "
 )
-"""Text on which the rules of splitting differ."""
+"""Text that the splitting rules split differently."""
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
-    """Refuse a model that would be another one in llama.cpp.
+    """Check that llama.cpp would compute the same model.
 
     Raises:
         UserError: names what is not supported.
@@ -55,17 +55,17 @@ def check_architecture(config: PreTrainedConfig) -> None:
         raise UserError(f"--to gguf: rotary positions of type {rope} are not written for {kind}{ELSEWHERE}")
     other = [name for name in ("attention_bias", "mlp_bias", "use_sliding_window") if getattr(config, name, False)]
     other += ["hidden_act"] * (config.hidden_act != "silu")
-    # transformers, which reads the file for the check, takes 128 for granted: it is that of all Qwen3.
+    # transformers, which reads the file for the check, assumes 128, as all Qwen3 models have.
     other += ["head_dim"] * (kind == "qwen3" and config.head_dim != 128)
     if other:
         raise UserError(f"--to gguf: a {kind} with {other[0]}: {getattr(config, other[0])} is not written{ELSEWHERE}")
 
 
 def splitting_rule(tokenizer: PreTrainedTokenizerBase) -> str:
-    """llama.cpp's name of the rule by which a tokenizer splits text before it merges, found by what it does.
+    """llama.cpp's name of the rule by which a tokenizer splits text before merging, found on an example text.
 
     Raises:
-        UserError: the tokenizer is no byte-level BPE, or splits by a rule without a name here.
+        UserError: the tokenizer is not a byte-level BPE, or uses a rule that is not known here.
     """
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     parts: dict[str, Any] = {"model": {"type": "none"}, "normalizer": None}
@@ -74,16 +74,16 @@ def splitting_rule(tokenizer: PreTrainedTokenizerBase) -> str:
     bpe, normalizer = parts["model"], parts["normalizer"]
     plain = normalizer is None or normalizer["type"] == "NFC"  # llama.cpp takes text as it is
     if backend is None or bpe["type"] != "BPE" or bpe.get("byte_fallback") or not plain or not backend.pre_tokenizer:
-        raise UserError(f"--to gguf wants a byte-level BPE tokenizer, not {type(tokenizer).__name__}{ELSEWHERE}")
+        raise UserError(f"--to gguf needs a byte-level BPE tokenizer, not {type(tokenizer).__name__}{ELSEWHERE}")
     found = backend.pre_tokenizer.pre_tokenize_str(PROBE)
     for name, (rule, ignore_merges) in _rules().items():
         if rule.pre_tokenize_str(PROBE) == found and bpe.get("ignore_merges", False) == ignore_merges:
             return name
-    raise UserError(f"--to gguf: the tokenizer splits text by a rule that has no name here{ELSEWHERE}")
+    raise UserError(f"--to gguf: the tokenizer splits text by a rule that is not known here{ELSEWHERE}")
 
 
 def _rules() -> dict[str, tuple[pre_tokenizers.PreTokenizer, bool]]:
-    """Rules by name, and whether a word that is a token is one whatever the merges say."""
+    """The rules by name, each with `ignore_merges`: whether a word in the vocabulary is one token without merges."""
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = [pre_tokenizers.Split(Regex(WORDS % digits), "isolated") for digits in ("", "{1,3}")]
@@ -96,7 +96,7 @@ def _rules() -> dict[str, tuple[pre_tokenizers.PreTokenizer, bool]]:
 
 
 def write_gguf(student: Student, file: Path, dtype: torch.dtype, name: str) -> None:
-    """Write a student without adapter; its weights are those that `dtype` holds (`round_weights`), or are rounded."""
+    """Write a student without adapter. Weights that `dtype` cannot hold exactly are rounded (see `round_weights`)."""
     kind, file_type = TYPES[dtype]
     config = student.model.config
     writer = gguf.GGUFWriter(file, config.model_type)
@@ -135,7 +135,7 @@ def _add_shape(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Vocabulary and the rest; rows of the embedding that no token has are called [PADn], as llama.cpp does."""
+    """Add the vocabulary and its options. Embedding rows without a token are named [PADn], as in llama.cpp."""
     known = {id_: token for token, id_ in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     kinds = gguf.TokenType
@@ -148,14 +148,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     writer.add_token_types(types)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    for kind, add in (
-        ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
-        ("unk", writer.add_unk_token_id),
-        ("pad", writer.add_pad_token_id),
-    ):
-        if (n := getattr(tokenizer, f"{kind}_token_id")) is not None:
-            add(n)
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+        if (n := getattr(tokenizer, name)) is not None:
+            getattr(writer, f"add_{name}")(n)
     ids = tokenizer("x")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
@@ -164,12 +159,13 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    """The file's tensors by name, a tied head left out."""
+    """The file's tensors by name, without a tied head."""
     config = model.config
-    names = gguf.get_tensor_name_map(_architecture(config), config.num_hidden_layers)
+    kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors: list[tuple[str, torch.Tensor]] = []
-    for name, parameter in model.named_parameters():  # a tied head is no parameter of its own
+    for name, parameter in model.named_parameters():  # a tied head is not listed
         layer = name.split(".")[-2]
         moved = config.model_type == "llama" and layer in heads
         weight = _neighbours(parameter, heads[layer]) if moved else parameter
@@ -179,7 +175,7 @@ def _tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
 
 
 def rope_factors(model: PreTrainedModel) -> torch.Tensor:
-    """What the plain rotary frequencies are divided by: [D / 2]."""
+    """The divisors of the plain rotary frequencies: [D / 2]."""
     scaled: torch.Tensor = model.model.rotary_emb.inv_freq
     positions = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
     factors: torch.Tensor = 1.0 / (model.config.rope_parameters["rope_theta"] ** positions * scaled)
@@ -187,19 +183,15 @@ def rope_factors(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head as 0, D/2, 1, D/2 + 1, ... in place of 0, 1, ..., D - 1: [heads * D, ...] -> the same."""
+    """Reorder the rows of each head from 0, 1, ..., D - 1 to 0, D/2, 1, D/2 + 1, ...: [heads * D, ...]."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _architecture(config: PreTrainedConfig) -> gguf.MODEL_ARCH:
-    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
-
-
 def read_gguf(file: Path) -> Student:
-    """A student out of such a file, in float32."""
+    """The student of a GGUF file, in float32."""
     model, tokenizer = read(file, torch.float32)
     factors = next((tensor.data for tensor in gguf.GGUFReader(file).tensors if tensor.name == ROPE_FREQS), None)
-    if factors is not None:  # which transformers does not read
+    if factors is not None:  # transformers does not read them
         model.model.rotary_emb.inv_freq /= torch.from_numpy(np.array(factors))
     return Student(model.eval(), tokenizer)

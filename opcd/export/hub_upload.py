@@ -1,4 +1,4 @@
-"""A student's folder to the Hugging Face hub. The token comes from the environment (HF_TOKEN) only."""
+"""Upload of a student's folder to the Hugging Face hub. The token is read from the environment (HF_TOKEN) only."""
 
 import os
 import re
@@ -15,21 +15,21 @@ from opcd.runtime.errors import UserError
 TOKEN = "HF_TOKEN"
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 OWN = {".gitattributes", "README.md"}
-"""What the hub itself puts into a new repository."""
+"""Files that the hub itself puts into a new repository."""
 
 
 def check_hub(source: Source, repo: str, private: bool) -> None:
-    """Refuse what cannot be pushed, before weights are loaded.
+    """Check, before weights are loaded, that the student can be uploaded.
 
     Raises:
-        UserError: no token, a wrong name, a repository that is there with files or with another visibility, an adapter
-            over a base that nobody else has, or a hub that cannot be reached or refuses the token.
+        UserError: no token, a wrong name, a repository that has files or another visibility, an adapter whose base is a
+            local folder, or a hub that cannot be reached or rejects the token.
     """
     if REPO.fullmatch(repo) is None:
-        raise UserError(f"--repo wants ORG/NAME, got {repo!r}")
+        raise UserError(f"--repo must be ORG/NAME, not {repo!r}")
     if source.adapted and not is_hub_id(source.base):
         raise UserError(
-            f"--to hub: the adapter's base is a folder of this machine ({source.base}), which nobody else has; "
+            f"--to hub: the adapter's base is a folder of this machine ({source.base}), which nobody else can load; "
             "export --to merged, and then the folder that this writes --to hub"
         )
     if not os.environ.get(TOKEN):
@@ -45,17 +45,17 @@ def check_hub(source: Source, repo: str, private: bool) -> None:
     except HTTPError as error:
         raise _refused(repo, error) from error
     if files := sorted({file.rfilename for file in there.siblings or []} - OWN):
-        raise UserError(f"--repo: {repo} holds files already ({', '.join(files[:3])}); choose another name")
+        raise UserError(f"--repo: {repo} already has files ({', '.join(files[:3])}); choose another name")
     if bool(there.private) != private:
         found, remedy = ("private", "add --private") if there.private else ("public", "choose another name")
-        raise UserError(f"--repo: {repo} is there and {found}; {remedy}")
+        raise UserError(f"--repo: {repo} exists and is {found}; {remedy}")
 
 
 def push(folder: Path, repo: str, private: bool) -> str:
-    """Make the repository where there is none, and put a folder into it as one commit; its address.
+    """Create the repository if there is none, upload a folder as one commit, and return the commit's address.
 
     Raises:
-        UserError: the hub cannot be reached or refuses.
+        UserError: the hub cannot be reached or rejects the upload.
     """
     api = HfApi(token=os.environ[TOKEN])
     try:
@@ -68,4 +68,4 @@ def push(folder: Path, repo: str, private: bool) -> str:
 
 def _refused(repo: str, error: Exception) -> UserError:
     why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(f"--to hub: {constants.ENDPOINT} refuses {repo}, or cannot be reached: {why}")
+    return UserError(f"--to hub: {constants.ENDPOINT} rejects {repo}, or cannot be reached: {why}")

@@ -1,4 +1,4 @@
-"""An adapter in the weights of its base, as a folder that is read again and compared before it counts as written."""
+"""An adapter merged into the weights of its base, as a folder that is read again and compared."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,22 +14,21 @@ from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
 
 EXACT, LOW_PRECISION = 1e-3, 0.1
-"""Most difference of logits (norm over norm) at half of the positions: float32, and what bfloat16 or quantized layers
-round. Half of them, since rounding may send a token to another expert."""
+"""The largest allowed median over positions of the logits' relative difference, in float32 and in bfloat16 or with
+quantized layers. The median, because rounding may send a token to another expert."""
 
 
 def write_merged(student: Student, folder: Path, dtype: torch.dtype, config: ModelConfig) -> None:
     """Write a student with an adapter as one model for plain transformers.
 
     Args:
-        student: the trained one.
-        folder: where to.
-        dtype: type of the written weights.
-        config: how the student was loaded; the folder is read again in the same way.
+        student: the trained student.
+        folder: the output folder.
+        dtype: dtype of the written weights.
+        config: the config that loaded the student; the folder is read again with it.
 
     Raises:
-        UserError: the merged model has other logits than the student, or the folder gives other weights when it is
-            read again.
+        UserError: the merged model's logits differ from the student's, or the folder's weights from the merged model's.
     """
     copy = Student(merged(student.model, dtype).eval(), student.tokenizer)
     _check_logits(student, copy)
@@ -42,9 +41,10 @@ def _check_logits(student: Student, copy: Student) -> None:
     with eval_mode(student.model):
         live = logits_of(student.model, prompt)
     differences = (logits_of(copy.model, prompt) - live).norm(dim=-1) / live.norm(dim=-1)
-    exact = student.model.dtype == copy.model.dtype == torch.float32 and not _quantized(student)
+    quantized = getattr(student.model.config, "quantization_config", None) is not None
+    exact = student.model.dtype == copy.model.dtype == torch.float32 and not quantized
     if not (difference := float(differences.median())) <= (EXACT if exact else LOW_PRECISION):
-        raise UserError(f"the merged model has other logits than the student: {difference:.2g} of their size apart")
+        raise UserError(f"the merged model has other logits than the student: by {difference:.2g} of their size")
 
 
 def _check_folder(copy: Student, folder: Path, dtype: torch.dtype, config: ModelConfig) -> None:
@@ -55,8 +55,4 @@ def _check_folder(copy: Student, folder: Path, dtype: torch.dtype, config: Model
         raise UserError(f"the merged model's folder has weights of other names when it is read again: {odd[0]}")
     for name, weight in expected.items():
         if not torch.equal(weight.cpu().float(), found[name].float()):
-            raise UserError(f"the merged model's folder gives another {name} when it is read again")
-
-
-def _quantized(student: Student) -> bool:
-    return getattr(student.model.config, "quantization_config", None) is not None
+            raise UserError(f"the merged model's folder has other values of {name} when it is read again")

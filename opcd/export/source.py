@@ -1,4 +1,4 @@
-"""The student that is exported: out of a run, a model's folder or an adapter's, known before its weights are loaded."""
+"""The student to export, from a run, a model's folder or an adapter's folder, found before its weights are loaded."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,8 +38,8 @@ class Source:
 
     Attributes:
         model: its folder; with a checkpoint, the model that the run began with.
-        checkpoint: what holds its weights, where the run has left no folder of it.
-        lora: the adapter that the checkpoint's weights are of.
+        checkpoint: the file or folder of its weights, if the run has written no student folder.
+        lora: the adapter that the checkpoint belongs to.
     """
 
     model: ModelConfig
@@ -53,7 +53,7 @@ class Source:
 
     @property
     def base(self) -> str:
-        """The folder or hub id of the model, of an adapter's base."""
+        """The folder or hub id of the model, or of an adapter's base."""
         return base_of(resolve(self.model, KEY), KEY)
 
     @property
@@ -63,12 +63,12 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of its weights, of an adapter's base; for a checkpoint that of the model that the run began with."""
+        """The dtype of the weights or of an adapter's base; for a checkpoint, of the model that the run began with."""
         own = self.architecture.dtype
         return own if isinstance(own, torch.dtype) else torch.float32
 
     def load(self) -> tuple[Student, Facts]:
-        """The student in float32, in eval mode, and how it was made.
+        """The student in float32, in eval mode, and the facts of its training.
 
         Raises:
             UserError: it cannot be loaded.
@@ -79,36 +79,38 @@ class Source:
         checkpoint = read_checkpoint(self.checkpoint)
         student = Student.load(replace(self.model, dtype="float32"), adapter=self.lora)
         try:
-            student.load_state_dict(_of_student(checkpoint["state_dict"]))
+            state = checkpoint["state_dict"].items()
+            start = "student."
+            student.load_state_dict({name.removeprefix(start): x for name, x in state if name.startswith(start)})
             facts = Facts.of(checkpoint["facts"])
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{KEY}: {self.checkpoint} is no checkpoint of its config: {explain(error)}") from error
+            raise UserError(f"{KEY}: {self.checkpoint} does not match its config: {explain(error)}") from error
         student.model.eval()
         check_weights(student.model, f"{KEY}: {self.checkpoint}")
         return student, facts
 
 
 def load_folder(config: ModelConfig) -> Student:
-    """A student's folder in float32, in eval mode. UserError where it cannot be loaded."""
+    """The student of a folder in float32, in eval mode. UserError if it cannot be loaded."""
     config = replace(config, dtype="float32")
     model = load_model(config, key=KEY)
-    keep_differentiable(model)  # in place of the kernel that a CPU has for frozen 4-bit weights, which rounds inputs
+    keep_differentiable(model)  # a CPU's kernel for frozen 4-bit weights rounds inputs
     return Student(model, load_tokenizer(config, KEY))
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What the command line allows; the files of a run cannot."""
+    """Permissions that only the command line can give, not the files of a run."""
 
     trust_remote_code: bool = False
     pickled_weights: bool = False
 
 
 def find_source(run: Path, trust: Trust) -> Source:
-    """What RUN means: a run's folder (its student/, else its newest whole checkpoint), a student's, the packaged model.
+    """The student of RUN: a run (its student/, or the newest complete checkpoint), a folder, or the packaged model.
 
     Raises:
-        UserError: it is none of these, or asks for what `trust` does not allow.
+        UserError: RUN is none of these, or needs a permission that `trust` does not give.
     """
     allowed = asdict(trust)
     if str(run) == PACKAGED:
@@ -119,11 +121,12 @@ def find_source(run: Path, trust: Trust) -> Source:
         return Source(ModelConfig(str(run), **allowed))
     if not (run / "config.yaml").is_file():
         raise UserError(
-            f"{KEY}: {run.resolve()} is no run of `opcd fit` (it has no config.yaml) and no student's folder (it has "
-            f"neither config.json nor {ADAPTER})"
+            f"{KEY}: {run.resolve()} is neither a run of `opcd fit` (no config.yaml) nor a student's folder (no "
+            f"config.json or {ADAPTER})"
         )
     if _is_student(run / "student"):
-        trained = _student_config(_read_config(run / "config.yaml"), run / "config.yaml", trust)
+        file = run / "config.yaml"
+        trained = _student_config(load_yaml(read_text(file, KEY), f"{KEY}: {file}"), file, trust)
         # An adapter was trained over the base as the run quantized it.
         quantization = trained.quantization if (run / "student" / ADAPTER).is_file() else "none"
         return Source(ModelConfig(str(run / "student"), "auto", quantization, trained.attention, **allowed))
@@ -146,12 +149,8 @@ def _from_checkpoint(run: Path, trust: Trust) -> Source:
         raise UserError(f"{KEY}: {manifest} has no model.adapter of this opcd: {error}") from error
 
 
-def _read_config(file: Path) -> Any:
-    return load_yaml(read_text(file, KEY), f"{KEY}: {file}")
-
-
 def _student_config(config: Any, file: Path, trust: Trust) -> ModelConfig:
-    """Out of the plain values of a run's config."""
+    """The student's model config from the values of a run's config."""
     where = f"{KEY}: {file}"
     try:
         values = config["model"]["student"]
@@ -162,7 +161,3 @@ def _student_config(config: Any, file: Path, trust: Trust) -> ModelConfig:
 
 def _is_student(folder: Path) -> bool:
     return (folder / "config.json").is_file() or (folder / ADAPTER).is_file()
-
-
-def _of_student(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}

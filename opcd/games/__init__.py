@@ -1,4 +1,4 @@
-"""Text games: environments, data sets of their seeds, and rollouts that play them (the extra `games`)."""
+"""Text games: environments, data sets of games, and rollouts that play them (the extra `games`)."""
 
 from opcd.games.arena import FrozenLake, Sokoban, TextArena
 from opcd.games.environment import Environment, Step

@@ -1,4 +1,4 @@
-"""What a text game is here."""
+"""The interface of a text game."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """What an action led to.
+    """The result of an action.
 
     Attributes:
-        said: what the game says next; after the last move, how it ended.
-        valid: whether the game took the action.
-        success: whether the game is won; None while it goes on.
+        said: the game's next text; after the last move, how the game ended.
+        valid: whether the game accepted the action.
+        success: whether the game is won; None while it runs.
     """
 
     said: str
@@ -20,17 +20,18 @@ class Step:
 
 
 class Environment(ABC):
-    """A game for one player, told in text, with its rules hidden.
+    """A text game for one player, with hidden rules.
 
-    One object is one game at a time; every game is played on a copy (`copy.deepcopy`). What `reset` and `step` say
-    shows the board and names the actions, and never tells what they do or what the goal is: that is for the player to
-    find out. The same seed is the same game, and Python's, NumPy's and torch's own generators are left as they were.
+    An object plays one game at a time; every game is played on a copy (`copy.deepcopy`). The texts of `reset` and
+    `step` show the board and name the actions. They do not tell what an action does or what the goal is: the player
+    must find out. The same seed must give the same game. Python's, NumPy's and torch's global generators must not
+    change.
     """
 
     @abstractmethod
     def reset(self, seed: int) -> str:
-        """Begin the game of a seed: what the player sees first."""
+        """Begin the game of a seed and return the first text for the player."""
 
     @abstractmethod
     def step(self, action: str | None) -> Step:
-        """Take an action, the text without its brackets; None where the player named none."""
+        """Take an action, without its brackets; None if the player named none."""

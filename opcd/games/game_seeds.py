@@ -1,4 +1,4 @@
-"""Seeds of games as a data set."""
+"""Data sets of games, one for each seed."""
 
 from opcd.data import Example, ExampleSource, OnBadRow
 from opcd.games.environment import Environment
@@ -7,21 +7,21 @@ from opcd.runtime.errors import UserError
 
 
 class GameSeeds(ExampleSource):
-    """Games of one environment, a row a seed: start, start + 1, ...
+    """Games of one environment, one row for each seed: start, start + 1, ...
 
-    Training, validation and test want seeds of their own: where two share one, the run is refused.
+    Training, validation and test need different seeds: a run in which two of them share one is an error.
 
     Args:
-        environment: what is played.
+        environment: the game.
         start: the first seed.
-        count: how many.
-        max_turns: most moves of a game.
+        count: number of seeds.
+        max_turns: maximum number of moves of a game.
     """
 
     def __init__(self, environment: Environment, start: int, count: int, max_turns: int = 5) -> None:
         if start < 0 or count < 1 or max_turns < 1:
             raise ValueError(
-                "GameSeeds wants start >= 0, count >= 1 and max_turns >= 1, "
+                "GameSeeds needs start >= 0, count >= 1 and max_turns >= 1, "
                 f"got start={start}, count={count}, max_turns={max_turns}"
             )
         self.environment, self.start, self.count, self.max_turns = environment, start, count, max_turns
@@ -31,7 +31,7 @@ class GameSeeds(ExampleSource):
         return f"{name}, seeds {self.start} to {self.start + self.count - 1}, at most {self.max_turns} moves"
 
     def examples(self, key: str, on_bad_row: OnBadRow = "raise") -> list[Example]:
-        """The rows, with the first prompt of each game as the query; none is bad."""
+        """The rows, with the first prompt of each game as the query."""
         return [
             Game(
                 GameExample(
@@ -50,7 +50,7 @@ class GameSeeds(ExampleSource):
         ]
 
     def overlap(self, other: ExampleSource) -> str | None:
-        """The seeds that both have, of one kind of environment, whatever its settings."""
+        """The seeds that both have, if their environments are of one class, whatever its settings."""
         if not isinstance(other, GameSeeds) or type(other.environment) is not type(self.environment):
             return None
         first = max(self.start, other.start)
@@ -62,10 +62,10 @@ class GameSeeds(ExampleSource):
 
 
 def as_game(example: Example) -> GameExample:
-    """The example, which must be a game. UserError where it is another row."""
+    """The example as a game. UserError if it is another row."""
     if not isinstance(example, GameExample):
         raise UserError(
-            f"{example.source}: GameRollout plays games, and this row is none; "
+            f"{example.source}: GameRollout plays games, and this row is not a game; "
             "set the source (data.train, data.val, ...) to opcd.games.GameSeeds, or choose another model.rollout"
         )
     return example

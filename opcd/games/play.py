@@ -1,4 +1,4 @@
-"""Playing: prompts out of what was said so far, actions out of replies, and many games at once."""
+"""Playing games: prompts from the moves so far, actions from replies, and many games side by side."""
 
 import copy
 import re
@@ -15,7 +15,11 @@ Situation:
 
 What is your next move? End your answer with it in square brackets."""
 
-# Longer than any name of a move: what a player writes there goes into the prompts of all its later turns.
+PROBED = 16
+PROBES = ("[up]", "[right]", "[down]", "[left]", "")
+"""Moves that show how much a turn adds to the prompt; a game without these moves answers with its own message."""
+
+# Longer than any name of a move, but bounded: the text goes into the prompts of all later turns.
 ACTION = re.compile(r"\[\s*([^\[\]\n]{0,39}[^\[\]\s])\s*\]")
 
 
@@ -24,9 +28,9 @@ class GameExample(Example):
     """A game to play, as a row of a data set. Its query is the prompt of the next move.
 
     Attributes:
-        environment: what is played; a game copies it.
-        seed: which of its games.
-        max_turns: most moves.
+        environment: the environment; a game copies it.
+        seed: seed of the game.
+        max_turns: maximum number of moves.
     """
 
     environment: Environment
@@ -36,7 +40,7 @@ class GameExample(Example):
 
 @dataclass(frozen=True)
 class Turn:
-    """One move: the prompt, the player's whole reply, the action in it (None: none), and whether the game took it."""
+    """One move: the prompt, the player's full reply, its action (None: none), and whether the game accepted it."""
 
     prompt: str
     reply: str
@@ -45,16 +49,16 @@ class Turn:
 
 
 class Game:
-    """One game of an environment, from its first situation on.
+    """One game of an environment, from its beginning.
 
     Attributes:
-        example: the row that it is.
+        example: the row of the game.
         turns: the moves so far.
-        success: whether it was won; None while it goes on.
-        feedback: what was said after the last move; empty while it goes on.
+        success: whether it was won; None while it runs.
+        feedback: the game's text after the last move; empty while it runs.
 
     Args:
-        example: which game. Its query plays no part.
+        example: the game; its query is not used.
     """
 
     def __init__(self, example: GameExample) -> None:
@@ -67,18 +71,18 @@ class Game:
 
     @property
     def question(self) -> GameExample:
-        """The row whose query is the prompt of the next move, with all that was said so far."""
+        """The row whose query is the prompt of the next move, with the game so far."""
         return replace(self.example, query=PROMPT.replace("{situation}", "\n".join(self._said)))
 
     @property
     def transcript(self) -> str:
-        """The situations and the player's whole replies, less how it ended."""
+        """The situations and the player's full replies, without the last text."""
         replies = iter(turn.reply for turn in self.turns)
         told = [line if line.startswith("GAME: ") else f"PLAYER: {next(replies)}" for line in self._said]
         return "\n".join(told)
 
     def take(self, reply: str) -> None:
-        """Take a player's reply as the next move."""
+        """Make the move of a player's reply."""
         action = last_action(reply)
         step = self._environment.step(action)
         self.turns.append(Turn(str(self.question.query), reply, action, step.valid))
@@ -95,9 +99,9 @@ class Game:
 
 
 def last_action(reply: str) -> str | None:
-    """The last text in square brackets of a reply, after its reasoning; None where there is none.
+    """The last text in square brackets of a reply, after its reasoning; None if there is none.
 
-    Text within <think> ... </think>, or after a <think> that the length limit left open, is no answer.
+    Text in <think> ... </think>, or after a <think> that the length limit left open, does not count.
     """
     answer = reply.rpartition("</think>")[2]
     found = ACTION.findall("" if "<think>" in answer else answer)
@@ -109,9 +113,26 @@ def play(games: Sequence[Game], respond: Callable[[list[Game]], list[str]]) -> N
 
     Args:
         games: games that have not ended.
-        respond: a reply to the question of each game that it gets. It is called as often as the longest game has
-            turns, each time with all games that still go on.
+        respond: returns a reply to the question of each game that it gets. It is called once per turn, with all games
+            that still run.
     """
     while running := [game for game in games if game.success is None]:
         for game, reply in zip(running, respond(running), strict=True):
             game.take(reply)
+
+
+def history_tokens(examples: Sequence[GameExample], length: Callable[[GameExample], int]) -> int:
+    """Estimate by how many tokens the last prompt of a game exceeds its first, from moves in the first few games.
+
+    Args:
+        examples: the games.
+        length: returns the tokens of a prompt.
+    """
+    most = 0
+    for number, game in enumerate(Game(example) for example in examples[:PROBED]):
+        before, further = length(game.question), game.example.max_turns - 1
+        while game.success is None and len(game.turns) < further:
+            game.take(PROBES[(number + len(game.turns)) % len(PROBES)])
+            after = length(game.question)
+            most, before = max(most, (after - before) * further), after
+    return most

@@ -1,6 +1,6 @@
-"""Divergences between a student's and a teacher's next-token distributions: pure PyTorch, for any trainer.
+"""Divergences between a student's and a teacher's next-token distributions, in pure PyTorch, for any trainer.
 
-Unreduced, in nats, computed in float32; the gradient goes to the student alone.
+The values are unreduced, in nats and computed in float32. The gradient goes to the student only.
 
 Examples:
     >>> import torch
@@ -18,11 +18,10 @@ Examples:
 
 from opcd.losses import functional
 from opcd.losses.chunking import chunked
-from opcd.losses.divergences import JSD, Divergence, ForwardKL, Loss, ReverseKL, SkewKL, SkewReverseKL
+from opcd.losses.divergences import JSD, Divergence, ForwardKL, Loss, Mixture, ReverseKL, SkewKL, SkewReverseKL
 from opcd.losses.from_hidden import chunked_divergence
 from opcd.losses.functional import clip_nats, entropy, retained_mass, top1_agreement
 from opcd.losses.head import Head, as_head
-from opcd.losses.mixture import Mixture
 from opcd.losses.recorded import RecordedTokens, RecordedTopK
 from opcd.losses.sampled import SampledReverseKL, sampled_reverse_kl
 from opcd.losses.topk import TopK

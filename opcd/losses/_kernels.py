@@ -1,8 +1,8 @@
-"""Divergences as sums over two models' log-probabilities, with their gradient in as few passes as there can be.
+"""Divergences of two models' log-probabilities, with their gradients in few passes over memory.
 
-All of them read ``log_p, log_q: [..., V]`` in nats, give ``[...]`` in nats, and are differentiable (once) in both. A
-token that neither can produce adds 0. The gradient is computed with the value, a few rows at a time, up to the factor
-of each row: autograd alone keeps and walks over more than twice as many tensors [..., V].
+Each function maps ``log_p, log_q: [..., V]`` in nats to ``[...]`` in nats and is differentiable once in both. A token
+that has probability zero in both models adds 0. The forward pass also computes the gradient, a few rows at a time; the
+backward pass only multiplies each row by a factor. Autograd alone keeps more than twice as many tensors [..., V].
 """
 
 import math
@@ -14,30 +14,31 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**18
-"""Numbers in the rows of one block on a CPU. With 2**19 glibc's heap keeps 50 MiB more."""
+"""The numbers in one block of rows on a CPU. With 2**19 glibc's heap keeps 50 MiB more."""
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v), [..., V] x2 -> [...] in nats.
 
-    A token with p = 0 adds 0, whatever q is. A token with p > 0 and q = 0 makes the value +inf; it then adds nothing to
-    the gradient, so that a row which is clipped or masked away afterwards leaves no NaN behind.
+    A token with p = 0 adds 0, whatever q is. A token with p > 0 and q = 0 makes the value +inf but adds nothing to the
+    gradient, so a row that is clipped or masked afterwards leaves no NaN.
     """
-    return _by_rows(_kl, log_p, log_q)
+    return _ByRows.apply(log_p, log_q, _kl)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: float) -> Tensor:
     """β·KL(teacher ‖ m) + (1−β)·KL(student ‖ m) with m = β·teacher + (1−β)·student, [..., V] x2 -> [...] in nats."""
-    return _by_rows(partial(_jsd, beta), student_log_probs, teacher_log_probs)
+    rows = partial(_jsd, beta)
+    return _ByRows.apply(student_log_probs, teacher_log_probs, rows)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def skew_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
     """KL(p ‖ α·p + (1−α)·q), [..., V] x2 -> [...] in nats."""
-    return _by_rows(partial(_skew_kl, alpha), log_p, log_q)
+    return _ByRows.apply(log_p, log_q, partial(_skew_kl, alpha))  # type: ignore[no-any-return, no-untyped-call]
 
 
 Rows = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""A few rows of both, and room [n, V] for the gradient of each where it is asked for -> the values [n]."""
+"""Rows [n, V] of both models, and a tensor [n, V] for each gradient that is wanted (else None) -> values [n]."""
 
 
 def _kl(log_p: Tensor, log_q: Tensor, of_p: Tensor | None, of_q: Tensor | None) -> Tensor:
@@ -51,7 +52,7 @@ def _kl(log_p: Tensor, log_q: Tensor, of_p: Tensor | None, of_q: Tensor | None) 
 
 
 def _jsd(beta: float, log_s: Tensor, log_t: Tensor, of_s: Tensor | None, of_t: Tensor | None) -> Tensor:
-    """d/dlog_s = (1−β) s (log s − log m), d/dlog_t = β t (log t − log m): what comes through m cancels."""
+    """d/dlog_s = (1−β) s (log s − log m), d/dlog_t = β t (log t − log m). The gradient through m cancels."""
     log_m = _log_mixture(log_t, log_s, beta)
     _, terms_s, from_student = _compare(log_s, log_m)
     _, terms_t, from_teacher = _compare(log_t, log_m)
@@ -81,11 +82,11 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
 
 
 def _compare(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p, p (log p − log q), [..., V] each, and KL(p ‖ q), [...]; both are 0 where p > 0 = q, where the KL is +inf."""
+    """p and p (log p − log q), [..., V] each, 0 where p > 0 = q, and KL(p ‖ q), [...], which is +inf there."""
     p = log_p.exp()
     terms = (log_p - log_q).mul_(p)
     value = terms.sum(-1)
-    # Only a probability of zero makes the quick sum NaN or infinite; few rows have one, so the masks can wait.
+    # Only a probability of zero makes this sum NaN or infinite. That is rare, so the masks are made only then.
     if not bool(value.isfinite().all()):
         absent = torch.isneginf(log_p)
         unreachable = torch.isneginf(log_q) & ~absent
@@ -95,15 +96,11 @@ def _compare(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return p, terms, value
 
 
-def _by_rows(rows: Rows, first: Tensor, second: Tensor) -> Tensor:
-    """A function of rows over all of them, [..., V] x2 -> [...], with its gradient."""
-    return _ByRows.apply(first, second, rows)  # type: ignore[no-any-return, no-untyped-call]
-
-
 class _ByRows(torch.autograd.Function):
+    """Applies a function of rows to all rows, [..., V] x2 -> [...]."""
+
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor, rows: Rows) -> Tensor:
-        """The values, and the gradients up to a factor a row."""
         value = first.new_empty(first.shape[:-1])
         gradients = [
             torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
@@ -117,16 +114,15 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """The gradient of each input."""
-        plain = bool((upstream == 1.0).all())  # a sum: no further tensor [..., V]
+        plain = bool((upstream == 1.0).all())  # the gradient of a sum: needs no further tensor [..., V]
         of_first, of_second = (x if x is None or plain else x * upstream[..., None] for x in ctx.saved_tensors)
         return of_first, of_second, None
 
 
 def blocks(value: Tensor, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Views of a few rows at a time, of [...] and of tensors [..., m], the widest of them first. None stays None.
+    """Yield views of a few rows at a time: of ``value`` [...] and of tensors [..., m], the widest first, or None.
 
-    On a CPU what is computed from a block stays in its cache, and needs no memory of the size of the whole.
+    On a CPU a block's results stay in the cache. On other devices there is one block.
     """
     count = value.numel()
     flat = [None if x is None else x.reshape(count, x.shape[-1]) for x in tensors]

@@ -1,4 +1,4 @@
-"""A divergence from the student's hidden states and head, and from what there is of the teacher."""
+"""A divergence from the student's hidden states and head, and from the teacher's or from a record of the teacher."""
 
 from functools import partial
 
@@ -25,35 +25,30 @@ def chunked_divergence(
 ) -> Tensor:
     """D(p_S, p_T) of every token, [N, H_s] and the teacher's side -> [N] in nats, no [N, V] ever stored.
 
-    With the teacher's hidden states [N, H_t] and head it is ``divergence(student_head(student_hidden),
-    teacher_head(teacher), temperature=temperature)`` in chunks. A teacher that is not there is given by its record: the
-    k likeliest tokens of each position (``RecordedTopK``) serve a ``TopK`` with the teacher's support, the sampled
-    token's log-probability (``RecordedTokens``) serves ``SampledReverseKL``. See ``chunked`` for what gets a gradient,
-    for vocabularies of two sizes, for ``weights`` (pass those of a mean that is not over all tokens alike, and the
-    backward pass has nothing left to compute), for ``memory_bytes`` and for more errors.
+    With the teacher's hidden states [N, H_t] and head, the result is ``divergence(student_head(student_hidden),
+    teacher_head(teacher), temperature=temperature)``, computed in chunks. A teacher that is not loaded is given by a
+    record: ``RecordedTopK`` (the k likeliest tokens) for a ``TopK`` with the teacher's support, ``RecordedTokens`` (the
+    sampled tokens) for ``SampledReverseKL``. ``chunked`` describes the gradients, vocabularies of two sizes,
+    ``weights``, ``memory_bytes`` and more errors.
 
     Raises:
-        ValueError: for a divergence that cannot be had from what the teacher gives; the message says what can.
+        ValueError: the divergence cannot be computed from this teacher; the message says which can.
     """
     if isinstance(teacher, Tensor):
-        function = _of_distributions(divergence, teacher_head)
-        run = partial(chunked, function, student_hidden, student_head, teacher, teacher_head)
+        if not isinstance(divergence, Divergence):
+            raise ValueError(
+                "SampledReverseKL looks at the sampled tokens only: give the teacher as RecordedTokens(tokens, "
+                "log_probs); with the teacher's hidden states and head, ReverseKL has the same expected gradient and "
+                "no variance"
+            )
+        if teacher_head is None:
+            raise ValueError("the teacher's hidden states need its head: give teacher_head, as for the student")
+        run = partial(chunked, lambda *both: (divergence.from_log_probs(*both),), student_hidden, student_head)
+        run = partial(run, teacher, teacher_head)
     else:
         function = _of_record(divergence, teacher, teacher_head, temperature)
         run = partial(chunked, function, student_hidden, student_head, per_token=teacher.rows)
     return run(weights=weights, temperature=temperature, memory_bytes=memory_bytes)[0]
-
-
-def _of_distributions(divergence: Divergence | SampledReverseKL, teacher_head: object) -> LogProbsFunction:
-    """Values from both distributions."""
-    if not isinstance(divergence, Divergence):
-        raise ValueError(
-            "SampledReverseKL looks at the sampled tokens only: give the teacher as RecordedTokens(tokens, log_probs); "
-            "with the teacher's hidden states and head, ReverseKL has the same expected gradient and no variance"
-        )
-    if teacher_head is None:
-        raise ValueError("the teacher's hidden states need its head: give teacher_head, as for the student")
-    return lambda student, teacher: (divergence.from_log_probs(student, teacher),)
 
 
 def _of_record(
@@ -62,7 +57,7 @@ def _of_record(
     teacher_head: object,
     temperature: float,
 ) -> LogProbsFunction:
-    """Values from the student's distribution and what was recorded of the teacher's."""
+    """A function of the student's log-probabilities [n, V] and a record's rows, for `chunked`."""
     if teacher_head is not None or temperature != 1.0:
         raise ValueError(
             f"teacher_head and a temperature other than 1 ({temperature:g} was given) have no effect on recorded "
@@ -70,11 +65,11 @@ def _of_record(
         )
     if isinstance(record, RecordedTopK) and isinstance(loss, TopK):
         loss.check_record(record.tokens.shape[-1])
-        return lambda student, tokens, teacher: (loss.from_record(student, tokens, teacher),)
+        return lambda student, tokens, teacher: (loss.values_of_record(student, tokens, teacher)["divergence"],)
     if isinstance(record, RecordedTokens) and isinstance(loss, SampledReverseKL):
         return lambda student, tokens, *others: (loss(student.gather(-1, tokens[:, None])[:, 0], *others),)
     raise ValueError(
-        f"{loss!r} cannot be had from {type(record).__name__}: RecordedTopK gives the teacher's k likeliest tokens, "
-        "for TopK(..., support='teacher'); RecordedTokens gives the sampled tokens, for SampledReverseKL(); all others "
-        "need the teacher's hidden states and head"
+        f"{loss!r} cannot be computed from {type(record).__name__}: RecordedTopK gives the teacher's k likeliest "
+        "tokens, for TopK(..., support='teacher'); RecordedTokens gives the sampled tokens, for SampledReverseKL(); "
+        "all others need the teacher's hidden states and head"
     )

@@ -1,14 +1,13 @@
-"""What turns the last hidden states of a language model into logits: a head is not only a matrix."""
+"""The output head of a language model: hidden states [N, H] -> logits [N, V], and its gradient chunk after chunk."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opcd.losses._accumulating_linear import AccumulatingProduct
-from opcd.losses._validation import check_device, check_floating, check_positive
-from opcd.losses.log_probs import at_least_float32
+from opcd.losses.log_probs import at_least_float32, check_device, check_floating, check_positive
 
 Projection = Tensor | nn.Module | Callable[[Tensor], Tensor]
 
@@ -17,19 +16,19 @@ Projection = Tensor | nn.Module | Callable[[Tensor], Tensor]
 class Head:
     """logits = softcap · tanh(scale · (hidden @ projectionᵀ + bias) / softcap), [N, H] -> [N, V].
 
-    The projection runs in its own dtype, or in autocast's; what follows it in float32 (float64 stays float64).
+    The projection runs in its own dtype or in autocast's, the rest in float32 (float64 stays float64).
 
     Raises:
-        ValueError: for a projection that is not [V, H] floating point, a bias that is not [V] or goes with a module
-            (which has its own), and a scale or softcap that is not positive.
-        TypeError: for a projection that is neither a tensor nor callable.
+        ValueError: the projection is not [V, H] floating point, the bias is not [V] or goes with a module or function
+            (which has its own), or scale or softcap is not positive.
+        TypeError: the projection is neither a tensor nor callable.
     """
 
     projection: Projection
     """[V, H], or what maps hidden states [N, H] to [N, V]: a module (an adapter on the head included) or a function."""
 
     bias: Tensor | None = None
-    """[V], added to the product with a matrix; a module or function brings its own."""
+    """[V], added to the product with a matrix; a module or function adds its own."""
 
     softcap: float | None = None
     """Bounds every logit to ±softcap: Gemma 2's ``final_logit_softcapping``. None: no bound."""
@@ -56,29 +55,29 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def vocabulary_size(self, hidden: Tensor) -> int:
-        """V, the length of a row of logits; a module or function is asked with one row like ``hidden`` [N, H]."""
+        """V, the length of a row of logits; a module or function is called with one row like ``hidden`` [N, H]."""
         if isinstance(self.projection, Tensor):
             return self.projection.shape[0]
         return self(hidden.new_zeros(1, hidden.shape[-1])).shape[-1]
 
     def trainable(self, hidden: Tensor) -> list[Tensor]:
-        """What a gradient goes to beside hidden states like ``hidden`` [N, H]: matrix, bias, adapter."""
+        """The tensors that get a gradient beside hidden states like ``hidden`` [N, H]: matrix, bias, adapter."""
         if (plain := self._plain()) is not None:
             return [weight for weight in plain if weight is not None and weight.requires_grad]
         with torch.enable_grad():
             return _leaves(self(hidden.new_zeros(1, hidden.shape[-1])))
 
     def accumulating(self, sums: list[Tensor]) -> "Head":
-        """The same, whose backward pass adds a plain matrix's gradient to the first of ``sums``, as in `trainable`."""
+        """A head whose backward pass adds a plain matrix's gradient to ``sums[0]``; ``sums`` are as in `trainable`."""
         plain = self._plain()
         if plain is None or not sums or not plain[0].requires_grad:
             return self
-        return replace(self, projection=AccumulatingProduct(*plain, sums[0]), bias=None)
+        return replace(self, projection=_AccumulatingProduct(*plain, sums[0]), bias=None)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the logits come from a product with a matrix, and are nobody else's; a function may keep its own."""
-        return isinstance(self.projection, AccumulatingProduct) or self._plain() is not None
+        """Whether the logits are a new product with a matrix; a function may keep a reference to its result."""
+        return isinstance(self.projection, _AccumulatingProduct) or self._plain() is not None
 
     @property
     def is_function(self) -> bool:
@@ -99,7 +98,9 @@ class Head:
         if isinstance(self.projection, Tensor):
             return _product(hidden, self.projection, self.bias)
         if isinstance(self.projection, nn.Module):
-            hidden = hidden.to(_compute_dtype(self.projection, hidden.dtype))
+            # The first floating-point parameter's dtype; a quantized module converts any dtype itself.
+            dtypes = (p.dtype for p in self.projection.parameters() if p.is_floating_point())
+            hidden = hidden.to(next(dtypes, hidden.dtype))
         return self.projection(hidden)
 
 
@@ -109,7 +110,7 @@ def as_head(head: Head | Projection) -> Head:
 
 
 def _product(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden @ matrixᵀ + bias in the matrix's dtype (autocast, where it is on, chooses its own)."""
+    """hidden @ matrixᵀ + bias in the matrix's dtype, or in autocast's."""
     check_device(hidden, "hidden states", matrix, "the head's matrix")
     if hidden.shape[-1] != matrix.shape[1]:
         raise ValueError(
@@ -120,7 +121,7 @@ def _product(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _leaves(output: Tensor) -> list[Tensor]:
-    """The leaves of the graph that made a tensor, each once."""
+    """The leaves of a tensor's graph, each once."""
     found, seen, todo = [], set(), [output.grad_fn]
     while todo:
         node = todo.pop()
@@ -133,15 +134,55 @@ def _leaves(output: Tensor) -> list[Tensor]:
     return found
 
 
-def _compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The dtype of the module's first floating-point parameter; a quantized module has its own way with any dtype."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
-
-
 def _check_matrix(matrix: Tensor, bias: Tensor | None) -> None:
-    """Refuse a matrix that is not [V, H] floating point, and a bias that is not [V]."""
     check_floating(matrix, "the values of the head's matrix")
     if matrix.dim() != 2:
         raise ValueError(f"the head's matrix is {list(matrix.shape)}; it must be [V, H], as lm_head.weight is")
     if bias is not None and bias.shape != matrix.shape[:1]:
         raise ValueError(f"the head's bias is {list(bias.shape)}; a matrix {list(matrix.shape)} goes with [V]")
+
+
+class _AccumulatingProduct:
+    """``hidden @ matrixᵀ + bias``, [n, H] -> [n, V]; its backward pass adds the matrix's gradient to ``total`` [V, H].
+
+    Autograd would make a tensor [V, H] for every chunk and then add it: half a gigabyte each at 150,000 x 900. The
+    matrix is cast once to autocast's dtype. Every product overwrites the one before.
+    """
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None, total: Tensor) -> None:
+        kind = matrix.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else matrix.dtype
+        self.matrix, self.bias, self.total = matrix.detach().to(dtype), bias, total
+        self._memory = self.matrix.new_empty(0).untyped_storage()
+        self.share = self.matrix.new_empty(0)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The product in the matrix's dtype. The bias is added in its own dtype, and autograd makes its gradient."""
+        product: Tensor = _ProductFunction.apply(hidden.to(self.matrix.dtype), self)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias
+
+    def room(self, rows: int) -> Tensor:
+        """The block [rows, V] for every product. It is no view, so autograd lets it be overwritten."""
+        values = self.matrix.new_empty(0)
+        if self._memory.nbytes() < rows * len(self.matrix) * values.itemsize:
+            self._memory = self.matrix.new_empty(rows, len(self.matrix)).untyped_storage()
+        return values.set_(self._memory, 0, (rows, len(self.matrix)))  # type: ignore[no-any-return, call-overload]
+
+
+class _ProductFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, product: _AccumulatingProduct) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.product = product
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.mm(hidden, product.matrix.T, out=product.room(len(hidden)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+        (hidden,), product = ctx.saved_tensors, ctx.product
+        if product.total.dtype == hidden.dtype:
+            product.total.addmm_(upstream.T, hidden)
+        else:  # low precision is added up in float32
+            product.total.add_(torch.mm(upstream.T, hidden, out=product.share))
+        return (upstream @ product.matrix if ctx.needs_input_grad[0] else None), None

@@ -1,7 +1,7 @@
-"""Log-probabilities of a vocabulary, and what is read off them one model at a time; all of it safe at probability zero.
+"""Log-probabilities of one model, and the checks that all losses share. A probability of zero makes no NaN.
 
-``log_p: [..., V]`` in nats -> ``[...]`` in nats. The measures need not sum to one: the same sums serve a whole
-vocabulary, k tokens of it, and k tokens with a bucket for the rest.
+``log_p: [..., V]`` in nats -> ``[...]`` in nats. The probabilities need not sum to one: the functions also serve k
+tokens of a vocabulary, with or without a bucket for the rest.
 """
 
 import math
@@ -23,10 +23,10 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def log_probs_(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """The same written over the logits, which are float32 or float64 and nobody else's; their gradient goes there too.
+    """``log_probs``, written over the logits, which must be float32 or float64; nothing else may use them.
 
-    For one backward pass: it leaves the gradient where the log-probabilities were. On a CPU a new block of that size
-    costs as much as the softmax: the kernel maps and clears it page by page.
+    The backward pass runs once: it writes the gradient over the log-probabilities. On a CPU a new block of that size
+    costs as much as the softmax, because the kernel maps and clears it page by page.
     """
     return _InPlace.apply(logits, temperature)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -34,11 +34,10 @@ def log_probs_(logits: Tensor, temperature: float = 1.0) -> Tensor:
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, temperature: float) -> Tensor:
-        """The values, and what the gradient needs."""
         ctx.temperature = temperature
         if temperature != 1.0:
             logits.div_(temperature)
-        torch.log_softmax(logits, -1, out=logits)  # every row is summed up before its first number is written
+        torch.log_softmax(logits, -1, out=logits)  # a row is summed before its first number is written
         ctx.mark_dirty(logits)
         ctx.save_for_backward(logits)
         return logits
@@ -46,14 +45,13 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        """The gradient of each input."""
         (log_p,) = ctx.saved_tensors
         torch.ops.aten._log_softmax_backward_data.out(upstream, log_p, -1, log_p.dtype, out=log_p)
         return (log_p if ctx.temperature == 1.0 else log_p.div_(ctx.temperature)), None
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """The values in float32, or as they are when they are float64."""
+    """The values in float32; float64 stays float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -74,3 +72,23 @@ def log_total(log_p: Tensor) -> Tensor:
         return log_p.new_full(log_p.shape[:-1], NEVER)
     empty = torch.isneginf(log_p).all(-1)
     return log_p.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, NEVER)
+
+
+def check_floating(values: Tensor, name: str) -> None:
+    """Raise ``ValueError`` for anything but a floating-point tensor."""
+    if not values.is_floating_point():
+        raise ValueError(f"{name} are {values.dtype}, not floating point: give a model's output, not token ids")
+
+
+def check_device(first: Tensor, first_name: str, second: Tensor, second_name: str) -> None:
+    """Raise ``ValueError`` for two tensors on two devices."""
+    if first.device != second.device:
+        raise ValueError(
+            f"{first_name} are on {first.device} and {second_name} on {second.device}; move one with .to(device)"
+        )
+
+
+def check_positive(value: float, name: str) -> None:
+    """Raise ``ValueError`` for a number that is not positive and finite."""
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}; it must be a positive finite number")

@@ -1,8 +1,8 @@
-"""Any divergence on the k likeliest tokens of a position, and what becomes of the rest of the vocabulary.
+"""Any divergence on the k likeliest tokens of a position, with three ways to treat the rest of the vocabulary.
 
 How it works: choose the tokens (``support``) from the two full distributions, take both models' log-probabilities of
-them, deal with the remaining mass (``tail``), and give the result to the inner divergence. The choice itself carries no
-gradient; the log-probabilities do, normalisation over the whole vocabulary included.
+them, treat the remaining mass (``tail``), and give the result to the inner divergence. The choice has no gradient. The
+log-probabilities do, and are normalised over the whole vocabulary.
 """
 
 import warnings
@@ -20,29 +20,28 @@ Tail = Literal["bucket", "renormalize", "drop"]
 
 
 class TopK(Divergence):
-    """``inner`` on the k likeliest tokens of ``support``; with k ≥ V exactly ``inner``, whatever the tail."""
+    """``inner`` on the k likeliest tokens of ``support``; with k ≥ V exactly ``inner``, whatever the tail.
+
+    Args:
+        inner: the divergence on the chosen tokens.
+        k: the number of tokens to choose, at least 1; more than the vocabulary has means all of it.
+        support: whose likeliest tokens: the student's, the teacher's, those of either (``union``, up to 2k) or those of
+            both (``intersection``, possibly none).
+        tail: ``bucket`` joins all other tokens into one more outcome: a divergence, at most ``inner`` on the whole
+            vocabulary. ``renormalize`` makes the chosen tokens sum to one and ignores all other mass. ``drop`` leaves
+            the terms of the other tokens out of the sum, without renormalizing: the paper's code does so (k = 256 of
+            the student), but the result is not a divergence and can be negative.
+
+    Raises:
+        ValueError: k < 1, an unknown support or tail, a TopK inside a TopK, or ``renormalize`` over at most one token,
+            which is zero for every pair of models.
+    """
 
     def __init__(self, inner: Divergence, k: int = 256, support: Support = "student", tail: Tail = "bucket") -> None:
-        """Hold the choice.
-
-        Args:
-            inner: the divergence on the chosen tokens.
-            k: how many tokens of a model to choose, at least 1; more than the vocabulary has means all of it.
-            support: whose likeliest tokens: the student's, the teacher's, those of either (``union``, up to 2k) or
-                those of both (``intersection``, down to none).
-            tail: ``bucket`` joins all other tokens into one more outcome: a divergence, at most ``inner`` on the whole
-                vocabulary. ``renormalize`` makes the chosen tokens sum to one, and does not see the mass off them.
-                ``drop`` leaves the terms off the support out of the sum, without renormalizing: the paper's code does
-                so (k = 256 of the student), but the result is not a divergence and can be negative.
-
-        Raises:
-            ValueError: for k < 1, an unknown support or tail, a TopK inside a TopK, or ``renormalize`` over at most one
-                token, which is zero for every pair of models.
-        """
         _check_choice(inner, k, support, tail)
         if tail == "drop":
             warnings.warn(
-                "tail='drop' is not a divergence: it can be negative, and is minimised by draining mass off the "
+                "tail='drop' is not a divergence: it can be negative, and is minimised by moving mass off the "
                 "support. It is what the paper's code does with k=256 of the student; watch retained_mass with it, or "
                 "use tail='bucket'",
                 UserWarning,
@@ -55,7 +54,7 @@ class TopK(Divergence):
 
     @property
     def needs(self) -> Known:
-        """With the teacher's support, its likeliest tokens alone."""
+        """The teacher's likeliest tokens with its own support, else the whole distribution."""
         return "topk" if self.support == "teacher" else "distribution"
 
     def values(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -63,16 +62,12 @@ class TopK(Divergence):
         names = ("divergence", "student_retained_mass", "teacher_retained_mass")
         return dict(zip(names, self.with_retained_mass(student, teacher), strict=True))
 
-    def values_of_record(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
-        """The divergence, from recorded tokens [n, k]."""
-        return {"divergence": self.from_record(student, tokens, log_probs)}
-
     def from_log_probs(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``inner`` on the support and its tail, [..., V] x2 -> [...]; 0 at positions where the support is empty."""
         return self.with_retained_mass(student_log_probs, teacher_log_probs)[0]
 
     def with_retained_mass(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, with the mass of the student and of the teacher on the support, [..., V] x2 -> [...] x3.
+        """The divergence and the student's and the teacher's mass on the support, [..., V] x2 -> [...] x3.
 
         The masses are probabilities, 0 to 1, without gradient.
         """
@@ -86,24 +81,24 @@ class TopK(Divergence):
         student_mass, teacher_mass = (_gather(log_p, tokens).exp().sum(-1) for log_p in both)
         return value, student_mass, teacher_mass
 
-    def from_record(self, student_log_probs: Tensor, tokens: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """The same from the teacher's recorded likeliest tokens, [..., V], [..., n] ids and log p_T x2 -> [...].
+    def values_of_record(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
+        """The divergence from the teacher's recorded likeliest tokens: [..., V], ids and log p_T [..., n] -> [...].
 
-        The teacher's mass off the record is one minus the recorded one, exact to float32's rounding of 1.
+        The teacher's mass off the record is one minus the recorded mass, exact to float32's rounding of 1.
         """
         if tokens.shape[-1] > self.k:
-            best = teacher_log_probs.topk(self.k).indices
-            tokens, teacher_log_probs = tokens.gather(-1, best), teacher_log_probs.gather(-1, best)
-        teacher = at_least_float32(teacher_log_probs)
+            best = log_probs.topk(self.k).indices
+            tokens, log_probs = tokens.gather(-1, best), log_probs.gather(-1, best)
+        teacher = at_least_float32(log_probs)
         if self.tail == "bucket":
             rest = torch.log1p(-teacher.exp().sum(-1).clamp(max=1.0))
             teacher = torch.cat([teacher, rest[..., None]], dim=-1)
         elif self.tail == "renormalize":
             teacher = teacher - log_total(teacher)[..., None]
-        return self.inner.from_log_probs(self._reduce(student_log_probs, tokens), teacher)
+        return {"divergence": self.inner.from_log_probs(self._reduce(student, tokens), teacher)}
 
     def check_record(self, recorded: int) -> None:
-        """``ValueError`` unless ``from_record`` can work with that many recorded tokens a position."""
+        """Raise ``ValueError`` unless `values_of_record` works with so many recorded tokens a position."""
         if self.support != "teacher":
             raise ValueError(
                 f"support={self.support!r} needs the teacher's probability of tokens that the record does not hold; "
@@ -113,16 +108,15 @@ class TopK(Divergence):
             raise ValueError(f"k is {self.k}, but the record holds {recorded} tokens a position; use k={recorded}")
 
     def _tokens(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """The ids of the support, [..., n], each once; V, which is no token, fills the places that are left over."""
+        """The ids of the support, [..., n], each once; the id V, which is no token, fills unused places."""
         vocabulary = student_log_probs.shape[-1]
-        k = min(self.k, vocabulary)
         if self.support == "student":
-            return student_log_probs.topk(k).indices
-        teachers = teacher_log_probs.topk(k).indices
+            return student_log_probs.topk(self.k).indices
+        teachers = teacher_log_probs.topk(self.k).indices
         if self.support == "teacher":
             return teachers
-        students = student_log_probs.topk(k).indices
-        shared = _among(teachers, students, vocabulary)
+        students = student_log_probs.topk(self.k).indices
+        shared = _members(students, vocabulary).gather(-1, teachers)
         if self.support == "intersection":
             return teachers.masked_fill(~shared, vocabulary)
         return torch.cat([students, teachers.masked_fill(shared, vocabulary)], dim=-1)
@@ -135,20 +129,19 @@ class TopK(Divergence):
         kept = _gather(log_p, tokens)
         if self.tail == "renormalize":
             total = log_total(kept)[..., None]
-            return kept - total.masked_fill(total == NEVER, 0.0)  # nothing kept stays nothing, and not NaN
+            return kept - total.masked_fill(total == NEVER, 0.0)  # an empty support gives -inf, not NaN
         return kept
 
 
 class _Split(torch.autograd.Function):
     """Log-probabilities of the tokens, and the log of the mass on all others: [..., V], [..., n] -> [..., n], [...].
 
-    The mass is summed over the others: one minus that of the tokens would cancel where it is near one, as it mostly is.
-    One tensor [..., V] in all, its gradient; autograd would make two for each result.
+    The mass is a sum over the others: one minus the tokens' mass would lose its digits, as that is mostly near one.
+    The backward pass makes one tensor [..., V], the gradient; autograd would make two for each result.
     """
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The values, and what the gradient needs."""
         rest, without = log_p.new_empty(log_p.shape[:-1]), _Without(tokens, log_p.shape[-1])
         for mass, values, ids in blocks(rest, log_p, without.tokens):
             mass[:] = without(values.clone(), ids, NEVER).logsumexp(-1)
@@ -158,7 +151,6 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, kept_upstream: Tensor, rest_upstream: Tensor) -> tuple[Tensor, None]:
-        """The gradient of each input."""
         log_p, tokens, rest = ctx.saved_tensors
         empty, vocabulary = rest == NEVER, log_p.shape[-1]
         rest, rest_upstream = rest.masked_fill(empty, 0.0), rest_upstream.masked_fill(empty, 0.0)
@@ -178,14 +170,14 @@ def _gather(log_p: Tensor, tokens: Tensor) -> Tensor:
 
 
 class _Without:
-    """Writes over the numbers of chosen tokens, [..., n] of a vocabulary; the id V, which fills places, is ignored."""
+    """Overwrites the values of chosen tokens, [..., n] ids of a vocabulary; the filling id V is ignored."""
 
     def __init__(self, tokens: Tensor, vocabulary: int) -> None:
-        self.tokens = torch.where(tokens == vocabulary, tokens.amin(-1, keepdim=True), tokens)  # one of the row's again
+        self.tokens = torch.where(tokens == vocabulary, tokens.amin(-1, keepdim=True), tokens)  # repeat an id
         self._complete = bool((self.tokens < vocabulary).all())
 
     def __call__(self, values: Tensor, tokens: Tensor, fill: float) -> Tensor:
-        """The values, with `fill` at some rows of `self.tokens`, [n, V] and [n, m] -> [n, V]."""
+        """The values with `fill` at the tokens, which are rows of `self.tokens`: [n, V] and [n, m] -> [n, V]."""
         if self._complete:
             return values.scatter_(-1, tokens, fill)
         return values.masked_fill_(_members(tokens, values.shape[-1]), fill)
@@ -197,13 +189,7 @@ def _members(tokens: Tensor, vocabulary: int) -> Tensor:
     return one_more.scatter_(-1, tokens, True)[..., :vocabulary]
 
 
-def _among(tokens: Tensor, others: Tensor, vocabulary: int) -> Tensor:
-    """Whether each id is also among the others, [..., n] x2 -> [..., n]."""
-    return _members(others, vocabulary).gather(-1, tokens)
-
-
 def _check_choice(inner: Divergence, k: int, support: str, tail: str) -> None:
-    """Refuse, at construction, what cannot work."""
     if isinstance(inner, TopK):
         raise ValueError("inner is a TopK already; give the divergence inside it, with one k, support and tail")
     if k < 1:

@@ -296,7 +296,7 @@ def test_how_text_is_split_has_a_name(rule, ignore_merges, name):
     if name is not None:
         assert splitting_rule(tokenizer) == name
         return
-    with pytest.raises(UserError, match="a rule that has no name here"):
+    with pytest.raises(UserError, match="a rule that is not known here"):
         splitting_rule(tokenizer)
 
 
@@ -329,7 +329,7 @@ def test_weights_that_float16_cannot_hold(opcd, tmp_path):
     ("words", "says"),
     [
         ("RUNS/version_2 --to hf --out OUT", "did you mean .*version_"),
-        ("RUNS --to hf --out OUT", "is no run of `opcd fit`"),
+        ("RUNS --to hf --out OUT", "is neither a run of `opcd fit`"),
         ("RUNS/version_0 --to hf", "wants --out"),
         ("RUNS/version_0 --to hf --out OUT --dtype float32", "--dtype has no effect"),
         ("RUNS/version_0 --to merged --out OUT", "no adapter to merge; --to hf"),
@@ -339,9 +339,9 @@ def test_weights_that_float16_cannot_hold(opcd, tmp_path):
         ("RUNS/version_0 --to hf --out OUT --private", "are for --to hub"),
         ("RUNS/version_0 --to hub", "wants --repo"),
         ("RUNS/version_0 --to hub --repo a/b --out OUT", "--out has no effect"),
-        ("RUNS/version_0 --to hub --repo b", "wants ORG/NAME, got 'b'"),
+        ("RUNS/version_0 --to hub --repo b", "must be ORG/NAME, not 'b'"),
         ("RUNS/version_0 --to hub --repo a/b", "set HF_TOKEN in the environment"),
-        ("RUNS/version_1 --to hub --repo a/b", "which nobody else has; export --to merged"),
+        ("RUNS/version_1 --to hub --repo a/b", "which nobody else can load; export --to merged"),
     ],
 )
 def test_what_is_refused_before_weights_load(words, says, opcd, runs, tmp_path, monkeypatch, no_weights):
@@ -484,9 +484,9 @@ def test_a_push_to_the_hub(opcd, runs, base, hub, tmp_path):
 @pytest.mark.parametrize(
     ("there", "token", "says"),
     [
-        ({"private": True, "siblings": [{"rfilename": "model.safetensors"}]}, "right", "holds files already"),
-        ({"private": False, "siblings": [{"rfilename": ".gitattributes"}]}, "right", "is there and public"),
-        (None, "wrong", "refuses me/student"),
+        ({"private": True, "siblings": [{"rfilename": "model.safetensors"}]}, "right", "already has files"),
+        ({"private": False, "siblings": [{"rfilename": ".gitattributes"}]}, "right", "exists and is public"),
+        (None, "wrong", "rejects me/student"),
     ],
 )
 def test_a_hub_that_does_not_take_it(there, token, says, opcd, runs, hub, monkeypatch, no_weights):

@@ -67,7 +67,11 @@ def test_rows_to_predict_need_no_teacher(sets):
 @pytest.mark.parametrize(
     ("row", "teacher", "message"),
     [
-        ({"teacher": "maths"}, None, r"rows\.jsonl:2: teacher 'maths' has no effect, for model.teacher is a single"),
+        (
+            {"teacher": "maths"},
+            None,
+            r"rows\.jsonl:2: teacher 'maths' has no effect, because model.teacher is a single",
+        ),
         ({"teacher": "math"}, TeacherModels({"maths": None}), r"rows\.jsonl:2: no teacher 'math' .*you mean maths\?"),
         ({"teacher": "x"}, TeacherModels({"maths": None}), r"rows\.jsonl:2: no teacher 'x' .*there are maths$"),
         ({}, TeacherModels({"maths": None}), r"rows\.jsonl:2: no teacher: name one of maths .*init_args\.default"),

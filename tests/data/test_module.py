@@ -357,13 +357,16 @@ def test_rows_that_the_template_refuses_are_skipped_and_counted(tmp_path, write_
     system = [{"role": "system", "content": "Be nice."}, {"role": "user", "content": "Hi"}]
     train = write_rows({"query": system, "context": "c"}, {"query": "Hi?", "context": "c"})
     module = with_template(tmp_path, NO_SYSTEM, train=train, placement="user", on_bad_row="skip")
-    with pytest.warns(UserWarning, match=r"data\.train: 1 bad rows left out .*, 1 kept: .*:1: .*refuses.*no system"):
+    with pytest.warns(UserWarning, match=r"data\.train: 1 bad rows skipped .*, 1 kept: .*:1: .*rejects.*no system"):
         module.setup("fit")
     assert [e.query for e in module.examples("train")] == ["Hi?"]
-    with pytest.raises(UserError, match=r":1: the chat template refuses these messages: no system"):
+    with pytest.raises(UserError, match=r":1: the chat template rejects these messages: no system"):
         with_template(tmp_path, NO_SYSTEM, train=train, placement="user").setup("fit")
     bad = with_template(tmp_path, NO_SYSTEM, predict=write_rows({"query": system}), placement="user", on_bad_row="skip")
-    with pytest.raises(UserError, match=r"^data\.predict: no row is left; the first: "), pytest.warns(UserWarning):
+    with (
+        pytest.raises(UserError, match=r"^data\.predict: no row is left; the first error: "),
+        pytest.warns(UserWarning),
+    ):
         bad.setup("predict")
 
 
@@ -378,7 +381,7 @@ def test_every_context_must_leave_the_end_as_it_is(tmp_path, write_rows):
     with pytest.raises(UserError, match=r"own\.jsonl:1: both views must end"):
         with_template(tmp_path, SWITCHES, train=own).setup("fit")
     module = with_template(tmp_path, SWITCHES, train=own, on_bad_row="skip")
-    with pytest.warns(UserWarning, match="1 bad rows left out"):
+    with pytest.warns(UserWarning, match="1 bad rows skipped"):
         module.setup("fit")
     assert [e.query for e in module.examples("train")] == ["b /no_think"]
     with_template(tmp_path, SWITCHES, predict=own).setup("predict")  # nothing is compared there

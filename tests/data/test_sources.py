@@ -146,7 +146,7 @@ def test_wrong_csv(tmp_path, text, message):
 @pytest.mark.case("D15")
 def test_a_short_row_of_csv_can_be_skipped(tmp_path):
     (tmp_path / "rows.csv").write_text("query,context\na\nb,c\n")
-    with pytest.warns(UserWarning, match="1 bad rows left out"):
+    with pytest.warns(UserWarning, match="1 bad rows skipped"):
         assert [e.query for e in read_examples(str(tmp_path / "rows.csv"), on_bad_row="skip")] == ["b"]
 
 
@@ -174,7 +174,9 @@ def test_several_files_by_a_pattern(tmp_path, monkeypatch):
     assert [(e.query, e.index) for e in read_examples("[ab].*")] == [("a", 0), ("b", 1)]
     assert [e.query for e in read_examples("**/*.jsonl")] == ["b", "c"]
     assert refusal("d*.jsonl") == f"data.train: no file matches {tmp_path}/d*.jsonl"
-    assert refusal("*") == f"data.train: {tmp_path}/more is no .jsonl, .json, .csv or .parquet file; narrow the pattern"
+    assert (
+        refusal("*") == f"data.train: {tmp_path}/more is not a .jsonl, .json, .csv or .parquet file; narrow the pattern"
+    )
     (tmp_path / "odd[1].jsonl").write_text('{"query": "odd"}')
     assert [e.query for e in read_examples("odd[1].jsonl")] == ["odd"]
 

@@ -160,7 +160,7 @@ def test_both_views_end_alike(tokenizer, example):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (NO_SYSTEM, "the chat template refuses these messages: System role not supported; use data.placement: user$"),
+        (NO_SYSTEM, "the chat template rejects these messages: System role not supported; use data.placement: user$"),
         (DROPS_SYSTEM, "it drops the context; use data.placement: user$"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_template_without_a_system_role(tokenizer, example, template, message)
 
 def test_messages_that_the_template_refuses(tokenizer, example):
     tokenizer.chat_template = NO_SYSTEM
-    with pytest.raises(UserError, match=r"^rows\.jsonl:3: the chat template refuses these messages: System role"):
+    with pytest.raises(UserError, match=r"^rows\.jsonl:3: the chat template rejects these messages: System role"):
         Views(tokenizer, tokenizer, "user").student_prompt(example(CONVERSATION, index=2))
 
 
@@ -194,9 +194,9 @@ def test_a_template_that_fails(tokenizer, example, template):
         ),
         (
             {"placement": "user", "template": "{context}"},
-            r"data\.template must hold \{context\} and \{query\} once each",
+            r"data\.template must contain \{context\} and \{query\} once each",
         ),
-        ({"placement": "raw", "template": "{context}{query}{query}"}, r"data\.template must hold"),
+        ({"placement": "raw", "template": "{context}{query}{query}"}, r"data\.template must contain"),
         (
             {"student_kwargs": {"enable_thinking": False}},
             r"model\.student\.chat_template_kwargs: the chat template never",

@@ -12,7 +12,7 @@ from benchmarks.drills.hostile import hostile
 from benchmarks.drills.inputs import fuzz, inputs
 from benchmarks.drills.smuggling import smuggling
 from opcd.data import example as examples
-from opcd.data.safe_tokenizer import TextEncoder
+from opcd.data.chat_template import TextEncoder
 from opcd.runtime import output
 from opcd.runtime.files import user_files as files
 

@@ -228,7 +228,7 @@ def test_rows_that_are_no_games_are_refused(lessons, roomy, tmp_path, rows, opcd
     code, text = opcd(
         *words, "--data.context", lessons, "--trainer.max_steps", 1, "--trainer.default_root_dir", tmp_path / "runs"
     )
-    assert code == 2 and "rows.jsonl:1: GameRollout plays games, and this row is none; set the source" in text
+    assert code == 2 and "rows.jsonl:1: GameRollout plays games, and this row is not a game; set the source" in text
 
 
 def test_a_window_must_hold_the_last_turn(game_data, tiny, lessons, tmp_path, opcd):

@@ -55,5 +55,5 @@ def test_games_that_are_evaluated_are_not_trained_on():
 
 @pytest.mark.parametrize("wrong", [{"start": -1, "count": 1}, {"start": 0, "count": 0}])
 def test_no_such_seeds(wrong):
-    with pytest.raises(ValueError, match="GameSeeds wants"):
+    with pytest.raises(ValueError, match="GameSeeds needs"):
         GameSeeds(Doors(), **wrong)

@@ -288,7 +288,7 @@ def test_expected_weights_leave_nothing_to_the_backward_pass(counted, head, know
 
 
 def test_without_gradient_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opcd.losses.chunking.with_gradient", None)
+    monkeypatch.setattr("opcd.losses.chunking._with_gradient", None)
     hidden, matrix = leaf(N, H_S, seed=3), leaf(V, H_S, seed=1)
     with torch.no_grad():
         values = chunked_divergence(ForwardKL(), hidden, matrix, hidden + 1, matrix, memory_bytes=5 * ROW)
@@ -357,5 +357,5 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> Non
 
 def test_a_function_that_reduces_is_refused() -> None:
     hidden, matrix = torch.zeros(5, 3), torch.zeros(8, 3)
-    with pytest.raises(ValueError, match=r"function gave \[\] for 5 tokens; it must give \[n\]"):
+    with pytest.raises(ValueError, match=r"function returned \[\] for 5 tokens; it must return \[n\]"):
         chunked(lambda s, t: (ReverseKL().from_log_probs(s, t).mean(),), hidden, matrix, hidden, matrix)

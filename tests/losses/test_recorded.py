@@ -64,9 +64,9 @@ ONE = RecordedTokens(torch.zeros(N, dtype=torch.long), torch.zeros(N))
 @pytest.mark.parametrize(
     ("loss", "teacher", "options", "message"),
     [
-        (ReverseKL(), TOP, {}, "ReverseKL.* cannot be had from RecordedTopK: .*support='teacher'"),
-        (Mixture([ReverseKL(), ReverseKL()], [1, 1]), ONE, {}, "Mixture.* cannot be had from RecordedTokens"),
-        (SampledReverseKL(), TOP, {}, "SampledReverseKL.* cannot be had from RecordedTopK"),
+        (ReverseKL(), TOP, {}, "ReverseKL.* cannot be computed from RecordedTopK: .*support='teacher'"),
+        (Mixture([ReverseKL(), ReverseKL()], [1, 1]), ONE, {}, "Mixture.* cannot be computed from RecordedTokens"),
+        (SampledReverseKL(), TOP, {}, "SampledReverseKL.* cannot be computed from RecordedTopK"),
         (SampledReverseKL(), torch.zeros(N, H), {"teacher_head": torch.zeros(V, H)}, "ReverseKL has the same expected"),
         (TopK(ReverseKL(), 1, "student"), TOP, {}, "support='student' needs"),
         (TopK(ReverseKL(), 5, "teacher"), TOP, {}, "k is 5, but the record holds 1 tokens"),

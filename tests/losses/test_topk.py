@@ -192,7 +192,7 @@ def test_gradcheck(tail: str) -> None:
 
 
 def test_dropping_the_tail_can_be_negative_and_warns() -> None:
-    with pytest.warns(UserWarning, match=r"not a divergence.*draining mass.*k=256.*bucket") as caught:
+    with pytest.warns(UserWarning, match=r"not a divergence.*moving mass.*k=256.*bucket") as caught:
         loss = TopK(ReverseKL(), k=1, tail="drop")
     assert len(caught) == 1
     assert caught[0].filename == __file__

@@ -1,1 +1,1 @@
-"""What makes a step on a CPU faster or smaller. Nothing here runs on a GPU."""
+"""Optimizations of a step on a CPU, in time and memory. Nothing here runs on a GPU."""

@@ -1,39 +1,56 @@
-"""Causal attention as a few products per block of queries, on a CPU.
+"""Two attentions on a CPU, made of a few matrix products: causal attention, and that of rows packed behind a prefix.
 
-Up to 512 tokens in 0.4 to 0.7 of the time of torch's kernel, at 2,048 in 0.9 (docs/log.md).
+Causal attention takes 0.4 to 0.7 of the time of torch's kernel up to 512 tokens, 0.9 at 2,048 (docs/log.md). Keys after
+a block of queries are skipped. Scores and their softmax are in float32 (float64 for float64). The backward pass
+recomputes the probabilities from queries, keys and values, as FlashAttention does (arXiv:2205.14135).
 
-Keys that come after a block are never looked at. Scores and their softmax are in float32 (float64 for float64); what
-is kept for the backward pass are queries, keys and values, and the probabilities are computed again, as in
-FlashAttention (arXiv:2205.14135).
+Rows behind a prefix need no mask: first all queries attend to the prefix, in blocks of queries and keys, which also
+gives the sum of each query's weights. That sum is one more key in the softmax over a row's own keys. torch's kernel
+with a mask takes twice as long, because it computes what the mask hides and leaves its fast path (docs/log.md). On a
+GPU, FlexAttention does the same with blocks (`packing.py`).
 """
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "opcd_cpu"
-"""What transformers calls it."""
+from opcd.accel import Pair
 
-QUERIES = 64
-"""Of a row at a time."""
+NAME, PACKED_NAME = "opcd_cpu", "opcd_packed_rows"
+"""The names of the two in transformers."""
+
+ROWS = "opcd_rows"
+"""The argument for rows that share their beginning (`student_prefix.py`): how many rows, and how many shared tokens."""
+
+QUERIES, PACKED_QUERIES = 64, 128
+"""Queries of a row in one product, of each attention."""
 
 SCORES = 2**21
 """Attention scores at a time: 8 MiB, which glibc keeps for the next ones."""
 
-ROWS = "opcd_rows"
-"""What a model hands on to its layers where rows share their beginning (`shared_rows.py`): how many rows and tokens."""
+PREFIX_QUERIES, PREFIX_KEYS = 3072, 2048
+"""The most queries of a group of heads and keys of the prefix in one product: 12 MiB of scores in bfloat16."""
+
+SAMPLED = 16
+"""A query's largest score is estimated from one in so many keys of the prefix."""
+
+LOG2_E = math.log2(math.e)
 
 
 def use_cpu_attention(model: PreTrainedModel) -> None:
-    """Let it stand in for SDPA wherever a pass on a CPU is causal, without mask, prefix or dropout.
+    """Replace SDPA wherever a pass on a CPU is causal, without mask, prefix or dropout.
 
-    Models that do not take transformers' attention by its name keep their own: Falcon's would read another name than
+    Models that do not look up transformers' attention by name keep their own: Falcon would treat any name other than
     `sdpa` as `eager`.
     """
     config = model.config.get_text_config()
@@ -46,9 +63,9 @@ def use_cpu_attention(model: PreTrainedModel) -> None:
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: [B, H, L, D], keys and values [B, G, K, D] -> [B, L, H, D].
+    """Transformers' attention function: [B, H, L, D], keys and values [B, G, K, D] -> [B, L, H, D].
 
-    With `ROWS` in `others`, [1, H, N, D] of all rows, what they share first; the mask says nothing then.
+    With `ROWS` in `others` the tensors are [1, H, N, D]: the shared tokens, then those of each row. The mask is unused.
     """
     if (shared := others.pop(ROWS, None)) is not None:
         query, key, value = (_whole(x, *shared) for x in (query, key, value))
@@ -62,16 +79,19 @@ def attention(
 
 
 def _whole(x: Tensor, rows: int, shared: int) -> Tensor:
-    """What they share, and what each has of its own, [1, H, shared + rows * L, D] -> [rows, H, shared + L, D]."""
+    """The shared tokens before each row's own, [1, H, shared + rows * L, D] -> [rows, H, shared + L, D]."""
     own = x[0, :, shared:].unflatten(1, (rows, -1)).transpose(0, 1)
     return torch.cat([x[:, :, :shared].expand(rows, -1, -1, -1), own], 2)
 
 
+def _unsupported(others: dict[str, Any]) -> list[str]:
+    """Arguments of an attention that neither of the two implements."""
+    return [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+
+
 def _is_plain(module: Any, query: Tensor, key: Tensor, others: dict[str, Any]) -> bool:
-    causal = others.get("is_causal")
-    unknown = any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-    length = query.shape[2]
-    plain = length > 1 and length == key.shape[2] and not others.get("dropout") and not unknown
+    causal, length = others.get("is_causal"), query.shape[2]
+    plain = length > 1 and length == key.shape[2] and not others.get("dropout") and not _unsupported(others)
     return plain and bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
@@ -85,7 +105,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
         scale: D ** -0.5 if None.
 
     Returns:
-        [B, L, H, E], as transformers wants it, in the type of `value`. Differentiable once.
+        [B, L, H, E], the layout of transformers, in the dtype of `value`. Differentiable once.
     """
     result: Tensor = _Causal.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)  # type: ignore[no-untyped-call]
     return result
@@ -94,7 +114,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
 class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Some rows at a time."""
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
         with torch.autocast("cpu", enabled=False):
@@ -103,7 +122,6 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The same rows again."""
         query, key, value = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
             gradients = [_backward(ctx.scale, *rows) for rows in _by_rows(query, key, value, gradient)]
@@ -111,13 +129,14 @@ class _Causal(torch.autograd.Function):
 
 
 def _by_rows(query: Tensor, key: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors of a few rows at a time."""
     scores = query.shape[1] * min(QUERIES, query.shape[2]) * key.shape[2]
     return zip(*(x.split(max(1, SCORES // scores)) for x in (query, key, *others)), strict=True)
 
 
 def _forward(scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[b, H, L, D], keys [b, G, K, D] -> [b, L, H, E]."""
-    queries, keys, values = _scaled(query, key, scale), wide(key.flatten(0, 1)), value.flatten(0, 1)
+    queries, keys, values = _scaled(query, key, scale), _wide(key.flatten(0, 1)), value.flatten(0, 1)
     rows, heads, length, _ = query.shape
     result = value.new_empty(rows, length, heads, value.shape[-1])
     for block, seen in _blocks(query, key):
@@ -127,12 +146,12 @@ def _forward(scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _backward(scale: float, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of the three, from that of the result, [b, L, H, E]."""
-    queries, keys, values = _scaled(query, key, scale), wide(key.flatten(0, 1)), value.flatten(0, 1)
+    """The gradients of query, key and value from that of the result, [b, L, H, E]."""
+    queries, keys, values = _scaled(query, key, scale), _wide(key.flatten(0, 1)), value.flatten(0, 1)
     low_queries, gradient = queries.to(value.dtype), gradient.transpose(1, 2)
-    # Gradients of scores sum to zero but for their rounding, which a bias on the keys (Qwen2's) would multiply.
+    # The gradients of a row's scores sum to zero up to rounding, which a bias on the keys (Qwen2's) would amplify.
     low_keys = (keys - keys.mean(1, keepdim=True)).to(value.dtype)
-    of_queries, of_keys, of_values = (torch.zeros_like(x) for x in (low_queries, keys, wide(values)))
+    of_queries, of_keys, of_values = (torch.zeros_like(x) for x in (low_queries, keys, _wide(values)))
     for block, seen in _blocks(query, key):
         of_result = gradient[:, :, block].reshape(len(values), -1, value.shape[-1])
         likely = _probabilities(queries[:, :, block], keys[:, :seen]).to(value.dtype)
@@ -147,16 +166,16 @@ def _backward(scale: float, query: Tensor, key: Tensor, value: Tensor, gradient:
 
 
 def _probabilities(queries: Tensor, keys: Tensor) -> Tensor:
-    """[N, h, n, D], scaled, and the keys that the last of them sees, [N, K, D] -> [N, h * n, K]."""
+    """Scaled queries [N, h, n, D] and the keys that the last query sees, [N, K, D] -> [N, h * n, K]."""
     count = queries.shape[2]
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
     later = torch.ones(count, count, dtype=torch.bool).triu(1)
     scores.unflatten(1, (-1, count))[..., -count:].masked_fill_(later, -torch.inf)
-    return torch.softmax(scores, -1, out=scores)  # every row is summed up before its first number is written
+    return torch.softmax(scores, -1, out=scores)  # a row is summed before its first number is written
 
 
 def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, int]]:
-    """Some queries, and how many keys the last of them sees."""
+    """Yield a block of queries and how many keys its last query sees."""
     length, before = query.shape[2], key.shape[2] - query.shape[2]
     for first in range(0, length, QUERIES):
         last = min(length, first + QUERIES)
@@ -164,10 +183,156 @@ def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, int]]:
 
 
 def _scaled(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Heads that share keys together: [b, H, L, D] -> [b * G, H / G, L, D]."""
-    return (wide(query) * scale).reshape(len(key) * key.shape[1], -1, *query.shape[2:])
+    """Queries whose heads share keys together: [b, H, L, D] -> [b * G, H / G, L, D]."""
+    return (_wide(query) * scale).reshape(len(key) * key.shape[1], -1, *query.shape[2:])
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32, or float64 where it is: what scores and their softmax are computed in. Any shape."""
+def _wide(x: Tensor) -> Tensor:
+    """The tensor in float32, the dtype of scores and their softmax; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def attends_by_rows(model: PreTrainedModel) -> bool:
+    """Whether `attention_by_rows` can replace the model's attention: SDPA on a CPU, with keys and values in the cache.
+
+    DeepSeek-V3's cache holds compressed states instead. Models that do not look up their attention by name keep it.
+    """
+    name = model.config.get_text_config()._attn_implementation
+    sdpa = model._supports_attention_backend and model.device.type == "cpu" and name in ("sdpa", NAME)
+    return sdpa and not any(hasattr(module, "expand_kv") for module in model.modules())
+
+
+@contextmanager
+def attention_by_rows(model: PreTrainedModel, layers: list[Pair], lengths: list[int]) -> Iterator[None]:
+    """Within the context, packed rows of `lengths` tokens attend to themselves and to the prefix in every layer.
+
+    `layers` holds the prefix's keys and values, [1, groups, P, D] for each layer; they are not copied.
+    """
+    config = model.config.get_text_config()
+    AttentionInterface.register(PACKED_NAME, partial(_packed, layers, lengths))
+    before, config._attn_implementation = config._attn_implementation, PACKED_NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@torch.no_grad()
+def _packed(
+    layers: list[Pair],
+    lengths: list[int],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention function: [1, heads, Q, D], keys and values [1, groups, Q, D] -> [1, Q, heads, D].
+
+    Raises:
+        ValueError: the model uses an argument that is not supported here; full rows are then passed instead.
+    """
+    if unknown := _unsupported(others):
+        raise ValueError(f"its attention has {', '.join(unknown)}, which is not supported here; use attention: eager")
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(device, enabled=False):
+        queries, *own = (x[0].to(dtype) for x in (query * (scale * LOG2_E), key, value))
+        keys, values = (x[0].to(dtype) for x in layers[module.layer_idx])
+        grouped = queries.unflatten(0, (len(keys), -1))
+        before = _from_prefix(grouped, (keys, values), lengths, sliding_window)
+        rows = list(zip(*(x.split(lengths, -2) for x in (grouped, *own, *before)), strict=True))
+        some = max(1, SCORES // (len(queries) * min(PACKED_QUERIES, max(lengths)) * max(lengths)))
+        results = [_rows(rows[first : first + some], sliding_window) for first in range(0, len(rows), some)]
+    return torch.cat(results)[None], None
+
+
+def _from_prefix(queries: Tensor, shared: Pair, lengths: list[int], window: int | None) -> Pair:
+    """Attention to the prefix alone, and the logarithm of the sum of each query's weights, in float32 at least.
+
+    Queries [G, heads of a group, Q, D], scaled for powers of 2; keys and values [G, P, D] -> [G, heads, Q, D] and
+    [G, heads, Q, 1].
+    """
+    groups, heads, count, _ = queries.shape
+    keys, values = (x[:, 0 if window is None else max(0, x.shape[1] - window + 1) :] for x in shared)
+    places = torch.cat([torch.arange(length) for length in lengths]).repeat(heads)[:, None]
+    hidden = None if window is None else places + (keys.shape[1] - window + 1)  # masked first keys of each query
+    # Blocks of equal size: a small product is slow.
+    size = math.ceil(heads * count / math.ceil(heads * count / PREFIX_QUERIES))
+    blocks = [slice(first, first + size) for first in range(0, heads * count, size)]
+    parts = [
+        _weighted(group[block], k, v, None if hidden is None else hidden[block])
+        for group, k, v in zip(queries.flatten(1, 2), keys, values, strict=True)
+        for block in blocks
+    ]
+    results, sums = (torch.cat(x).view(groups, heads, count, -1) for x in zip(*parts, strict=True))
+    return results, sums
+
+
+def _weighted(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None, step: int = SAMPLED) -> Pair:
+    """The same for one group: [m, D], [P, D] -> [m, D], [m, 1]. `hidden` [m, 1] is how many first keys are masked."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    top = _largest(queries, keys, hidden, step)
+    # With one more column, the product is the score minus `top`.
+    left, right = torch.cat([queries, -top], -1), torch.cat([keys, torch.ones_like(keys[:, :1])], -1)
+    result, total = queries.new_zeros(len(queries), values.shape[1], dtype=wide), top.new_zeros(top.shape, dtype=wide)
+    for first in range(0, len(keys), PREFIX_KEYS):
+        weights = left @ right[first : first + PREFIX_KEYS].T
+        if hidden is not None:
+            _hide(weights, hidden - first)
+        weights.exp2_()
+        total += weights.sum(-1, keepdim=True)
+        result += weights @ values[first : first + PREFIX_KEYS]
+    if step > 1 and not math.isfinite(result.sum()):  # a score was far above the sampled ones
+        return _weighted(queries, keys, values, hidden, step=1)
+    return result.div_(total.clamp(min=torch.finfo(wide).tiny)), (top + total.log2()) / LOG2_E
+
+
+def _largest(queries: Tensor, keys: Tensor, hidden: Tensor | None, step: int) -> Tensor:
+    """About the largest score of each query, from one in `step` keys, with a window from all: [m, D] -> [m, 1].
+
+    Products add up in float32 and are rounded once. If this value is subtracted first, bfloat16 loses little near the
+    largest scores, where the softmax matters; else it cannot tell large scores apart (a bias on Qwen2's keys).
+    """
+    if hidden is None:
+        return (queries @ keys[::step].T).amax(-1, keepdim=True)
+    scores = queries @ keys.T
+    _hide(scores, hidden)
+    return scores.amax(-1, keepdim=True)
+
+
+def _hide(scores: Tensor, hidden: Tensor) -> None:
+    scores.masked_fill_(torch.arange(scores.shape[-1]) < hidden, -torch.inf)
+
+
+def _rows(rows: list[tuple[Tensor, ...]], window: int | None) -> Tensor:
+    """Attention of some rows side by side, with the prefix as one more key of each: packed [their tokens, H, D].
+
+    A row is queries [G, heads of a group, L, D], its own keys and values [G, L, D], and the results of `_from_prefix`.
+    """
+    queries, keys, values, from_prefix, sums = (_padded(x).flatten(0, 1) for x in zip(*rows, strict=True))
+    keys, results, last = _wide(keys).mT, [], 0
+    for some, result, total in zip(*(x.split(PACKED_QUERIES, 2) for x in (queries, from_prefix, sums)), strict=True):
+        first, last = last, last + some.shape[2]
+        scores = torch.bmm(_wide(some).flatten(1, 2), keys[..., :last]).div_(LOG2_E)
+        scores.unflatten(1, some.shape[1:3]).masked_fill_(_unseen(first, last, window), -torch.inf)
+        weights = torch.softmax(torch.cat([scores, total.flatten(1, 2)], -1), -1)
+        of_row = torch.bmm(weights[..., :-1].to(values.dtype), values[:, :last])
+        results.append(torch.addcmul(of_row, weights[..., -1:], result.flatten(1, 2)).view_as(result))
+    together = torch.cat(results, 2).to(values.dtype).unflatten(0, (len(rows), -1)).flatten(1, 2).transpose(1, 2)
+    return torch.cat([row[: own.shape[-2]] for row, (_, own, *_) in zip(together, rows, strict=True)])
+
+
+def _unseen(first: int, last: int, window: int | None) -> Tensor:
+    """A mask of the keys after their query or too far before it: [last - first, last]."""
+    distance = torch.arange(first, last)[:, None] - torch.arange(last)
+    return (distance < 0) if window is None else (distance < 0) | (distance >= window)
+
+
+def _padded(rows: tuple[Tensor, ...]) -> Tensor:
+    """Rows [..., L, D] padded to the longest: [rows, ..., L, D]."""
+    return pad_sequence([row.movedim(-2, 0) for row in rows], batch_first=True).movedim(1, -2)

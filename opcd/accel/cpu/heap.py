@@ -1,4 +1,4 @@
-"""What glibc does with freed memory on a CPU: keep some for the next step, give the rest back to the kernel."""
+"""Control over glibc's freed memory: keep some for the next step, return the rest to the kernel."""
 
 import ctypes
 import platform
@@ -11,15 +11,14 @@ from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 MAPPINGS = 65_536
-"""glibc's default for the blocks that have a mapping of their own."""
+"""glibc's default for the number of blocks with a mapping of their own."""
 GLIBC = platform.libc_ver()[0] == "glibc"
 MADV_DONTNEED = 4
 SMAPS = Path("/proc/self/smaps")
 KEPT = 2 * 2**30
 """Free bytes that the heap may hold from one step to the next."""
-
 LARGE = 2**30
-"""Bytes of a file's pages that are worth letting go at every step: to map 270 MB anew costs a twentieth of the step."""
+"""Bytes of file pages that are worth dropping at every step: mapping 270 MB again takes a twentieth of the step."""
 
 
 class Mallinfo2(ctypes.Structure):
@@ -34,60 +33,58 @@ class Mallinfo2(ctypes.Structure):
     ]
 
 
-def keep_freed_blocks() -> None:
-    """Let glibc keep freed blocks under 32 MiB instead of giving them back to the kernel after every pass.
-
-    The pages of a step's activations would be mapped and zeroed anew each time (docs/log.md). Larger blocks go back at
-    once. Does nothing where the C library is not glibc.
-    """
+def _set(option: int, value: int) -> None:
     if GLIBC:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(option, value)
+
+
+def keep_freed_blocks() -> None:
+    """Let glibc keep freed blocks under 32 MiB instead of returning them to the kernel after every pass.
+
+    Otherwise the pages of a step's activations are mapped and zeroed each time (docs/log.md). Larger blocks still go
+    back at once. Does nothing where the C library is not glibc.
+    """
+    _set(M_MMAP_THRESHOLD, 32 * 2**20)
+    _set(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager
 def large_blocks_kept() -> Iterator[None]:
-    """Within, larger blocks are taken from what the heap keeps, too: a loss takes the same few, chunk after chunk.
+    """Keep larger blocks in the heap, too, within the context: a loss needs the same few for every chunk.
 
-    Not for a whole step: blocks of all sizes in one heap leave holes that nothing fits in (docs/log.md).
+    Do not use for a whole step: blocks of all sizes in one heap fragment it (docs/log.md).
     """
-    if GLIBC:
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+    _set(M_MMAP_MAX, 0)
     try:
         yield
     finally:
-        if GLIBC:
-            ctypes.CDLL(None).mallopt(M_MMAP_MAX, MAPPINGS)
+        _set(M_MMAP_MAX, MAPPINGS)
 
 
 def trim_heap(beyond: int = 0) -> None:
-    """Return the heap's free pages to the kernel where there are more than `beyond` bytes of them.
+    """Return the heap's free pages to the kernel if they are more than `beyond` bytes.
 
-    Blocks of many sizes fragment the heap: without this it grows by as much as a gigabyte a step (docs/log.md).
+    Blocks of many sizes fragment the heap: without trimming it grows by up to a gigabyte a step (docs/log.md).
     """
-    if GLIBC and _free_bytes() > beyond:
-        ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    # Before glibc 2.33 the number of free bytes is unknown: assume many.
+    if GLIBC and (not hasattr(libc, "mallinfo2") or heap().fordblks > beyond):
+        libc.malloc_trim(0)
 
 
 def heap() -> Mallinfo2:
-    """What glibc says of its heap: `fordblks` bytes are free in it, `hblkhd` lie in mappings of their own."""
+    """glibc's figures on its heap: `fordblks` bytes are free in it, `hblkhd` are in mappings of their own."""
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = Mallinfo2
     info: Mallinfo2 = libc.mallinfo2()
     return info
 
 
-def _free_bytes() -> int:
-    known = hasattr(ctypes.CDLL(None), "mallinfo2")
-    return int(heap().fordblks) if known else 2**62  # unknown: taken for many
-
-
 def drop_file_pages(tensors: Iterable[Tensor]) -> None:
-    """Take the pages of the file that tensors are mapped from out of this process; the next read maps them anew.
+    """Unmap the pages of the file that tensors are mapped from; the next read maps them again.
 
-    The kernel still has them in its cache, and may give that memory to others. A mapping that was written to stays, as
-    does all that is no file's: it would be lost.
+    The kernel keeps them in its cache and may reuse that memory. Mappings that were written to, or that belong to no
+    file, stay: their content would be lost.
     """
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.device.type == "cpu")
     if not spans or not SMAPS.exists():
@@ -95,12 +92,11 @@ def drop_file_pages(tensors: Iterable[Tensor]) -> None:
     for start, end in _clean_mappings():
         low = bisect(spans, (start,))
         if low < len(spans) and spans[low][1] <= end:
-            libc = ctypes.CDLL(None)
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 def _clean_mappings() -> Iterator[tuple[int, int]]:
-    """The address ranges of this process that are a file's and hold no page of their own."""
+    """Yield the address ranges of this process that are mapped from a file and were not written to."""
     span, mapped = (0, 0), False
     for line in SMAPS.read_text().splitlines():
         words = line.split()

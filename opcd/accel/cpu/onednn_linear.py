@@ -1,8 +1,8 @@
 """Linear layers in oneDNN's own layout while a model generates on a CPU.
 
-A decode step multiplies a few rows with every weight once. From the usual layout that takes 1.7 times as long as from
-the one that oneDNN would choose (docs/log.md), and torch has no public call for it: this is what its compiler uses.
-Layers that read the same states are one product.
+A decode step multiplies a few rows with every weight once. With the usual layout this takes 1.7 times as long as with
+oneDNN's (docs/log.md). torch has no public call for that layout: these are the operators that its compiler uses. Layers
+that read the same states become one product.
 """
 
 from collections import Counter
@@ -16,27 +16,25 @@ from torch import Tensor, nn
 from opcd.accel.precision import has_bfloat16
 
 MOST_BYTES = 2 * 2**30
-"""The packed weights of larger models are not made: they take this much beside the weights."""
+"""Weights are packed up to this size only: the packed copy comes on top of them."""
 
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of layers of one module that mostly read the same states."""
+"""Names of layers of one module that usually read the same states."""
 
 ROWS = 16
-"""The rows that oneDNN is told to expect. For one it keeps the usual layout on some CPUs; for 4 or more it packs."""
+"""The number of rows that oneDNN optimizes for. With 1 it keeps the usual layout on some CPUs; from 4 on it packs."""
 
 FEWEST_STEPS = 16
-"""Packing takes as long as two or three decode steps; shorter generations do without."""
+"""Shorter generations are not packed: packing takes as long as two or three decode steps."""
 
 
 @contextmanager
 def packed_linears(model: nn.Module, dtype: torch.dtype, steps: int, consume: bool = False) -> Iterator[None]:
-    """Within, the model's linear layers compute in ``dtype`` from packed copies of the weights of this moment.
+    """Within the context, the model's linear layers compute in ``dtype`` from packed copies of the current weights.
 
-    Nothing happens where it cannot help: off a CPU, in another type than float32 or bfloat16 (or where the CPU or this
-    build of torch has no such kernel), for fewer than ``FEWEST_STEPS`` decode steps or more than ``MOST_BYTES`` of
-    weights.
-    With ``consume`` the layers' own weights give their memory to the packed ones and are empty from then on, but for
-    those that another module reads.
+    Nothing happens off a CPU, for a dtype other than float32 and bfloat16, where the CPU or this build of torch has no
+    such kernel, for fewer than ``FEWEST_STEPS`` decode steps or for more than ``MOST_BYTES`` of weights.
+    With ``consume``, the layers' own weights are emptied to free their memory, except those that another module reads.
     """
     linears = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
     size = sum(linear.weight.numel() * dtype.itemsize for linear in linears)
@@ -48,7 +46,7 @@ def packed_linears(model: nn.Module, dtype: torch.dtype, steps: int, consume: bo
         for group in _groups(model, linears):
             product = partial(_product, *_packed(group, dtype))
             joined = _Joined(product, [linear.out_features for linear in group])
-            for number, linear in enumerate(group):  # before the class's own
+            for number, linear in enumerate(group):  # found before the class's forward
                 vars(linear)["forward"] = partial(joined, number) if len(group) > 1 else product
                 if consume and readers[linear.weight.data_ptr()] == 1:
                     linear.weight.untyped_storage().resize_(0)
@@ -59,7 +57,7 @@ def packed_linears(model: nn.Module, dtype: torch.dtype, steps: int, consume: bo
 
 
 def _groups(model: nn.Module, linears: list[nn.Linear]) -> list[list[nn.Linear]]:
-    """The layers, those that are computed together in one list."""
+    """The layers, grouped by what is computed together."""
     groups: list[list[nn.Linear]] = []
     known = set(linears)
     for module in model.modules():
@@ -83,10 +81,10 @@ def _has_kernel(linears: list[nn.Linear], dtype: torch.dtype) -> bool:
 
 
 def _packed(layers: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of all of them."""
+    """The joined weight, packed, and the joined bias of the layers."""
     weights = [layer.weight.detach().to(dtype) for layer in layers]
     biases = [layer.bias.detach().to(dtype) for layer in layers if layer.bias is not None]
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # of one it would be a copy
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # cat would copy a single one
     return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS), torch.cat(biases) if biases else None
 
 
@@ -97,7 +95,7 @@ def _product(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
 
 
 class _Joined:
-    """The results of several layers, computed for the first that asks; the others must ask with the same tensor."""
+    """The results of several layers, computed once for as long as they are called with the same tensor."""
 
     def __init__(self, product: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
         self.product, self.sizes = product, sizes
@@ -105,7 +103,7 @@ class _Joined:
         self._results: tuple[Tensor, ...] = ()
 
     def __call__(self, number: int, hidden: Tensor) -> Tensor:
-        """The result of one of the layers, [..., H] -> [..., V]."""
+        """The result of layer `number`, [..., H] -> [..., V]."""
         version = 0 if hidden.is_inference() else hidden._version
         if self._read[0] is not hidden or self._read[1] != version:
             self._read, self._results = (hidden, version), self.product(hidden).split(self.sizes, -1)

@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from opcd.accel.cpu import backward_memory
-from opcd.accel.cpu.backward_memory import LAYERS, less_memory_in_backward
+from opcd.accel.cpu import accelerator as cpu
+from opcd.accel.cpu.accelerator import LAYERS, less_memory_in_backward
 from tests.helpers.small_models import FAMILIES, SMALL, WITHOUT
 
 MODELS = FAMILIES | {"mamba, recurrent": WITHOUT["mamba, recurrent"]}
@@ -58,7 +58,7 @@ def test_the_heap_goes_back_every_few_layers_and_before_the_embedding(monkeypatc
     less_memory_in_backward(model)
     there = []
     monkeypatch.setattr(
-        backward_memory,
+        cpu,
         "trim_heap",
         lambda: there.append([layer.mlp.up_proj.weight.grad is not None for layer in model.model.layers]),
     )

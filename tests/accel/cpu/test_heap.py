@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opcd.accel.cpu import accelerator as cpu
-from opcd.accel.cpu import backward_memory
 from opcd.accel.cpu import heap as memory
 from opcd.accel.cpu.heap import drop_file_pages
 from opcd.models import ModelConfig
@@ -114,6 +113,6 @@ def test_the_heap_goes_back_in_the_backward_pass(checkpointing, monkeypatch, tin
     trajectories = Trajectories.of(batch, [torch.tensor([5, 6, 7])] * len(batch), learner.eos_ids)
     hidden = learner.score(trajectories).hidden
     calls = []
-    monkeypatch.setattr(backward_memory, "trim_heap", lambda: calls.append(None))
+    monkeypatch.setattr(cpu, "trim_heap", lambda: calls.append(None))
     hidden.sum().backward()
     assert bool(calls) == checkpointing

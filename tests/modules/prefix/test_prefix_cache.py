@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opcd.accel.cpu import prefix_attention as packed_attention
+from opcd.accel.cpu import attention as cpu_attention
 from opcd.accel.cpu.accelerator import CPUAccelerator
 from opcd.models import ModelConfig
 from opcd.modules import MovingAverageTeacher, SelfTeacher
@@ -149,10 +149,10 @@ def test_what_it_takes_to_make_a_mask(family, kinds) -> None:
     assert counted.most < (MASK + kinds - 1 + 0.5) * 400 * 700
 
 
-@pytest.mark.parametrize("name", ["QUERIES", "KEYS", "OWN_QUERIES", "SCORES"])
+@pytest.mark.parametrize("name", ["PREFIX_QUERIES", "PREFIX_KEYS", "PACKED_QUERIES", "SCORES"])
 @pytest.mark.parametrize("family", ["llama", "mistral, sliding window"])
 def test_scores_that_come_in_several_parts(family, name, mixed, monkeypatch) -> None:
-    monkeypatch.setattr(packed_attention, name, 7)
+    monkeypatch.setattr(cpu_attention, name, 7)
     test_the_shared_prefix_changes_nothing(family, mixed, 4096)
 
 
@@ -199,7 +199,7 @@ def test_families_without_keys_and_values_fall_back_with_one_message(family, mix
 
 
 def test_a_wrong_mask_is_noticed(mixed, monkeypatch) -> None:
-    monkeypatch.setattr(packed_attention, "_unseen", lambda first, last, _: torch.ones(last - first, last).triu(2) > 0)
+    monkeypatch.setattr(cpu_attention, "_unseen", lambda first, last, _: torch.ones(last - first, last).triu(2) > 0)
     teacher = Teaches(FAMILIES["llama"]())
     full = Teaches(teacher.model, "never").score(mixed, 4096)
     with pytest.warns(UserWarning, match="hidden states differ by"):
@@ -284,7 +284,7 @@ class Layer:
 def attend(query, key, value):
     """One query behind a prefix of all keys but its own."""
     before, own = zip(*((x[:, :, :-1], x[:, :, -1:]) for x in (key, value)), strict=True)
-    return packed_attention._attention([before], [1], Layer, query, *own, None)[0].transpose(1, 2)
+    return cpu_attention._packed([before], [1], Layer, query, *own, None)[0].transpose(1, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
