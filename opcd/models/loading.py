@@ -43,11 +43,10 @@ from opcd.models.folders import (
     weight_budget,
 )
 from opcd.models.hub_access import hub_reachable
-from opcd.runtime.activity import doing
 from opcd.runtime.did_you_mean import beside, did_you_mean, is_run
 from opcd.runtime.errors import UserError
 from opcd.runtime.extras import require
-from opcd.runtime.interruption import check
+from opcd.runtime.interruption import check, doing
 
 PACKAGED = "smollm2-135m"
 COMMIT = re.compile("[0-9a-f]{40}")
