@@ -63,7 +63,7 @@ def run(options: argparse.Namespace, dotted: dict[str, object], args: list[str])
         try:
             engine.run()
         except KeyboardInterrupt:
-            print(f"stopped; what has finished is in {out}, and the same command goes on from there")
+            print(f"stopped; finished work is in {out}, and the same command continues there")
             return INTERRUPTED
         outcome = collect(plan, engine)
         command = shlex.join(["python", "benchmarks/run.py", *args])

@@ -175,7 +175,7 @@ def test_every_command_ends_with_one_line(name, number, code, opcd, monkeypatch)
     done, text = opcd(name)
     assert (done, text.count("\n")) == (code, 1)
     assert text.startswith(f"opcd: {signal.Signals(number).name}: asked to end")
-    assert ("--ckpt_path last goes on" in text) is (name == "fit")
+    assert ("--ckpt_path last resumes" in text) is (name == "fit")
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == former
     interruption.check()  # nothing is left of it
 

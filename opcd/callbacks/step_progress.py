@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from opcd.runtime import activity
+from opcd.runtime.interruption import doing, hide_activity, show_activity
 from opcd.runtime.output import Screen
 
 LAST = 9
@@ -54,12 +54,12 @@ class StepProgress(ProgressBar):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show what is being done from here on: models are loaded next."""
         super().setup(trainer, pl_module, stage)
-        activity.start(self._show)
+        show_activity(self._show)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show no more."""
         self._close()
-        activity.stop(self._show)
+        hide_activity(self._show)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar where there is a terminal."""
@@ -69,7 +69,7 @@ class StepProgress(ProgressBar):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Say that the first step has begun: it may take long, and ends with the first figures."""
         if not self._ends:
-            activity.doing("first step")
+            doing("first step")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Show the step that has just ended."""
@@ -128,7 +128,7 @@ class StepProgress(ProgressBar):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the terminal back."""
         self._close()
-        activity.stop(self._show)
+        hide_activity(self._show)
 
     def _open(self, total: int | None, completed: int = 0) -> None:
         console = Screen()
@@ -165,7 +165,7 @@ class StepProgress(ProgressBar):
         if self._bar is not None and trainer.state.fn != "fit":
             self._bar.update(self._task, completed=number + 1, description=what)
         elif self._bar is not None:
-            activity.doing(what, f"{number + 1}/{total or '?'}")
+            doing(what, f"{number + 1}/{total or '?'}")
         elif self._enabled and trainer.state.fn != "fit":
             print(f"{what}: batch {number + 1}/{total or '?'}", flush=True)
             self._doing = ""

@@ -1,4 +1,4 @@
-"""`opcd chat MODEL`: the same question to what a student was made from, to that with the context, and to the student.
+"""`opcd chat MODEL`: ask a student, its base model, and the base model with the context the same questions.
 
 opcd chat runs/version_0 --context context.txt
 opcd chat org/name --context context.txt --beside org/other < questions.txt
@@ -24,22 +24,22 @@ from opcd.runtime.errors import UserError
 from opcd.runtime.files.user_files import check_text
 from opcd.runtime.output import Screen
 
-DESCRIPTION = """Ask a model, beside the one that it was made from (or --beside): that one as it is and, with --context
-in its prompt, as the teacher sees it. At a terminal each of them has a conversation of its own: it sees the questions
-before and its own answers to them, until /reset; /help lists the commands, /quit or Ctrl-D ends. Questions can also
-come from a pipe, one a line; each of those stands alone."""
+DESCRIPTION = """Ask a model questions beside its base model (or --beside). With --context, the base model also answers
+with the context, as the teacher does. At a terminal each model has a conversation of its own, with its own answers,
+until /reset. /help lists the commands, /quit or Ctrl-D ends. A pipe can give questions too, one per line, each on its
+own."""
 QUIT = "/quit"
 RESET = "/reset"
 HELP = "/help"
 COMMANDS = {
     HELP: "this list",
-    RESET: "forget the conversation; the next question stands alone",
+    RESET: "forget the conversation",
     QUIT: "end, as Ctrl-D does; Ctrl-C ends in the middle of an answer",
 }
 
 
 def main(args: list[str]) -> int:
-    """Ask and show until there are no more questions. Returns 0; UserError for the user's mistakes."""
+    """Ask and show until the questions end. Returns 0; UserError for mistakes of the user."""
     options, sampling = _parse(args)
     device = torch_device(options.device)
     speakers = _speakers(options)
@@ -52,22 +52,27 @@ def main(args: list[str]) -> int:
     console = Screen(force_terminal=interactive)
     talk = interactive and speakers[-1].takes_turns
     for question in _questions(interactive):
-        if interactive and question in COMMANDS:
-            _command(question, speakers)
+        if interactive and question == HELP:
+            print("\n".join(f"{known:<8}{text}" for known, text in COMMANDS.items()))
+            continue
+        if interactive and question == RESET:
+            for speaker in speakers:
+                speaker.turns.clear()
+            print("The conversation is forgotten.")
             continue
         if not interactive:
             print(f"> {question}")
         said = [len(speaker.turns) for speaker in speakers]
         try:
             check_text(question, "the question")
-            if interactive:
-                _refuse_unknown(question)
+            if interactive and re.fullmatch(r"/[a-z]+", question):  # a misspelt command
+                raise UserError(f"no command {question}{did_you_mean(question, COMMANDS, f'; {HELP} lists them')}")
             show_answers(console, speakers, question, sampling, talk)
         except UserError as error:
             if not interactive:
                 raise
             for speaker, turns in zip(speakers, said, strict=True):
-                del speaker.turns[turns:]  # a question that one could not take was asked of none
+                del speaker.turns[turns:]  # no model keeps a question that one could not take
             print(f"opcd: error: {error}", file=sys.stderr)
     return 0
 
@@ -75,44 +80,33 @@ def main(args: list[str]) -> int:
 def make_parser() -> ArgumentParser:
     """The command's options."""
     parser = ArgumentParser(prog="opcd chat", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("model", metavar="MODEL", help="a run (its student), a model's or adapter's folder, a hub id")
     parser.add_argument(
-        "--context",
-        type=str,
-        help="file with a context: the one beside (else MODEL) answers with it too",
+        "model", metavar="MODEL", help="a run (its student), a folder of a model or adapter, or a hub id"
     )
-    parser.add_argument("--beside", type=str, help="another such model; default: what MODEL was made from, where known")
-    parser.add_argument("--placement", type=Placement | None, help="the context's place; default: the run's, or system")
+    context = "file with a context: the model beside (else MODEL) answers with it too"
+    parser.add_argument("--context", type=str, help=context)
+    parser.add_argument("--beside", type=str, help="the model beside; default: the base of MODEL, if known")
+    parser.add_argument(
+        "--placement", type=Placement | None, help="place of the context; default: the run's, or system"
+    )
     parser.add_argument("--template", type=str, help="joins {context} and {query}; default: the run's")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
-    parser.add_argument("--device", type=str, help="a torch device; default: a GPU where there is one")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--device", type=str, help="a torch device; default: a GPU if there is one")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the models")
-    parser.add_argument("--pickled_weights", action="store_true", help="read weights that are pickles")
+    parser.add_argument("--pickled_weights", action="store_true", help="read pickled weights")
     parser.add_class_arguments(Sampling, None)
     parser.set_defaults({"temperature": 0.0, "max_new_tokens": 256})
     return parser
 
 
 def _banner(speakers: list[Speaker]) -> None:
-    """Who answers, and how a chat is led."""
     print("opcd chat: each question goes to " + ", then to ".join(speaker.title for speaker in speakers))
-    alone = "" if speakers[-1].takes_turns else "Without a chat template (placement raw) every question stands alone. "
+    alone = (
+        ""
+        if speakers[-1].takes_turns
+        else "Without a chat template (placement raw) each question is asked on its own. "
+    )
     print(f"{alone}{HELP} lists the commands, {QUIT} ends. Loading ...", flush=True)
-
-
-def _command(name: str, speakers: list[Speaker]) -> None:
-    if name == HELP:
-        print("\n".join(f"{known:<8}{text}" for known, text in COMMANDS.items()))
-    if name == RESET:
-        for speaker in speakers:
-            speaker.turns.clear()
-        print("The conversation is forgotten.")
-
-
-def _refuse_unknown(question: str) -> None:
-    """A word like a command's is one that was misspelt: no model is asked."""
-    if re.fullmatch(r"/[a-z]+", question):
-        raise UserError(f"no command {question}{did_you_mean(question, COMMANDS, f'; {HELP} lists them')}")
 
 
 def _parse(args: list[str]) -> tuple[Namespace, Sampling]:
@@ -124,7 +118,7 @@ def _parse(args: list[str]) -> tuple[Namespace, Sampling]:
 
 
 def _speakers(options: Namespace) -> list[Speaker]:
-    """Who answers, from left to right, all checked before weights are loaded."""
+    """The models from left to right, checked before weights are loaded."""
     trust = {name: options[name] for name in ("trust_remote_code", "pickled_weights")}
     origin = Origin.of(options.model, **trust)
     base = origin.base if options.beside is None else Origin.of(options.beside, "--beside", **trust).config
@@ -145,17 +139,20 @@ def _speakers(options: Namespace) -> list[Speaker]:
 
 
 def _questions(interactive: bool) -> Iterator[str]:
-    """What is asked, until /quit or the end of the input."""
-    for line in _typed() if interactive else _piped():
-        question = line.strip()
-        if question == QUIT:
-            return
-        if question:
-            yield question
+    """Yield questions until /quit or the end of the input."""
+    try:
+        for line in _typed() if interactive else sys.stdin:
+            question = line.strip()
+            if question == QUIT:
+                return
+            if question:
+                yield question
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not valid UTF-8 ({error.reason}); questions must be UTF-8") from error
 
 
 def _typed() -> Iterator[str]:
-    """Lines typed at a prompt, with readline's keys and history where there is readline."""
+    """Yield lines typed at a prompt, with the keys and history of readline if installed."""
     with suppress(ImportError):
         import readline  # noqa: F401
     while True:
@@ -164,10 +161,3 @@ def _typed() -> Iterator[str]:
         except EOFError:
             print()
             return
-
-
-def _piped() -> Iterator[str]:
-    try:
-        yield from sys.stdin
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input: not valid UTF-8 ({error.reason}); questions come as UTF-8") from error

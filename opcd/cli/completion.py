@@ -1,8 +1,8 @@
-"""`opcd completion`: commands, options and values completed in a shell.
+"""`opcd completion`: complete commands, options and values in a shell.
 
     eval "$(opcd completion bash)"                            # or zsh, tcsh
 
-That line goes into the start-up file of your shell.
+Put this line into the start-up file of your shell.
 """
 
 import argparse
@@ -18,13 +18,22 @@ from opcd.config.config_errors import concrete
 from opcd.config.parsing import Parser
 
 DESCRIBED = ("opcd.", "lightning.", "torch.optim.")
-"""Base classes whose subclasses are listed; those of torch.nn.Module would take two minutes."""
+"""Modules of base classes whose subclasses are listed. Those of torch.nn.Module would take two minutes."""
 
 
 def main(args: list[str]) -> int:
     """Print the script. Returns 0."""
-    shell = make_parser().parse_args(args).shell  # before torch is imported
-    print(shtab.complete(_all_commands(), shell))
+    shell = make_parser().parse_args(args).shell
+    from opcd.cli.fit import fit_parser  # takes seconds, which --help does not need
+
+    root = argparse.ArgumentParser(prog="opcd", description="On-policy context distillation.")
+    commands = root.add_subparsers()
+    fit = fit_parser(described=True)
+    for name, text in TRAINER.items():
+        _copy(fit, commands.add_parser(name, help=text, add_help=False))
+    for name, (module, text) in COMMANDS.items():
+        _copy(importlib.import_module(module).make_parser(), commands.add_parser(name, help=text, add_help=False))
+    print(shtab.complete(root, shell))
     return 0
 
 
@@ -35,21 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _all_commands() -> argparse.ArgumentParser:
-    """One parser with all commands and options, which completes and parses nothing."""
-    from opcd.cli.fit import fit_parser  # seconds, that --help does not wait for
-
-    root = argparse.ArgumentParser(prog="opcd", description="On-policy context distillation.")
-    commands = root.add_subparsers()
-    fit = fit_parser(described=True)
-    for name, text in TRAINER.items():
-        _copy(fit, commands.add_parser(name, help=text, add_help=False))
-    for name, (module, text) in COMMANDS.items():
-        _copy(importlib.import_module(module).make_parser(), commands.add_parser(name, help=text, add_help=False))
-    return root
-
-
 def _copy(parser: argparse.ArgumentParser, to: argparse.ArgumentParser) -> None:
+    """Add the options of a parser to another, which shtab completes."""
     for action in parser._actions:
         names = action.option_strings or [action.dest]
         if action.help == argparse.SUPPRESS or names[0].startswith("("):  # jsonargparse's links
@@ -66,7 +62,7 @@ def _copy(parser: argparse.ArgumentParser, to: argparse.ArgumentParser) -> None:
 
 
 def _flat(hint: Any) -> Iterator[Any]:
-    """A type, or those of a union of types and lists of them."""
+    """The types of a type hint, within unions and lists."""
     if get_origin(hint) in (None, Literal) or isinstance(hint, type):
         yield hint
     else:
@@ -75,7 +71,7 @@ def _flat(hint: Any) -> Iterator[Any]:
 
 
 def _values(hint: Any) -> Iterator[str]:
-    """What may be typed where the type allows one of a few words: a literal's, true and false, classes."""
+    """Words that a type allows: literals, true and false, names of classes."""
     for part in _flat(hint):
         if get_origin(part) is Literal:
             yield from map(str, get_args(part))

@@ -1,6 +1,6 @@
-"""`opcd doctor`: what is installed here, which devices and models there are, and what is missing.
+"""`opcd doctor`: show the installed packages, devices and models, and what is missing.
 
-`opcd doctor --plan` and the options of `opcd fit`: what that run would take, in `opcd/planning`.
+`opcd doctor --plan` and the options of `opcd fit`: predict the memory of this run.
 """
 
 import argparse
@@ -28,35 +28,33 @@ OPTIONAL = {
 
 
 def main(args: list[str]) -> int:
-    """Print one screen. Returns 0, or 1 where something that a run needs is missing, or memory for it.
+    """Print one screen. Returns 0, or 1 if a run lacks a package or memory.
 
     Raises:
-        UserError: a proxy of the environment is none; what comes before the hub is printed.
+        UserError: a proxy in the environment is not valid; all but the line about the hub is printed.
     """
     if (words := make_parser().parse_args(args).plan) is not None:
-        from opcd.cli.plan import main as plan  # it imports all that a run imports
+        from opcd.cli.plan import main as plan  # has the imports of a run
 
         return plan(words)
-    whole = True
-    for ok, text in chain(_python(), _packages(), _devices(), _models(), _hub()):
-        whole = whole and ok is not False
+    complete = True
+    for ok, text in chain(_packages(), _devices(), _models()):
+        complete = complete and ok is not False
         print(("  ok   " if ok else "MISSING " if ok is False else "  --   ") + shown(text, lines=False))
-    return 0 if whole else 1
+    return 0 if complete else 1
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = Parser(prog="opcd doctor", description=__doc__)
-    what = "the memory of `opcd fit` with the options that follow, before a weight is loaded; --plan --help: more"
+    what = "predict the memory of `opcd fit` with the options that follow, without loading weights; --plan --help: more"
     parser.add_argument("--plan", nargs=argparse.REMAINDER, help=what)
     return parser
 
 
-def _python() -> Iterator[tuple[bool | None, str]]:
-    yield True, f"Python {platform.python_version()} on {platform.platform()}"
-
-
 def _packages() -> Iterator[tuple[bool | None, str]]:
+    """Yield (present; None if optional and missing, line)."""
+    yield True, f"Python {platform.python_version()} on {platform.platform()}"
     for name in REQUIRED:
         version = installed_version(name)
         yield version is not None, f"{name} {version}" if version else f"{name}: {pip_install(name)}"
@@ -87,6 +85,7 @@ def _models() -> Iterator[tuple[bool | None, str]]:
 
     from opcd.models import PACKAGED
     from opcd.models import gguf_folder as gguf
+    from opcd.models.hub_access import hub_reachable
 
     try:
         gguf.packaged_file()
@@ -97,14 +96,6 @@ def _models() -> Iterator[tuple[bool | None, str]]:
         yield True, f"converted model {folder.parent}"
     for folder in sorted(Path(constants.HF_HUB_CACHE).glob("models--*")):
         yield True, f"hub model on this disk: {folder.name.removeprefix('models--').replace('--', '/')}"
-
-
-def _hub() -> Iterator[tuple[bool | None, str]]:
-    from huggingface_hub import constants
-
-    from opcd.models import PACKAGED
-    from opcd.models.hub_access import hub_reachable
-
     if hub_reachable():
         yield True, f"the hub {constants.ENDPOINT} can be found"
     else:

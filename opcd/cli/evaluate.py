@@ -1,4 +1,4 @@
-"""`opcd evaluate`: any model on tasks of lm-eval, in the same code as the callback `LMEval`.
+"""`opcd evaluate`: evaluate any model on tasks of lm-eval, with the code of the callback `LMEval`.
 
 opcd evaluate smollm2-135m --tasks contains --data.contains ROWS.jsonl --out results/base
 """
@@ -30,23 +30,23 @@ DESCRIPTION = """Evaluate a model on rows of your own (contains, exact, choice),
 paper's system-prompt tasks, on any task of lm-eval, on tasks of a folder of yours (--include_path), and on text games.
 
 The model comes first, or as --model NAME (short for --model.name NAME): a hub id, a folder (such as a run's student/),
-a .gguf file, or the packaged smollm2-135m (4-bit weights, unpacked). Settings that are not given are the task's."""
+a .gguf file, or the packaged smollm2-135m (4-bit weights, unpacked). The task gives the default settings."""
 
 
 @dataclass
 class Output:
-    """Where results go."""
+    """The outputs of an evaluation."""
 
     out: str | None = None
-    """A folder for results.json and the answers, TASK.jsonl; null prints the table only."""
+    """A folder for results.json and the answers, TASK.jsonl; null only prints the table."""
     against: str | None = None
-    """A folder of another evaluation of the same questions: differences to it, with paired intervals, are shown."""
+    """A folder of another evaluation of the same questions, to show differences with paired intervals."""
     device: str | None = None
-    """A torch device, such as cuda:0 or cpu; null takes a GPU where there is one."""
+    """A torch device, such as cuda:0 or cpu; null takes a GPU if there is one."""
 
 
 def main(args: list[str]) -> int:
-    """Parse `args`, evaluate, write and print. UserError for the user's mistakes."""
+    """Parse `args`, evaluate, write and print. UserError for mistakes of the user."""
     model, evaluation, output = parse(_in_full(args))
     evaluator = Evaluator(evaluation, model)
     others = _other_rows(output.against, list(evaluator.answers))
@@ -68,7 +68,7 @@ def main(args: list[str]) -> int:
 
 
 def parse(args: list[str]) -> tuple[ModelConfig, Evaluation, Output]:
-    """What the words of the command line say. UserError where they do not fit together."""
+    """Parse the words of the command line. UserError if they do not fit together."""
     parser = make_parser()
     config = parser.parse_args(args)
     try:
@@ -79,7 +79,7 @@ def parse(args: list[str]) -> tuple[ModelConfig, Evaluation, Output]:
 
 
 def make_parser() -> ArgumentParser:
-    """Options out of the three dataclasses; a YAML file with the same keys comes in by --config."""
+    """The options of the three dataclasses; --config reads a YAML file with the same keys."""
     parser = ArgumentParser(prog="opcd evaluate", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ReadRecipe, help="YAML file with the keys below")
     parser.add_class_arguments(ModelConfig, "model")
@@ -93,7 +93,7 @@ def _made(kind: type[Made], config: Namespace) -> Made:
 
 
 def _in_full(args: list[str]) -> list[str]:
-    """MODEL in the first place and --model NAME as --model.name NAME, and --greedy as --greedy true."""
+    """Write out short forms: a first word MODEL and --model NAME as --model.name NAME, --greedy as --greedy true."""
     full = [re.sub(r"^--model(?=$|=)", "--model.name", arg) for arg in args]
     if full and not full[0].startswith("-"):
         if any(arg.partition("=")[0] == "--model.name" for arg in full):
@@ -106,7 +106,7 @@ def _in_full(args: list[str]) -> list[str]:
 
 
 def torch_device(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU where there is one. UserError where it cannot be used."""
+    """The torch device of a name; by default a GPU if there is one. UserError if it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -116,7 +116,7 @@ def torch_device(name: str | None) -> torch.device:
 
 
 def _evaluate(evaluator: Evaluator, student: Student) -> Results:
-    """With a bar a task, on a terminal."""
+    """Evaluate, with a bar for each task on a terminal."""
     console = Screen()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -132,7 +132,7 @@ def _other_rows(folder: str | None, tasks: list[str]) -> dict[str, list[Row]]:
 
 
 def _differences(results: Results, others: dict[str, list[Row]]) -> dict[str, dict[str, Metric]]:
-    """Of every metric that the answers have a score for."""
+    """Differences for every metric for which answers have scores."""
     return {
         name: {
             metric: difference(results[name].rows, rows, metric)

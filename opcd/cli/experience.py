@@ -1,11 +1,12 @@
-"""`opcd experience`: a model solves problems and writes down lessons, and the best list of them is chosen.
+"""`opcd experience`: a model solves problems and writes lessons, and the best list of lessons is selected.
 
     opcd experience --config configs/experience_math.yaml --out runs/experience
     opcd fit --config configs/cross_size.yaml --data.context runs/experience/context.txt
 
-The same command goes on where it was stopped.
+The same command continues after a stop.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,7 +37,7 @@ from opcd.sweep.job_engine import Engine, explain, locked
 from opcd.sweep.launchers import LocalLauncher
 
 DESCRIPTION = """Make a list of lessons: solve problems, extract lessons from the attempts, accumulate them in lists,
-and select the list that helps most on validation problems. With rounds, distil it into the student, and go on.
+and select the list that helps most on validation problems. With rounds, distil it into the student, and repeat.
 
 --model NAME and --student NAME are short for --model.name NAME and --student.name NAME."""
 
@@ -46,19 +47,16 @@ MakeWriters = Callable[[Experience, torch.device], Writers]
 
 @dataclass
 class Output:
-    """Where everything goes."""
+    """The outputs."""
 
     out: str = "runs/experience"
-    """A folder; the same command with the same folder goes on where it stopped."""
+    """A folder. The same command with the same folder continues after a stop."""
     device: str | None = None
-    """A torch device, such as cuda:0 or cpu; null takes a GPU where there is one."""
+    """A torch device, such as cuda:0 or cpu; null takes a GPU if there is one."""
 
 
-def main(
-    args: list[str],
-    writers: MakeWriters = ModelWriters,
-) -> int:
-    """Run the loop, or rounds of it. Returns 0, or 1 where a distillation failed.
+def main(args: list[str], writers: MakeWriters = ModelWriters) -> int:
+    """Run the loop, or rounds of it. Returns 0, or 1 if a distillation failed.
 
     Args:
         args: the words after `opcd experience`.
@@ -68,7 +66,7 @@ def main(
         UserError: the config, a file or a model is wrong, or no list could be made.
     """
     parser = make_parser()
-    options = parser.parse_args(_in_full(args))
+    options = parser.parse_args([re.sub(r"^--(model|student)(?=$|=)", r"--\1.name", arg) for arg in args])
     plain = yaml.safe_load(parser.dump(options, skip_unset=False, format="yaml"))
     try:
         objects = parser.instantiate_classes(options)
@@ -89,7 +87,7 @@ def main(
             engine = Engine(run.out, LocalLauncher(1, lock), 1)
             failed = Rounds(config, run.out, checker, engine, run.loop).run()
         except KeyboardInterrupt:
-            print(f"stopped; what has finished is in {run.out}, and the same command goes on from there")
+            print(f"stopped; finished work is in {run.out}, and the same command continues there")
             return INTERRUPTED
     if failed:
         print(f"a distillation failed; the same command tries it again\n{explain(failed)}")
@@ -99,7 +97,7 @@ def main(
 
 
 def make_parser() -> ArgumentParser:
-    """Options out of the dataclasses; a YAML file with the same keys comes in by --config."""
+    """The options of the dataclasses; --config reads a YAML file with the same keys."""
     parser = ArgumentParser(prog="opcd experience", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ReadRecipe, help="YAML file with the keys below")
     parser.add_class_arguments(Experience, None)
@@ -107,17 +105,8 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def _in_full(args: list[str]) -> list[str]:
-    """--model NAME as --model.name NAME; the same for the student."""
-    full = []
-    for arg in args:
-        name, equals, value = arg.partition("=")
-        full.append(f"{name}.name{equals}{value}" if name in ("--model", "--student") else arg)
-    return full
-
-
 class _Run:
-    """What all rounds share. All checks that need no weights are made here."""
+    """The parts that all rounds share. Makes all checks that need no weights."""
 
     def __init__(self, config: Experience, out: Path, device: torch.device, writers: MakeWriters) -> None:
         self.out, self._device, self._make_writers = out, device, writers
@@ -151,14 +140,14 @@ class _Run:
 
 
 def _checked_items(config: Experience) -> dict[str, Any]:
-    """Names the items of both parts.
+    """Check the items of both parts. Returns their fingerprints.
 
     Raises:
-        UserError: a part is empty, the two overlap, or a list would run out of training items.
+        UserError: a part is empty, the two overlap, or there are fewer training items than steps.
     """
     training, validation = config.problems.training(), config.problems.validation()
     if not validation:
-        raise UserError("problems: there are no validation items; without them no list can be selected")
+        raise UserError("problems: there are no validation items, which select a list")
     if len(training) < config.steps:
         raise UserError(
             f"steps: each list learns from {config.steps} training items, but problems has {len(training)}; "

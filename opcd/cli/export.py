@@ -1,6 +1,6 @@
-"""`opcd export RUN --to hf | merged | gguf | hub`: a trained student for others to load, compared with its source.
+"""`opcd export RUN --to hf | merged | gguf | hub`: write a trained student, and compare the copy with its source.
 
-RUN is a run's folder (runs/version_N: its student/, or else its newest whole checkpoint), or a student's folder.
+RUN is a run's folder (runs/version_N: its student/, or else its newest complete checkpoint), or a student's folder.
 
     opcd export runs/version_0 --to gguf --out student.gguf
 """
@@ -20,7 +20,7 @@ from opcd.export.gguf_writer import ROUNDED, check_architecture, read_gguf, spli
 from opcd.export.hub_upload import check_hub, push
 from opcd.export.source import KEY, Source, Trust, find_source, load_folder
 from opcd.models import load_tokenizer
-from opcd.models.model_card import Facts, model_card
+from opcd.models.model_card import model_card
 from opcd.modules.lm.adapters import has_adapter, merged
 from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
@@ -28,10 +28,10 @@ from opcd.runtime.files.disk import atomic_write, explained, require_room, requi
 from opcd.runtime.files.user_files import refuse_existing
 
 TARGETS = {
-    "hf": "a folder for transformers: the weights, or the adapter where one was trained",
-    "merged": "the adapter in the weights of its base, as a folder for transformers",
+    "hf": "a folder for transformers, with the weights or the trained adapter",
+    "merged": "a folder for transformers, with the adapter merged into its base",
     "gguf": "one file for llama.cpp and Ollama; an adapter is merged",
-    "hub": "what hf writes, to the Hugging Face hub",
+    "hub": "the folder of hf, on the Hugging Face hub",
 }
 
 
@@ -39,7 +39,7 @@ def main(args: list[str]) -> int:
     """Export, and print how the copy differs from the student. Returns 0.
 
     Raises:
-        UserError: something asked for cannot be, or the copy is not what it must be; nothing is left in place then.
+        UserError: the options do not fit, or the copy differs from the student; nothing is left in place.
     """
     options = make_parser().parse_args(args)
     _check_options(options)
@@ -66,33 +66,30 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="opcd export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar=KEY, help="a run's folder, or a student's")
     parser.add_argument("--to", required=True, choices=TARGETS, help="; ".join(f"{k}: {v}" for k, v in TARGETS.items()))
-    parser.add_argument("--out", type=Path, help="the folder or .gguf file to write; must not be there yet")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of merged and gguf; default: the student's own"
-    )
-    parser.add_argument(
-        "--repo", metavar="ORG/NAME", help="of hub: the repository, which is made where it is not there"
-    )
+    parser.add_argument("--out", type=Path, help="the folder or .gguf file to write; it must not exist")
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=dtypes, help="type of merged and gguf; default: the student's")
+    parser.add_argument("--repo", metavar="ORG/NAME", help="for hub: the repository, which is made if needed")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    parser.add_argument("--pickled_weights", action="store_true", help="read weights that are pickles")
-    parser.add_argument("--private", action="store_true", help="of hub: nobody else sees it")
+    parser.add_argument("--pickled_weights", action="store_true", help="read pickled weights")
+    parser.add_argument("--private", action="store_true", help="for hub: make the repository private")
     return parser
 
 
 def _check_options(options: argparse.Namespace) -> None:
     to = options.to
     if to == "hub" and options.repo is None:
-        raise UserError("--to hub wants --repo ORG/NAME")
+        raise UserError("--to hub needs --repo ORG/NAME")
     if to == "hub" and options.out is not None:
         raise UserError("--out has no effect with --to hub; remove it")
     if to != "hub" and (options.repo is not None or options.private):
-        raise UserError(f"--repo and --private are for --to hub; --to {to} wants --out")
+        raise UserError(f"--repo and --private are for --to hub; --to {to} needs --out")
     if options.dtype is not None and to not in ("merged", "gguf"):
         raise UserError(f"--dtype has no effect with --to {to}, which keeps the student's own; remove it")
     if to == "hub":
         return
     if options.out is None:
-        raise UserError(f"--to {to} wants --out: the {'file' if to == 'gguf' else 'folder'} to write")
+        raise UserError(f"--to {to} needs --out: the {'file' if to == 'gguf' else 'folder'} to write")
     if to == "gguf" and options.out.suffix != ".gguf":
         raise UserError(f"--out: {options.out} must end in .gguf")
     if to == "gguf" and options.out.is_dir():
@@ -103,7 +100,7 @@ def _check_options(options: argparse.Namespace) -> None:
 def _check_source(source: Source, options: argparse.Namespace) -> None:
     if options.to == "merged" and not source.adapted:
         raise UserError(f"--to merged: {options.run} has no adapter to merge; --to hf writes its weights")
-    architecture = source.architecture  # also that the base is there
+    architecture = source.architecture  # UserError if the base is missing
     if options.to == "gguf":
         check_architecture(architecture)
         splitting_rule(load_tokenizer(source.model, KEY))
@@ -122,7 +119,9 @@ def _write_folder(source: Source, out: Path, dtype: torch.dtype, merge: bool, pu
         student, expected = _rounded(source, student, dtype, 1)
     with _room(student, out, None if adapter else dtype):
         student.save(out, None if adapter else dtype)
-    _describe(facts.published() if publish else facts, out, adapter)
+    facts = facts.published() if publish else facts
+    facts.write(out)
+    (out / "README.md").write_text(model_card(facts, adapter), encoding="utf-8")
     del student
     _compare(expected, load_folder(model))
 
@@ -138,7 +137,7 @@ def _write_gguf(source: Source, out: Path, dtype: torch.dtype, run: Path) -> Non
 
 @contextmanager
 def _room(student: Student, out: Path, dtype: torch.dtype | None) -> Iterator[None]:
-    """Refuse what does not fit on the disk, before and while it is written; an adapter is small (no `dtype`)."""
+    """Raise UserError if the student does not fit on the disk, before and during the write. No `dtype`: an adapter."""
     weights = {weight.data_ptr(): weight for weight in student.model.parameters()}.values() if dtype else ()
     needed = sum(weight.numel() * dtype.itemsize for weight in weights) if dtype else 0
     require_room(out, needed)
@@ -147,15 +146,15 @@ def _room(student: Student, out: Path, dtype: torch.dtype | None) -> Iterator[No
 
 
 def _rounded(source: Source, student: Student, dtype: torch.dtype, dimensions: int) -> tuple[Student, Behaviour]:
-    """The student without adapter, its weights of so many dimensions or more those that `dtype` has, and what it does.
+    """Merge the adapter, and round weights of at least `dimensions` dimensions to `dtype`. Prints the differences.
 
-    Prints what merging and rounding change.
+    Returns the student and its behaviour.
     """
     trained = behaviour(student)
     if has_adapter(student.model):
         student = Student(merged(student.model, torch.float32).eval(), student.tokenizer)
         if source.model.quantization == "8bit":
-            print("merged: not compared with the adapter over its base, whose 8-bit layers round what goes into them")
+            print("merged: not compared with the adapter over its base, whose 8-bit layers round their inputs")
         else:
             difference = check_same(trained, student, "the merged model")
             print(f"merged: logits {difference:.2g} from those of the adapter over its base")
@@ -169,15 +168,10 @@ def _rounded(source: Source, student: Student, dtype: torch.dtype, dimensions: i
     return student, expected
 
 
-def _describe(facts: Facts, folder: Path, adapter: bool) -> None:
-    facts.write(folder)
-    (folder / "README.md").write_text(model_card(facts, adapter), encoding="utf-8")
-
-
 def _compare(expected: Behaviour, copy: Student) -> None:
-    """Print how a copy differs from what it must do. UserError where it is not what it must be."""
+    """Compare a copy with the expected behaviour, and print the difference. UserError if it is too large."""
     difference = check_same(expected, copy, "what was written")
     print(
-        f"loaded again: logits at most {difference:.2g} from what was to be written (the largest is "
+        f"loaded again: logits at most {difference:.2g} from those of the student (the largest is "
         f"{expected.logits.abs().max():.3g}), over {len(expected.logits)} positions; the same greedy answer"
     )

@@ -1,4 +1,4 @@
-"""`opcd init`: a folder to begin with, a commented recipe, a context and questions, that trains as it is."""
+"""`opcd init`: write a folder with a commented recipe, a context and questions, which trains as it is."""
 
 import argparse
 import shlex
@@ -10,7 +10,9 @@ from opcd.runtime.files.disk import write_atomic
 
 STARTER = Path(__file__).parent / "starter"
 FIT = "opcd fit --config recipe.yaml"
-LOOK = "opcd chat smollm2-135m --context context.txt    # does the model do it with the context? else another teacher"
+LOOK = (
+    "opcd chat smollm2-135m --context context.txt    # does the model follow the context? else choose another teacher"
+)
 CHAT = "opcd chat runs/version_0 --context context.txt"
 
 
@@ -22,7 +24,14 @@ def main(args: list[str]) -> int:
     """
     options = make_parser().parse_args(args)
     folder: Path = options.folder
-    _make(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"FOLDER: cannot make {folder.resolve()}: {error.strerror}; name a new folder") from error
+    there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))  # such as .git
+    if there:
+        names = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
+        raise UserError(f"FOLDER: {folder.resolve()} is not empty (it holds {names}); name a new or empty folder")
     for file in sorted((STARTER / options.kind).iterdir()):
         write_atomic(folder / file.name, file.read_text(encoding="utf-8"))
         print(f"wrote {folder / file.name}")
@@ -35,24 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = Parser(
         prog="opcd init",
-        description="Write a recipe that says what each of its keys does, a context, and questions to learn it by: "
-        f"`{FIT}` runs there as it is. Then put in your own.",
+        description="Write a recipe that explains its keys, a context, and questions about it. "
+        f"`{FIT}` runs there as it is. Then replace them by your own.",
     )
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path(), metavar="FOLDER", help="new or empty; default: ."
     )
-    kinds = "what the context holds: facts to know, or a manner to answer in, as a system prompt; default: %(default)s"
+    kinds = "kind of the context: facts, or a manner of answering, as a system prompt; default: %(default)s"
     parser.add_argument("--kind", choices=["facts", "manner"], default="facts", help=kinds)
     return parser
-
-
-def _make(folder: Path) -> None:
-    """The folder, where it is not there; UserError where something would be overwritten."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"FOLDER: cannot make {folder.resolve()}: {error.strerror}; name a new folder") from error
-    there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))  # such as .git
-    if there:
-        names = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
-        raise UserError(f"FOLDER: {folder.resolve()} is not empty (it holds {names}); name a new or empty folder")

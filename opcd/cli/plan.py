@@ -1,4 +1,4 @@
-"""`opcd doctor --plan`: what a run takes, part by part, before a weight is loaded.
+"""`opcd doctor --plan`: the memory of a run, part by part, before a weight is loaded.
 
     opcd doctor --plan --config configs/quickstart.yaml
     opcd doctor --plan --config configs/cross_size.yaml --config configs/teacher_4bit.yaml --trainer.accelerator gpu \
@@ -26,24 +26,21 @@ STATUS = Path("/proc/self/status")
 
 
 def main(args: list[str]) -> int:
-    """Print the table. Returns 0, or 1 where the run does not fit.
-
-    Args:
-        args: the words after `opcd doctor --plan`.
+    """Print the table. Returns 0, or 1 if the run does not fit.
 
     Raises:
-        UserError: the config is wrong, or something of it is not known here.
+        UserError: the config is wrong, or the plan does not support it.
     """
     parser = Parser(
         prog="opcd doctor --plan",
-        description="The memory of a run before it starts, for one rank. All other options are those of `opcd fit`. A "
-        "model may be a folder with nothing but a config.json.",
+        description="Predict the memory of a run on one rank. All other options are those of `opcd fit`. A model may "
+        "be a folder with a config.json alone.",
     )
-    parser.add_argument("--memory", type=size, help="of a device, such as 24GiB; default: of the one that is here")
+    parser.add_argument("--memory", type=size, help="memory of a device, such as 24GiB; default: of this machine's")
     tokens = "tokens of the longest prompt without the context; default: as in data.train"
     parser.add_argument("--query_tokens", type=_count, help=tokens)
-    parser.add_argument("--context_tokens", type=_count, help="tokens that the longest context adds; default: as there")
-    parser.add_argument("--json", action="store_true", help="one object, in bytes")
+    parser.add_argument("--context_tokens", type=_count, help="tokens that the longest context adds; same default")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
     options, rest = parser.parse_known_args(args)
     setting = read(rest, options.query_tokens, options.context_tokens)
     found = parts(setting)
@@ -57,12 +54,12 @@ def main(args: list[str]) -> int:
 
 
 def read(words: list[str], query: int | None = None, context: int | None = None) -> Setting:
-    """The setting of a config, given as the words after `opcd fit`; lengths that are None are read from its rows."""
+    """Read the setting of a config, given as the words after `opcd fit`. Rows give the lengths that are None."""
     parser = fit_parser()
     try:
         config = parser.parse_args(checked("fit", words, data=False))
         trainer = config.trainer.clone()
-        # Its devices may be on another machine.
+        # The run's devices may be on another machine.
         for name, value in {"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1}.items():
             config.trainer[name] = value
         config.trainer.logger, config.trainer.callbacks = False, None
@@ -71,14 +68,14 @@ def read(words: list[str], query: int | None = None, context: int | None = None)
         raise UserError(str(error)) from error
     except SystemExit as end:
         raise ArgumentError(None, "opcd doctor --plan: see `opcd doctor --plan --help`") from end
-    # Bytes of this process, which has imported what a run imports; 0 where the system does not say.
+    # Bytes of this process, which has the imports of a run; 0 if the system does not tell.
     lines = STATUS.read_text().splitlines() if STATUS.exists() else []
     resident = next((int(line.split()[1]) * 2**10 for line in lines if line.startswith("VmRSS")), 0)
     return read_setting(trainer, made, query, context, resident)
 
 
 def table(found: Parts) -> list[str]:
-    """Parts by phases, in MiB, and their sums."""
+    """The lines of a table: parts by phases, in MiB, and their sums."""
     sums = {phase: sum(part.get(phase, 0) for part in found.values()) for phase in PHASES}
     rows = [
         f"{name:<26}" + "".join(f"{phases.get(phase, 0) / 2**20:>11,.0f}" for phase in PHASES)
@@ -88,10 +85,10 @@ def table(found: Parts) -> list[str]:
 
 
 def size(text: str) -> int:
-    """Bytes of 24GiB, 80GB, 800MiB."""
+    """Parse 24GiB, 80GB or 800MiB. Returns bytes."""
     found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"wants a number and one of {', '.join(UNITS)}, such as 24GiB, not {text!r}")
+        raise argparse.ArgumentTypeError(f"needs a number and one of {', '.join(UNITS)}, such as 24GiB, not {text!r}")
     return round(float(found[1]) * UNITS[found[2]])
 
 
@@ -102,7 +99,7 @@ def _count(text: str) -> int:
 
 
 def _memory(setting: Setting) -> int | None:
-    """Of the device that is here; None for a GPU where there is none."""
+    """Bytes of this machine's device for one rank; None if it has no GPU and the run wants one."""
     if not setting.gpu:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // setting.ranks
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
@@ -120,13 +117,14 @@ def _verdict(setting: Setting, phase: str, most: int, memory: int | None) -> lis
         lines.append("not counted: the CUDA context, and what the allocator keeps between its blocks")
     lines.append(f"peak: {_gib(most)}, in the phase {phase}")
     if memory is None:
-        return [*lines, "the memory of the device is not known here: give --memory 24GiB"]
+        return [*lines, "the memory of the device is unknown: give --memory, such as 24GiB"]
     if most <= memory:
         return [*lines, f"fits in {_gib(memory)}: {_gib(memory - most)} are left"]
     taken = until_it_fits(setting, memory)
-    lines.append(f"does not fit in {_gib(memory)}" + ("; the largest lever first:" if taken else ", and nothing helps"))
+    helps = "; changes that help, the largest first:" if taken else ", and no change helps"
+    lines.append(f"does not fit in {_gib(memory)}{helps}")
     lines += [f"  {_gib(after):>12}  with {name}" for name, after in taken]
-    return lines + (["  and that is not enough"] if taken and taken[-1][1] > memory else [])
+    return lines + (["  and this is not enough"] if taken and taken[-1][1] > memory else [])
 
 
 def _gib(number: int) -> str:

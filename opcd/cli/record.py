@@ -1,11 +1,10 @@
-"""`opcd record`: a teacher's responses and likeliest tokens, once, for a training that needs no teacher in memory."""
+"""`opcd record`: write a teacher's responses and likeliest tokens to disk, for trainings without the teacher."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from opcd.cli.fit import fit_parser
@@ -21,44 +20,40 @@ from opcd.modules.validation import Run, validate
 from opcd.runtime.errors import UserError
 
 ROWS_AT_A_TIME = 128
-"""Positions whose logits are there at once."""
+"""Positions whose logits are in memory at the same time."""
 
 
 def main(args: list[str]) -> int:
-    """Record what the config's teacher says of data.train. Returns 0."""
+    """Record the config's teacher on data.train. Returns 0."""
     options, rest = make_parser().parse_known_args(args)
     for name in ("k", "samples", "shard_rows"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    made = _instantiated(fit_parser(), checked("fit", rest))
+    parser = fit_parser()
+    try:
+        config = parser.parse_args(checked("fit", rest))
+        config.trainer.logger, config.trainer.callbacks = False, None
+        made = parser.instantiate_classes(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     _record(made.model, made.data, int(made.seed_everything or 0), options)
     return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command's own options; those of `opcd fit` come after them."""
+    """The command's own options, without those of `opcd fit`."""
     parser = Parser(
         prog="opcd record",
         description="Write the responses of model.teacher to data.train, and its likeliest tokens at each position, "
-        "into a folder. All other options are those of `opcd fit`: give the config of the run that will read it.",
+        "to a folder. All other options are those of `opcd fit`: give the config of the run that will read the record.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="goes on where there is a record")
-    parser.add_argument("--k", type=int, default=64, help="tokens of each position (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=1, help="responses to each query (default: %(default)s)")
-    parser.add_argument("--shard_rows", type=int, default=256, help="queries of a file (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="the record's folder; a stopped record continues"
+    )
+    parser.add_argument("--k", type=int, default=64, help="tokens for each position (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="responses for each query (default: %(default)s)")
+    parser.add_argument("--shard_rows", type=int, default=256, help="queries in each file (default: %(default)s)")
     return parser
-
-
-def _instantiated(parser: LightningArgumentParser, args: list[str]) -> Any:
-    try:
-        return parser.instantiate_classes(_without_trainer(parser.parse_args(args)))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _without_trainer(config: Any) -> Any:
-    config.trainer.logger, config.trainer.callbacks = False, None
-    return config
 
 
 def _record(distiller: Any, data: ContextQueryDataModule, seed: int, options: argparse.Namespace) -> None:
@@ -66,10 +61,10 @@ def _record(distiller: Any, data: ContextQueryDataModule, seed: int, options: ar
     can = teacher.frozen and teacher.stands_alone and "distribution" in teacher.provides
     if not can or any(part.writer != "teacher" for part in rollout.parts):
         raise UserError(
-            "opcd record wants a teacher that never changes and needs no student (model.teacher: FrozenTeacher), and "
-            f"responses of its own (model.rollout: TeacherRollout), not {type(teacher).__name__} and "
-            f"{type(rollout).__name__}: what changes while a student learns is no record, and each of several teachers "
-            "has its own"
+            "opcd record needs a frozen teacher that runs without the student (model.teacher: FrozenTeacher) and "
+            f"writes the responses (model.rollout: TeacherRollout), not {type(teacher).__name__} and "
+            f"{type(rollout).__name__}: a record holds nothing that changes with the student; record several teachers "
+            "one by one"
         )
     data.setup("fit")
     validate(Run(distiller, data))
@@ -89,35 +84,33 @@ def _record(distiller: Any, data: ContextQueryDataModule, seed: int, options: ar
     )
     writer = RecordWriter(options.out, origin)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher.setup(None, distiller.student_config, device)  # it stands alone
-    student = Student(teacher.model, tokenizer)  # for the tokens that end and fill a row
+    teacher.setup(None, distiller.student_config, device)  # it needs no student
+    student = Student(teacher.model, tokenizer)  # for its end and pad tokens
     for first in range(0, len(examples), options.shard_rows):
         part = examples[first : first + options.shard_rows]
         if writer.rows > first * options.samples:
             continue
-        torch.manual_seed(seed + first)  # the same draws whether or not the command was stopped before
-        rows = [_batch(data, distiller, student, part[i : i + data.batch_size], options) for i in _starts(part, data)]
+        torch.manual_seed(seed + first)  # the same draws if the command was stopped before
+        size = data.batch_size
+        batches = (part[start : start + size] for start in range(0, len(part), size))
+        rows = [_batch(data, distiller, student, batch, options) for batch in batches]
         prompts, responses = ([x for row in rows for x in row[column]] for column in (0, 1))
         writer.add(prompts, responses, torch.cat([row[2] for row in rows]), torch.cat([row[3] for row in rows]))
         print(f"{writer.rows} of {len(examples) * options.samples} responses in {options.out}", flush=True)
     print(f"recorded; model.teacher: {{class_path: {RecordedTeacher.__name__}, init_args: {{folder: {options.out}}}}}")
 
 
-def _starts(part: list[Any], data: ContextQueryDataModule) -> range:
-    return range(0, len(part), data.batch_size)
-
-
 @torch.no_grad()
 def _batch(
     data: ContextQueryDataModule, distiller: Any, student: Student, examples: list[Any], options: argparse.Namespace
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Prompts, responses, and of the N response tokens the k likeliest with their log-probabilities, [N, k] each."""
+    """Prompts, responses, and for N response tokens the k likeliest tokens and their log-probabilities, [N, k]."""
     teacher, sampling = distiller.teacher, distiller.rollout.sampling
     batch = data.encode([example for example in examples for _ in range(options.samples)]).to(teacher.model.device)
     responses = teacher.generate(batch, sampling, student.eos_ids, student.pad_id)
     trajectories = Trajectories.of(batch, responses, student.eos_ids)
     states = teacher.score(trajectories, distiller.micro_batch_tokens)
-    # The student's vocabulary, as where the teacher is at hand: what either has more is padding.
+    # The student's vocabulary, as in training with the teacher: further tokens of either model are padding.
     vocabulary = architecture(distiller.student_config).get_text_config().vocab_size
     likeliest = [
         _likeliest(states.head, hidden, vocabulary, distiller.objective.temperature, options.k)
@@ -128,7 +121,7 @@ def _batch(
 
 
 def _likeliest(head: Head, hidden: Tensor, vocabulary: int, temperature: float, k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and token ids of the k likeliest of a vocabulary's first tokens: [n, H] -> [n, k] x2."""
+    """Log-probabilities and ids of the k likeliest tokens among the first `vocabulary` ones: [n, H] -> 2 x [n, k]."""
     of_all = log_probs(head(hidden)[:, :vocabulary], temperature)
     values, tokens = of_all.topk(min(k, of_all.shape[-1]), -1)
     return values, tokens

@@ -1,4 +1,4 @@
-"""`opcd report RUN ...`: one HTML page on a run, or on several side by side, that needs no network.
+"""`opcd report RUN ...`: one HTML page about a run, or several side by side, that needs no network.
 
 opcd report runs/version_0
 opcd report runs/version_0 runs/version_1 --out both.html
@@ -12,23 +12,23 @@ import yaml
 from markupsafe import Markup
 
 from opcd.config.parsing import Parser
-from opcd.results import run_tables as told
-from opcd.results.curves import plots
+from opcd.results import run_tables as tables
 from opcd.results.pages import render
+from opcd.results.plots import plots
 from opcd.results.run_tables import Run, read_runs
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import DiskError, write_atomic
 from opcd.runtime.files.user_files import refuse_existing
 
 LISTED = 50
-"""Problems of a run that are named."""
+"""Most problems of a run on the page."""
 
 
 def main(args: list[str]) -> int:
     """Write the page. Returns 0.
 
     Raises:
-        UserError: a folder holds no run of `opcd fit`.
+        UserError: a folder is not of `opcd fit`.
     """
     options = make_parser().parse_args(args)
     refuse_existing(options.out, "--out")
@@ -40,7 +40,7 @@ def main(args: list[str]) -> int:
         raise UserError(f"--out: {error}") from error
     for folder in options.runs:
         if folder not in [run.folder for run in runs]:
-            print(f"{folder}: another of these runs went on from it, and shows it as its beginning")
+            print(f"{folder}: another of these runs resumed it, and shows it as its beginning")
     print(f"page: {options.out}")
     return 0
 
@@ -54,28 +54,28 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def page(runs: list[Run]) -> str:
-    """The page as text; without curves, and with one message, where matplotlib is missing."""
+    """Make the page; without matplotlib there is one message, and no curves."""
     try:
         drawn = {name: Markup(svg) for name, svg in plots(runs).items()}
     except UserError as error:
         drawn = {}
         print(f"opcd: the page has no curves: {error}", file=sys.stderr)
-    evaluations = told.evaluations(runs)
+    evaluations = tables.evaluations(runs)
     for run in runs:
         for problem in run.problems[:LISTED]:
             print(f"opcd: {run.name}: {problem}", file=sys.stderr)
     return render(
         Path(__file__).parent / "report.html.j2",
         title=", ".join(run.name for run in runs),
-        overview=told.overview(runs),
+        overview=tables.overview(runs),
         plots=drawn,
-        questions=told.questions(runs),
+        questions=tables.questions(runs),
         evaluations=evaluations,
-        numbers=told.all_numbers(runs),
+        numbers=tables.all_numbers(runs),
         several=len(runs) > 1,
-        differences=told.differences(runs),
-        environments=told.environments(runs),
+        differences=tables.differences(runs),
+        environments=tables.environments(runs),
         problems={run.name: run.problems[:LISTED] for run in runs if run.problems},
-        commands={run.name: run.environment.get("command", told.NONE) for run in runs},
+        commands={run.name: run.environment.get("command", tables.NONE) for run in runs},
         configs={run.name: yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) for run in runs},
     )

@@ -1,4 +1,4 @@
-"""`opcd show RUN`: lessons of an experience run, their scores as the lists grew, and attempts, as text and as a page.
+"""`opcd show RUN`: the lessons of an experience run, the scores of its lists, and attempts, as text and as a page.
 
 opcd show runs/experience
 """
@@ -7,8 +7,8 @@ import argparse
 import itertools
 import json
 import re
-from dataclasses import asdict, dataclass
-from operator import itemgetter
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = 4
 LISTED = 20
-"""Problems that are named."""
+"""Most problems that are printed."""
 ROUND = re.compile(r"round-([0-9]{1,9})")
 SCORE = get_type_hints(Score)
 LIST: Shape = {"number": int, "step": int, "lessons": list, "seen": list}
@@ -60,7 +60,7 @@ def main(args: list[str]) -> int:
     """Print a run, and write its page.
 
     Raises:
-        UserError: the folder holds no run of `opcd experience`.
+        UserError: the folder is not of `opcd experience`.
     """
     options = make_parser().parse_args(args)
     if options.page is not None:
@@ -72,7 +72,7 @@ def main(args: list[str]) -> int:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{options.run.resolve()} holds something else than `opcd experience` writes ({why}; --debug shows where)"
+            f"{options.run.resolve()} has other content than `opcd experience` writes ({why}; --debug shows where)"
         ) from error
     try:
         write_atomic(page, text)
@@ -92,22 +92,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Part:
-    """What there is of one pass of the loop.
+    """The files of one pass of the loop.
 
     Attributes:
         name: "" for a run without rounds.
-        selection: the line of selection.json; None where the pass has not come so far.
-        scores: lines of scores.jsonl.
+        selection: selection.json; None if no list is selected yet.
+        scores: scores.jsonl.
         lists: lines of lists.jsonl.
-        examples: the first attempts, each with what was extracted from it.
-        counts: lines of the files that grow.
-        context: the selected list as a prompt holds it; None where the pass has not come so far.
-        problems: what could not be read.
+        examples: the first attempts, each with the text extracted from it.
+        counts: numbers of lines of the files that grow.
+        context: the selected list as in a prompt; None if no list is selected yet.
+        problems: the parts that could not be read.
     """
 
     name: str
     selection: dict[str, Any] | None
-    scores: list[dict[str, Any]]
+    scores: list[Score]
     lists: list[dict[str, Any]]
     examples: list[dict[str, Any]]
     counts: dict[str, int]
@@ -116,21 +116,22 @@ class Part:
 
     @classmethod
     def read(cls, folder: Path, name: str = "") -> "Part":
-        """From the folder of a pass."""
+        """Read the folder of a pass."""
         problems: list[str] = []
-        extracted = _first_records(folder / EXTRACTIONS, EXTRACTION, problems)
+        extracted = read_shaped(folder / EXTRACTIONS, EXTRACTION, problems, first=EXAMPLES)
         extractions = {(r["list"], r["step"]): r for r in extracted}
-        attempts = _first_records(folder / ATTEMPTS, ATTEMPT, problems)
+        attempts = read_shaped(folder / ATTEMPTS, ATTEMPT, problems, first=EXAMPLES)
         selection: dict[str, Any] | None = read_object(folder / SELECTION, problems) or None
         if selection and (wrong := misfits(selection, CHOSEN)):
             problems.append(f"{SELECTION}: left out: {', '.join(wrong)} missing, or of another type")
             selection = None
         context = folder / CONTEXT
+        scores = read_shaped(folder / SCORES, SCORE, problems, _is_score)
         return cls(
             name=name,
             selection=selection,
-            scores=_scores(folder, problems),
-            lists=_lists(folder, problems),
+            scores=[Score(**{name: score[name] for name in SCORE}) for score in scores],
+            lists=read_shaped(folder / LISTS, LIST, problems, _is_list),
             problems=problems,
             examples=[
                 attempt | {"extracted": extractions.get((attempt["list"], attempt["step"]), {}).get("text")}
@@ -142,7 +143,7 @@ class Part:
 
     @property
     def lessons(self) -> list[tuple[str, int]]:
-        """The selected list: each lesson, and how often it was written."""
+        """The lessons of the selected list, and how often each was written."""
         if self.selection is None:
             return []
         place = (self.selection["number"], self.selection["step"])
@@ -150,35 +151,34 @@ class Part:
         return list(zip(chosen["lessons"], chosen["seen"], strict=True)) if chosen else []
 
     @property
-    def best_scores(self) -> list[dict[str, Any]]:
-        """The score without a list, and the best of every list."""
-        scores = [Score(**{name: score[name] for name in SCORE}) for score in self.scores]
-        return [asdict(score) for score in (*[s for s in scores if s.id is None][:1], *best_of_each(scores))]
+    def without(self) -> list[Score]:
+        """The score without a list, if there is one."""
+        return [score for score in self.scores if score.id is None][:1]
 
     @property
     def title(self) -> str:
-        """What came of the pass, in one line."""
+        """The result of the pass, in one line."""
         if self.selection is None:
             return "not finished: " + ", ".join(f"{count} lines in {file}" for file, count in self.counts.items())
         s = self.selection
         helps = "" if s["right"] > s["right_without"] else "; no list was better than none"
         return (
             f"list {s['number']} after {s['step']} steps ({s['lessons']} lessons, {s['tokens']} tokens): "
-            f"{s['right']} of {s['items']} right ({_share(s)}); without lessons {s['right_without']} "
-            f"({_share({name: s[f'{name}_without'] for name in ('success', 'low', 'high')})}){helps}"
+            f"{s['right']} of {s['items']} right ({_share(s['success'], s['low'], s['high'])}); without lessons "
+            f"{s['right_without']} ({_share(s['success_without'], s['low_without'], s['high_without'])}){helps}"
         )
 
 
 def read_run(run: Path) -> tuple[list[Round], list[Part]]:
-    """The rounds that have finished, and each pass of the loop.
+    """Read the finished rounds, and each pass of the loop.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder is not of `opcd experience`.
     """
     if not run.is_dir():
         raise UserError(f"no folder {run.absolute()}{beside(run)}")
     if not (run / IDENTITY).exists():
-        raise UserError(f"{run.resolve()} holds no run of `opcd experience`: it has no {IDENTITY}")
+        raise UserError(f"{run.resolve()} is no run of `opcd experience`: it has no {IDENTITY}")
     numbered = [(int(found[1]), f) for f in run.glob("round-*") if (found := ROUND.fullmatch(f.name))]
     folders = [folder for _, folder in sorted(numbered) if (folder / ATTEMPTS).exists()]
     if not folders:
@@ -203,7 +203,9 @@ def print_run(run: Path, console: Console | None = None) -> None:
         if part.context and not part.lessons:  # the lists were not kept
             console.print(plain(part.context), highlight=False)
         if part.scores:
-            console.print(_table(SCORE_HEADER, [score_cells(score) for score in part.best_scores]))
+            console.print(
+                _table(SCORE_HEADER, [score_cells(score) for score in (*part.without, *best_of_each(part.scores))])
+            )
         for problem in part.problems[:LISTED]:
             console.print(plain(f"  {problem}"), highlight=False)
     if parts[-1].examples:
@@ -213,7 +215,7 @@ def print_run(run: Path, console: Console | None = None) -> None:
 
 
 def make_page(run: Path) -> str:
-    """The run as one HTML file that needs no network."""
+    """Make one HTML page of a run, which needs no network."""
     rounds, parts = read_run(run)
     return render(
         Path(__file__).parent / "show.html.j2",
@@ -237,36 +239,37 @@ SCORE_HEADER = ("list", "step", "lessons", "tokens", "right", "success (95 % int
 
 
 def round_cells(one: Round) -> tuple[str, ...]:
-    """A row of the table of rounds; shares of the validation items."""
+    """A row of the table of rounds, with shares of the validation items."""
     shares = [f"{share:.3f}" for share in (one.student_before, one.without, one.selected)]
     divergence = "" if one.divergence is None else f"{one.divergence:.4f}"
     return (str(one.round), *shares, str(one.lessons), str(one.tokens), divergence, f"{one.student_after:.3f}")
 
 
-def score_cells(score: dict[str, Any]) -> tuple[str, ...]:
+def score_cells(score: Score) -> tuple[str, ...]:
     """A row of the table of scores."""
-    place = ("none", "") if score["number"] is None else (str(score["number"]), str(score["step"]))
-    return (*place, str(score["lessons"]), str(score["tokens"]), f"{score['right']} of {score['items']}", _share(score))
+    place = ("none", "") if score.number is None else (str(score.number), str(score.step))
+    share = _share(score.success, score.low, score.high)
+    return (*place, str(score.lessons), str(score.tokens), f"{score.right} of {score.items}", share)
 
 
-def _share(score: dict[str, Any]) -> str:
-    return f"{score['success']:.3f}, {score['low']:.3f} to {score['high']:.3f}"
+def _share(success: float, low: float, high: float) -> str:
+    return f"{success:.3f}, {low:.3f} to {high:.3f}"
 
 
 def _plot(part: Part, seed: str) -> Markup | None:
-    """Success over the steps of each list, or None where nothing is scored yet, or matplotlib is missing."""
+    """Plot success over the steps of each list. None without scores or matplotlib."""
     if not part.scores:
         return None
-    scores = [score for score in part.scores if score["number"] is not None]
-    by_list = itertools.groupby(sorted(scores, key=itemgetter("number")), key=itemgetter("number"))
-    groups = {f"list {number}": [[(s["step"], s["success"]) for s in group]] for number, group in by_list}
-    without = [score["success"] for score in part.scores if score["number"] is None]
+    number = attrgetter("number")
+    scores = sorted((score for score in part.scores if score.number is not None), key=number)
+    by_list = itertools.groupby(scores, key=number)
+    groups = {f"list {one}": [[(score.step or 0, score.success) for score in group]] for one, group in by_list}
 
     def draw(axes: "Axes") -> None:
-        """The curves over the baseline."""
+        """Draw the curves and the baseline."""
         curves(axes, groups)
-        for success in without[:1]:
-            axes.axhline(success, color="black", linestyle="--", linewidth=1, label="without lessons")
+        for score in part.without:
+            axes.axhline(score.success, color="black", linestyle="--", linewidth=1, label="without lessons")
 
     try:
         return Markup(drawn(draw, "Success with the list as it grew", "training items learnt from", "share", seed))
@@ -281,48 +284,15 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
     return table
 
 
-def _first_records(file: Path, shape: Shape, problems: list[str]) -> list[dict[str, Any]]:
-    """The first whole lines of a file that may be growing."""
-    if not file.is_file():
-        return []
-    rows = []
-    with file.open("rb") as stream:
-        for number, line in enumerate(itertools.islice(stream, EXAMPLES), start=1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict) and not misfits(row, shape):
-                rows.append(row)
-            elif line.endswith(b"\n"):
-                problems.append(f"{file.name}:{number}: left out: no JSON object, or of another shape")
-    return rows
+def _is_score(row: dict[str, Any]) -> bool:
+    """Whether a score is over at least one item. The score without a list has neither number, step nor id."""
+    return row["items"] > 0 and len({row[name] is None for name in ("number", "step", "id")}) == 1
 
 
-def _scores(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Scores of lists, each of at least one item; that without a list has neither number, step nor id."""
-    rows = read_shaped(folder / SCORES, SCORE, problems)
-    whole = [
-        row for row in rows if row["items"] > 0 and len({row[name] is None for name in ("number", "step", "id")}) == 1
-    ]
-    if len(whole) < len(rows):
-        problems.append(f"{SCORES}: {len(rows) - len(whole)} scores left out: of another shape")
-    return whole
-
-
-def _lists(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Lists of lessons, each with how often it was written."""
-    rows = read_shaped(folder / LISTS, LIST, problems)
-    whole = [
-        row
-        for row in rows
-        if len(row["lessons"]) == len(row["seen"])
-        and all(isinstance(lesson, str) for lesson in row["lessons"])
-        and all(isinstance(seen, int) for seen in row["seen"])
-    ]
-    if len(whole) < len(rows):
-        problems.append(f"{LISTS}: {len(rows) - len(whole)} lists left out: lessons or seen of another shape")
-    return whole
+def _is_list(row: dict[str, Any]) -> bool:
+    """Whether a list has texts as lessons, and a count for each."""
+    texts, counts = (isinstance(x, str) for x in row["lessons"]), (isinstance(x, int) for x in row["seen"])
+    return len(row["lessons"]) == len(row["seen"]) and all(texts) and all(counts)
 
 
 def _lines(file: Path) -> int:

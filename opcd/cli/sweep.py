@@ -3,8 +3,8 @@
     opcd sweep SWEEP.yaml --jobs 2
     opcd sweep SWEEP.yaml --model.student.name FOLDER
 
-Dotted options go over the file's `base.set`. Every config is checked first. An arm that has finished is not run again,
-so the same command goes on where it stopped.
+Dotted options override the file's `base.set`. Every config is checked first. A finished arm does not run again, so the
+same command continues after a stop.
 """
 
 import argparse
@@ -32,13 +32,10 @@ INTERRUPTED = 130
 
 
 def main(args: list[str]) -> int:
-    """Run a sweep. Returns 0, or 1 where an arm failed.
-
-    Args:
-        args: the words after `opcd sweep`.
+    """Run a sweep. Returns 0, or 1 if an arm failed.
 
     Raises:
-        UserError: the file or an arm is wrong; nothing has been started then.
+        UserError: the file or an arm is wrong; nothing has started.
     """
     options, dotted = with_dotted(make_parser(), args)
     sweep = read_sweep(options.sweep)
@@ -49,7 +46,11 @@ def main(args: list[str]) -> int:
     for name, settings in sweep.arms.items():
         checker.check_keys(settings, f"arms.{name}")
     checker.check_keys(sweep.axes, "axes")
-    jobs = [_checked_job(arm, checker, out) for arm in arms]
+    configs = [checker.resolve(arm.settings, f"arm {arm.name}") for arm in arms]
+    jobs = [
+        fit_job(f"arms/{arm.name}", out, checker.words(arm.settings), config)
+        for arm, config in zip(arms, configs, strict=True)
+    ]
     if options.dry_run:
         print("\n".join(arm.name for arm in arms))
         return 0
@@ -59,21 +60,21 @@ def main(args: list[str]) -> int:
 
 
 def engine_for(out: Path, jobs: int | None, launcher: str, slurm: list[str], lock: int) -> Engine:
-    """An engine for the folder `out`: here one job at a time unless `jobs` says more, on a cluster all at once."""
+    """An engine for the folder `out`. By default it runs one job at a time, on a cluster all at once."""
     if launcher == "slurm":
         return Engine(out, SlurmLauncher(slurm, lock), jobs or sys.maxsize)
     return Engine(out, LocalLauncher(jobs or 1, lock), jobs or 1)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """The options of everything that runs on the engine."""
+    """Add the options of all commands that run an engine."""
     parser.add_argument("--jobs", type=_count, help="most runs at the same time; default: 1, on a cluster all")
-    parser.add_argument("--out", type=Path, help="folder for everything; the same one goes on where it stopped")
-    parser.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where the runs run")
+    parser.add_argument("--out", type=Path, help="folder for all output; with the same folder a sweep continues")
+    parser.add_argument("--launcher", choices=["local", "slurm"], default="local", help="this machine, or SLURM")
 
 
 def with_dotted(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
-    """The parser's options, and those with a dot in their name (--data.train FILE) as config key -> value."""
+    """Parse the parser's options, and dotted ones (--data.train FILE) as config key -> value."""
     options, rest = parser.parse_known_args(args)
     dotted: dict[str, object] = {}
     for key, value in zip(rest[::2], [*rest[1::2], None][: len(rest[::2])], strict=True):
@@ -86,11 +87,11 @@ def with_dotted(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argpa
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command's own options; those with a dot in their name are config keys."""
+    """The command's own options; dotted options are config keys."""
     parser = Parser(prog="opcd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, axes, arms (docs/sweep.md)")
     add_engine_options(parser)
-    parser.add_argument("--dry_run", action="store_true", help="check every arm, print their names, run nothing")
+    parser.add_argument("--dry_run", action="store_true", help="check every arm, print the names, run nothing")
     return parser
 
 
@@ -100,17 +101,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _checked_job(arm: Arm, checker: ConfigChecker, out: Path) -> Job:
-    """The job of an arm, whose config has been parsed and built."""
-    config = checker.resolve(arm.settings, f"arm {arm.name}")
-    return fit_job(f"arms/{arm.name}", out, checker.words(arm.settings), config)
-
-
 def _run(arms: Sequence[Arm], jobs: Sequence[Job], engine: Engine, out: Path) -> int:
     """Run the job of each arm; returns the exit code."""
 
     def results() -> list[ArmResult]:
-        """What has come of each arm by now."""
+        """The present result of each arm."""
         return [ArmResult.of(arm, engine.tasks[job.name]) for arm, job in zip(arms, jobs, strict=True)]
 
     engine.add(jobs)
@@ -118,28 +113,23 @@ def _run(arms: Sequence[Arm], jobs: Sequence[Job], engine: Engine, out: Path) ->
     try:
         engine.run()
     except KeyboardInterrupt:
-        print(f"stopped; what has finished is in {out}, and the same command goes on from there")
+        print(f"stopped; finished work is in {out}, and the same command continues there")
         return INTERRUPTED
     finally:
-        _report(out, results())
+        write_summary(out, results())
+        print(f"summary: {out / 'summary.md'}, {out / 'summary.csv'}")
+        try:
+            _plot(out, results())
+        except UserError as error:
+            print(f"no plots: {error}")
     failed = engine.failed()
     if failed:
         print(f"{len(failed)} of {len(arms)} arms failed; the same command tries them again\n{explain(failed)}")
     return 1 if failed else 0
 
 
-def _report(out: Path, results: Sequence[ArmResult]) -> None:
-    """Write the summary, and the plots where matplotlib is there."""
-    write_summary(out, results)
-    print(f"summary: {out / 'summary.md'}, {out / 'summary.csv'}")
-    try:
-        _plot(out, results)
-    except UserError as error:
-        print(f"no plots: {error}")
-
-
 def _plot(out: Path, results: Sequence[ArmResult]) -> None:
-    """Divergences over the steps, and the last value of each arm, seeds together."""
+    """Write plots of divergences over the steps, and of each arm's last value, with seeds together."""
     groups = by_seed([result for result in results if result.numbers])
     for metric, unit in (
         ("train/divergence", "nats a token"),

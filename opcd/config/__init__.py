@@ -1,1 +1,1 @@
-"""How options and recipes are read and checked, before torch is imported where that is possible."""
+"""Options and recipes: reading and checks, before torch is imported if possible."""

@@ -1,7 +1,7 @@
-"""What jsonargparse refuses, in one line: the key, what is wrong, and what was probably meant.
+"""One line for jsonargparse's messages: the key, the mistake, and the name that was probably meant.
 
-jsonargparse tells of a value that may be several things why it is none of them. Here the first reason counts that says
-more than "another type". `--debug` shows the whole message. A wording that is not known here is passed on.
+For a value of several possible types jsonargparse lists a reason for each. The first one that says more than "another
+type" is kept. `--debug` shows the complete message. An unknown wording stays as it is.
 """
 
 import importlib
@@ -17,18 +17,18 @@ FRAME = re.compile(
     r"Expected a path but |Does not validate |Errors:|Given value type"
     r"|Subclass types expect|a class path|a dict with"
 )
-"""How lines begin that say only what the next ones are about."""
+"""Beginnings of lines that only introduce the next ones."""
 ANY_OF = "Does not validate against any of the Union subtypes"
 OTHER_TYPE = re.compile(r"Expected a (?!dot import )(?!.*Got value)|Import path .*does not|Not a valid subclass")
 NO_CLASS, GIVEN, SUBTYPES = "Expected a dot import path string: ", "Given value: ", "Subtypes: "
 OPTION = re.compile(r"Option '([\w.]+)' is not accepted")
 BASE = re.compile(r"\b((?:opcd|lightning|torch\.optim)[\w.]*)\.(\w+)")
-"""A class whose subclasses are listed: of torch.Tensor nobody wants them."""
+"""A class whose subclasses are listed; those of torch.Tensor are no help."""
 OPTIMIZERS = "torch.optim.Optimizer"
 
 
 def in_plain_words(message: str) -> str:
-    """The message; in one line where it is about a key of a config."""
+    """The message, in one line if it is about a key of a config."""
     before, about_a_key, _ = message.partition('Parser key "')
     if not about_a_key and ANY_OF in message:  # an argument of a class, when that is made
         before, about_a_key, _ = message.partition(ANY_OF)
@@ -48,29 +48,24 @@ def in_plain_words(message: str) -> str:
         elif OTHER_TYPE.match(line) or (line.startswith(NO_CLASS) and subtypes and not BASE.search(subtypes)):
             others.append(line)
         elif line and not KEY.search(line) and not line.startswith("Problem with given"):
-            return f"{before}{_where(keys)}{_reason(line, owner, subtypes or OPTIMIZERS)}"
+            return before + _where(keys) + _reason(line, owner, subtypes or OPTIMIZERS)
     return f"{before}{_where(keys)}{'; '.join(dict.fromkeys(others))}. Got value: {given}" if others else message
 
 
 def _where(keys: list[str]) -> str:
-    """The key that a message is about, where that is known."""
     return f"{'.'.join(keys)}: " if keys else ""
 
 
 def _reason(line: str, owner: str, bases: str) -> str:
-    """A line of jsonargparse's, with what there is instead."""
+    """A line of jsonargparse, with the known names."""
     if found := OPTION.search(line):
-        return f"{owner} has no option {found[1]}{or_all(found[1], _options(owner))}"
+        known = [name for name in inspect.signature(_imported(*owner.rsplit(".", 1))).parameters if name != "self"]
+        return f"{owner} has no option {found[1]}{or_all(found[1], known)}"
     if line.startswith(NO_CLASS):
         name = line.removeprefix(NO_CLASS)
-        known = {cls.__name__ for base in BASE.findall(bases) for cls in concrete(_imported(*base))}
-        return f"no class {name}{or_all(name, sorted(known))}; one of your own is named with its module: my_file.{name}"
+        known = sorted({cls.__name__ for base in BASE.findall(bases) for cls in concrete(_imported(*base))})
+        return f"no class {name}{or_all(name, known)}; a class of your own needs its module: my_file.{name}"
     return line
-
-
-def _options(owner: str) -> list[str]:
-    taken = inspect.signature(_imported(*owner.rsplit(".", 1))).parameters
-    return [name for name in taken if name != "self"]
 
 
 def _imported(module: str, name: str) -> type:
@@ -78,7 +73,7 @@ def _imported(module: str, name: str) -> type:
 
 
 def concrete(cls: type) -> Iterator[type]:
-    """The class and all below it that can be made and have a name for others."""
+    """A class and its subclasses, without abstract and private ones."""
     if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
         yield cls
     below: list[type] = type.__subclasses__(cls)

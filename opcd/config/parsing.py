@@ -1,4 +1,4 @@
-"""How jsonargparse reads options and configs, in every command."""
+"""Settings of jsonargparse, and the parser of the commands that read no config."""
 
 import argparse
 from enum import Enum
@@ -12,27 +12,27 @@ from opcd.runtime.files import recipe_paths as recipes  # noqa: F401  how it rea
 
 ALLOW = "--allow-imports"
 allowed: list[str] = []
-"""The option as it was given, for the processes that this one starts."""
+"""The option and its value, for the processes that this one starts."""
 
-# Defaults of other libraries' classes are enums at times, which a config is written with as their values.
+# Some defaults of other libraries' classes are enums: a config has their values.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
-# An empty addition to jsonargparse's list of denied imports (os, subprocess, ...) has it enforced: else it only warns.
+# jsonargparse enforces its list of denied imports (os, subprocess, ...) if something, even nothing, is added to it.
 set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=[])
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose mistakes are told as everywhere else, and whose options are written out."""
+    """An argparse parser that raises UserError, and does not take abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
-        """Raise it, in place of the usage and an exit."""
+        """Raise UserError instead of an exit."""
         raise UserError(message)
 
 
 def allow_imports(args: list[str]) -> list[str]:
-    """The arguments without `--allow-imports A.B,C`: what class_path may name although jsonargparse denies it."""
+    """Apply `--allow-imports A.B,C`, import paths that jsonargparse denies, and return the other arguments."""
     if ALLOW not in args:
         return args
     place = args.index(ALLOW)
@@ -42,6 +42,6 @@ def allow_imports(args: list[str]) -> list[str]:
     except ValueError as error:
         raise UserError(f"{ALLOW}: {error}") from error
     if not names:
-        raise UserError(f"{ALLOW} wants import paths with commas between them, such as package.module")
+        raise UserError(f"{ALLOW} needs import paths, separated by commas, such as package.module")
     allowed[:] = [ALLOW, args[place + 1]]
     return args[:place] + args[place + 2 :]

@@ -41,10 +41,9 @@ from opcd.models.model_source import (
     resolve,
     with_base,
 )
-from opcd.runtime.activity import doing
 from opcd.runtime.errors import UserError
 from opcd.runtime.extras import require
-from opcd.runtime.interruption import check
+from opcd.runtime.interruption import check, doing
 
 TEXT_PART = {
     r"^(model\.)?language_model\.model\.": "model.",

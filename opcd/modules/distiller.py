@@ -39,8 +39,8 @@ from opcd.modules.teachers.base import Teacher
 from opcd.modules.teachers.model_teachers import FrozenTeacher
 from opcd.modules.trajectories import Reduction, Trajectories, token_weights
 from opcd.modules.validation import Run, check_on_policy, check_positive, check_scheduler, check_weights, validate
-from opcd.runtime.activity import doing
 from opcd.runtime.errors import UserError
+from opcd.runtime.interruption import doing
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""The memory of a run before a weight is loaded: `opcd doctor --plan`."""
+"""The memory of a run, predicted before a weight is loaded: `opcd doctor --plan`."""
 
 from opcd.planning.model_shapes import Model
 from opcd.planning.sizes import PHASES, Setting, parts, peak

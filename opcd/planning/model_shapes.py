@@ -1,4 +1,4 @@
-"""The sizes of a model, counted on tensors without storage: its config.json is read, no weight is."""
+"""The sizes of a model, counted on meta tensors from its config.json, without its weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,55 +17,55 @@ from opcd.runtime.errors import UserError
 QUANTIZED = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 """Bytes of a weight. NF4 has a scale of one byte for 64 weights, and one of four bytes for 256 scales."""
 TOKENS = 127
-"""Tokens of the pass that is counted. A prime: it divides the size of a tensor of tokens, and hardly any other."""
+"""Tokens of the counted pass. A prime, which divides the size of tensors over tokens and hardly any other."""
 ATTENTION = "opcd_plan"
 PRODUCTS = {
     *(functional.linear, torch.conv1d, functional.grouped_mm, torch._grouped_mm, torch.einsum, torch.addmm),
     *(torch.matmul, torch.mm, torch.bmm, torch.baddbmm, functional.scaled_dot_product_attention),
     *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.baddbmm),
 }
-"""What autocast computes in the short type, as far as language models call it."""
+"""Functions of language models that autocast computes in the short type."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model in memory. Sizes are numbers, and bytes where their name says so."""
+    """A model in memory. Sizes count numbers, or bytes if the name says so."""
 
     dtype: torch.dtype
-    weights: int  # without an adapter's; those that head and embedding share count once
-    linear: int  # those of linear layers but the head
+    weights: int  # without the adapter's; weights shared by head and embedding count once
+    linear: int  # weights of linear layers without the head
     head: int
     vocabulary: int
     layers: int
     hidden: int
     keys: int  # of a token, in all layers; there are as many values
-    computing: int  # bytes of a number in the products
+    computing: int  # bytes of a number in matrix products
     adapter: int = 0  # weights of the adapter, in float32
-    kept_bytes: float = 0.0  # that autograd keeps of a token, in all layers
+    kept_bytes: float = 0.0  # kept by autograd for a token, in all layers
     casts_bytes: int = 0  # low-precision copies of weights that autocast keeps
     masks: int = 1  # kinds of attention; 2 where some layers have a sliding window
     quantization: str = "none"
 
     @property
     def bytes(self) -> int:
-        """All weights. bitsandbytes leaves embedding, norms and head as they are."""
+        """Bytes of all weights. bitsandbytes does not quantize embedding, norms and head."""
         size = self.dtype.itemsize
         linear = QUANTIZED.get(self.quantization, size) * self.linear
         return round(size * (self.weights - self.linear) + linear) + 4 * self.adapter
 
     @property
     def gradient_bytes(self) -> int:
-        """Gradients of all weights that learn, where the model is the student."""
+        """Bytes of the gradients of a student's trainable weights."""
         return 4 * self.adapter or self.dtype.itemsize * self.weights
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of a token. Keys have the type of the weights, because rotary frequencies have."""
+        """Bytes of a token's keys and values. Keys have the type of the weights, as rotary frequencies do."""
         return self.keys * (self.dtype.itemsize + self.computing)
 
 
 def build(config: ModelConfig, key: str, dtype: torch.dtype, lora: Lora | None = None) -> PreTrainedModel:
-    """The model on the meta device, with its adapter. UserError where there is no causal language model."""
+    """Build a model on the meta device, with its adapter. UserError if it is no causal language model."""
     whole = architecture(config, key)
     try:
         with torch.device("meta"):
@@ -73,17 +73,14 @@ def build(config: ModelConfig, key: str, dtype: torch.dtype, lora: Lora | None =
             model: PreTrainedModel = AutoModelForCausalLM.from_config(whole, **options)
     except (ValueError, AttributeError, TypeError) as error:
         why = str(error).strip().splitlines()[0]
-        raise UserError(f"{key}.name: no plan for {config.name} ({whole.model_type}): {why}") from error
+        raise UserError(f"{key}.name: --plan does not support {config.name} ({whole.model_type}): {why}") from error
     if lora is not None:  # `add_lora` would run the model, to find linear layers that are never called
         from peft import LoraConfig, inject_adapter_in_model
 
         linear = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         head = model.get_output_embeddings()
-        targets = [
-            n
-            for n, m in linear.items()
-            if (lora.head if m is head else n in lora.targets or lora.targets == ALL_LINEAR)
-        ]
+        every = lora.targets == ALL_LINEAR
+        targets = [n for n, m in linear.items() if (lora.head if m is head else every or n in lora.targets)]
         model.requires_grad_(False)
         inject_adapter_in_model(LoraConfig(r=lora.rank, target_modules=targets), model)
         for weight in trainable(model).values():
@@ -93,7 +90,7 @@ def build(config: ModelConfig, key: str, dtype: torch.dtype, lora: Lora | None =
 
 
 def measured(model: PreTrainedModel, autocast: torch.dtype | None = None, quantization: str = "none") -> Model:
-    """The sizes of a model of `build`, but for what autograd keeps."""
+    """The sizes of a model of `build`, without the bytes that autograd keeps."""
     text, head, dtype = model.config.get_text_config(), model.get_output_embeddings(), model.dtype
     adapter = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" in name)
     linear = (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name)
@@ -116,29 +113,29 @@ def measured(model: PreTrainedModel, autocast: torch.dtype | None = None, quanti
 
 
 def kept_by_autograd(model: PreTrainedModel, autocast: torch.dtype | None) -> tuple[float, int]:
-    """Bytes that autograd keeps of a pass: of each token, and casts of weights.
+    """Bytes that autograd keeps in a forward pass: for each token, and for casts of weights.
 
     Raises:
-        Exception: the pass depends on values, which tensors without storage do not have.
+        Exception: the pass depends on values, which meta tensors do not have.
     """
     kept: dict[int, Tensor] = {}  # by storage; the tensors stay alive, so that no address serves twice
     if model._supports_attention_backend:
         model.config.get_text_config()._attn_implementation = ATTENTION
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(_storage(x), x), lambda x: x)
+
+    def storage(tensor: Tensor) -> int:
+        return int(tensor.untyped_storage()._cdata)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(storage(x), x), lambda x: x)
     with torch.device("meta"), hooks, _Autocast(autocast):
         model.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
-    own = {_storage(weight) for weight in model.parameters()}
+    own = {storage(weight) for weight in model.parameters()}
     sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own]
     of_tokens = sum(size for size in sizes if size % TOKENS == 0)
     return of_tokens / TOKENS, sum(sizes) - of_tokens
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 class _Autocast(TorchFunctionMode):
-    """What torch.autocast does to products, which does not know the meta device; and a comparison of values is true."""
+    """The casts of torch.autocast, which does not support meta tensors. Comparisons of values are true."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -149,19 +146,17 @@ class _Autocast(TorchFunctionMode):
         if function is Tensor.__bool__:
             return True
         if self.dtype is not None and function in PRODUCTS:
-            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
+            cast = {torch.float32: self.dtype}
+            args, kwargs = tree_map_only(Tensor, lambda x: x.to(cast.get(x.dtype, x.dtype)), (args, kwargs))
         return function(*args, **(kwargs or {}))
-
-    def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype) if x.dtype == torch.float32 else x
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what kernels like FlashAttention keep, and computes nothing."""
+    """An attention that keeps the tensors that FlashAttention keeps, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, H, T, D] of all three, with fewer heads in the last two -> [B, T, H, D]."""
+        """[B, H, T, D] for the query, fewer heads for key and value -> [B, T, H, D]."""
         rows, heads, tokens, _ = query.shape
         result = value.new_empty(rows, tokens, heads, value.shape[-1])
         ctx.save_for_backward(query, key, value, result, query.new_empty(rows, heads, tokens, dtype=torch.float32))
@@ -169,7 +164,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """As transformers calls it. Queries and keys are cast as autocast does for torch's own kernel."""
+    """The attention function for transformers. It casts queries and keys as autocast does for torch's kernel."""
     return _Attention.apply(query.to(value.dtype), key.to(value.dtype), value), None  # type: ignore[no-untyped-call]
 
 

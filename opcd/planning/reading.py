@@ -1,4 +1,4 @@
-"""A parsed config of `opcd fit` as a `Setting`."""
+"""The `Setting` of a parsed config of `opcd fit`."""
 
 import platform
 from dataclasses import replace
@@ -22,22 +22,22 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "bf16-true": (None, torch.bfloat16),
     **dict.fromkeys(("64-true", "64"), (None, torch.float64)),
 }
-"""Autocast's type, and that which all weights of the student get."""
+"""trainer.precision -> the type of autocast, and the type forced on the student's weights."""
 SIDE = 1024
-"""Rows and columns of the matrix that an optimizer is tried on."""
+"""Rows and columns of the matrix on which an optimizer is tried."""
 
 
 def read_setting(trainer: Any, made: Any, query: int | None, context: int | None, process: int) -> Setting:
-    """What the config says, on this machine or, with accelerator gpu, on one with GPUs.
+    """Read the setting of a run from its config.
 
     Args:
-        trainer: the config's part, not instantiated: the devices may be elsewhere.
+        trainer: the config's `trainer`, not instantiated: its devices may be on another machine.
         made: `model` and `data`, instantiated without weights.
-        query, context: tokens of the longest prompt, and those that its context adds; None reads the rows.
+        query, context: tokens of the longest prompt, and tokens that its context adds; None reads the rows.
         process: bytes of a process before it loads a model.
 
     Raises:
-        UserError: something that `opcd fit` refuses, or that is not known here.
+        UserError: `opcd fit` refuses the config, or the plan does not support it.
     """
     model: Distiller = made.model
     gpu, run = _on_gpu(trainer), Run.configured(model, trainer, None, connect=False)
@@ -80,7 +80,7 @@ def read_setting(trainer: Any, made: Any, query: int | None, context: int | None
 
 
 def _lengths(made: Any, query: int | None, context: int | None, run: Run) -> dict[str, int]:
-    """Tokens of the longest prompts and responses, and the number of contexts. No row is read where both are given."""
+    """Tokens of the longest prompts and responses, and the number of contexts. Reads no row if both are given."""
     data, model = made.data, made.model
     try:
         if query is not None and context is not None:
@@ -107,18 +107,18 @@ def _lengths(made: Any, query: int | None, context: int | None, run: Run) -> dic
 
 
 def _on_gpu(trainer: Any) -> bool:
-    """Whether a trainer's config asks for a GPU; auto takes one where there is one. UserError for neither."""
+    """Whether a trainer's config asks for a GPU; auto takes one if there is one. UserError for other devices."""
     name = str(trainer.accelerator)
     if name not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(f"trainer.accelerator: there is no plan for {name}; use cpu or gpu")
+        raise UserError(f"trainer.accelerator: --plan does not support {name}; use cpu or gpu")
     return name in ("gpu", "cuda") or (name == "auto" and torch.cuda.is_available())
 
 
 def _precision(configured: Any, fast: torch.dtype) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """Of a precision that is left open, that of the hardware."""
+    """The entry of `PRECISIONS`; by default that of the hardware."""
     name = str(configured or ("bf16-mixed" if fast == torch.bfloat16 else "32-true"))
     if name not in PRECISIONS:
-        raise UserError(f"trainer.precision: there is no plan for {name}; use one of {', '.join(PRECISIONS)}")
+        raise UserError(f"trainer.precision: --plan does not support {name}; use one of {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
 
 
@@ -127,7 +127,7 @@ def _dtype(config: ModelConfig, auto: torch.dtype) -> torch.dtype:
 
 
 def optimizer_of(model: Distiller, dtype: torch.dtype) -> tuple[torch.optim.Optimizer, float]:
-    """The optimizer, and the bytes that it keeps of a number of a matrix after one step."""
+    """The optimizer, and the bytes of its states for a number of a matrix, after one step."""
     matrix = torch.nn.Parameter(torch.ones(SIDE, SIDE, dtype=dtype))
     matrix.grad = torch.ones_like(matrix)
     try:
@@ -142,23 +142,24 @@ def optimizer_of(model: Distiller, dtype: torch.dtype) -> tuple[torch.optim.Opti
 def _with_activations(
     built: PreTrainedModel, autocast: torch.dtype | None, quantization: str = "none"
 ) -> tuple[Model, list[str]]:
-    """The student with what its pass keeps, and a line where that is not known."""
+    """The student with the bytes of its activations, and a line if they are unknown."""
     student = measured(built, autocast, quantization)
     try:
         kept, casts = kept_by_autograd(built, autocast)
     except Exception as error:
-        return student, [f"activations: the student's pass needs weights ({str(error).strip().splitlines()[0]})"]
+        why = str(error).strip().splitlines()[0]
+        return student, [f"activations: the student's forward pass needs its weights ({why})"]
     return replace(student, kept_bytes=kept, casts_bytes=casts), []
 
 
 def teachers_of(
     model: Distiller, built: PreTrainedModel, student: Model, fast: torch.dtype, sharded: bool, ranks: int
 ) -> tuple[Model | None, int, list[str]]:
-    """The largest model that scores, bytes of weights beside the student's, and a line for each that is not known."""
+    """The largest model that scores, bytes of weights beside the student's, and a line for each unknown teacher."""
     models, total, unknown = [], 0, []
     known, meta = {id(weight) for weight in built.parameters()}, torch.device("meta")
     for part in model.teacher.parts.values():
-        if part.config is not None or "config" in vars(part):  # who sets `config` loads it; None: the student's weights
+        if part.config is not None or "config" in vars(part):  # a teacher that loads `config`; None: the student's
             dtype = _dtype(part.config or model.student_config, fast)
             own = replace(student, dtype=dtype, computing=dtype.itemsize, adapter=0)
             if part.config is not None:
@@ -169,21 +170,21 @@ def teachers_of(
             models.append(own)
             continue
         try:
-            assert isinstance(part, ModelTeacher), "no model is at hand"
+            assert isinstance(part, ModelTeacher), "the teacher has no model"
             with meta:
                 part.setup(Student(built, cast(Any, None)), model.student_config, meta)
             copied = sum(weight.nbytes for weight in part.model.parameters() if id(weight) not in known)
         except Exception:
-            unknown.append(f"{part.key}: what {type(part).__name__} keeps")
+            unknown.append(f"{part.key}: the memory of {type(part).__name__}")
             continue
-        # Whoever scores with a sharded student's weights has them whole.
+        # A teacher that scores with a sharded student's weights gathers all of them.
         total += copied or (student.bytes if sharded else 0)
         models.append(student)
     return max(models, key=lambda each: each.bytes, default=None), total, unknown
 
 
 def writers_of(model: Distiller, auto: torch.dtype) -> tuple[tuple[str, ...], torch.dtype, list[str]]:
-    """Who writes in this process, in which type a student does, and a line for each that is not known."""
+    """The writers in this process, the type of a student's weights that write, and a line for each unknown part."""
     names, unknown, dtype = set(), [], auto
     for part in model.rollout.parts:
         if part.asks_teacher:
@@ -193,5 +194,5 @@ def writers_of(model: Distiller, auto: torch.dtype) -> tuple[tuple[str, ...], to
             dtype = getattr(part, "dtype", None) or dtype
         elif part.writer in ("student", "other"):
             name = type(part.engines[0] if part.engines else part).__name__
-            unknown.append(f"model.rollout: what {name} takes on this device")
+            unknown.append(f"model.rollout: the memory of {name} on this device")
     return tuple(sorted(names)), dtype, unknown

@@ -1,4 +1,4 @@
-"""What takes memory in which phase of a step, and what would take less: the table of docs/memory.md."""
+"""The memory of each phase of a step, and ways to take less: the table of docs/memory.md."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -9,37 +9,37 @@ from opcd.losses.chunking import LIVE, MEMORY_BYTES, MOST_ROWS
 from opcd.planning.model_shapes import Model
 
 PHASES = ("rollout", "teacher", "student", "backward", "optimizer")
-"""The student's phase has its forward pass and the loss."""
+"""The phases of a step. `student`: its forward pass and the loss."""
 RUN, ADAPTED = 64 * 2**20, 48 * 2**20
-"""What a run adds to its process beside what is counted, and what peft and its modules add (docs/memory.md)."""
+"""Bytes of a process that are not counted otherwise, and more of them with peft (docs/memory.md)."""
 HOLES, HOLES_ADAPTED = 0.3, 0.5
-"""Share of what comes and goes that glibc's heap holds free between its blocks. An adapter casts the input of each of
-its layers anew, and leaves more (docs/memory.md)."""
+"""Share of temporary memory that glibc's heap holds free between its blocks. An adapter casts the input of each of its
+layers again, and leaves more (docs/memory.md)."""
 CPU_LIMIT = 2 * 2**30
-"""On a CPU: the most that the heap keeps between steps, and the largest linear layers that are packed for oneDNN."""
+"""On a CPU: most bytes that the heap keeps between steps, and of linear layers that are packed for oneDNN."""
 MASK = 3
 """Bytes of a pair of tokens while the mask of packed rows is made: three comparisons (`modules/prefix/packing.py`)."""
 UNPACKED = 20
-"""Bytes of a number that bitsandbytes' 8-bit AdamW takes on a CPU for the weight that it is at (docs/log.md)."""
+"""Bytes of a number of the weight that bitsandbytes' 8-bit AdamW updates on a CPU (docs/log.md)."""
 FREE = "free in the heap"
 SMALLEST = 0.02
-"""A lever that moves the peak by a smaller share is none."""
+"""Least share of the peak that a change must save to be listed."""
 
 Parts = dict[str, dict[str, int]]
-"""Bytes by the name of a part and the phases in which it is there."""
+"""Name of a part -> phase -> bytes."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the memory of a run depends on. Rows and bytes are those of one rank."""
+    """The values that the memory of a run depends on. Rows and bytes are those of one rank."""
 
     student: Model
-    scorer: Model | None  # of several teachers' models the largest; None where none is in this process
-    teacher_bytes: int = 0  # weights that teachers have beside the student's
-    writers: tuple[str, ...] = ("student",)  # who writes responses in this process: student, teacher
-    rollout_dtype: torch.dtype = torch.bfloat16  # of a student's weights that write
+    scorer: Model | None  # the largest model of a teacher; None if none is in this process
+    teacher_bytes: int = 0  # weights of teachers beside the student's
+    writers: tuple[str, ...] = ("student",)  # the models that write responses in this process: student, teacher
+    rollout_dtype: torch.dtype = torch.bfloat16  # type of the student's weights while it writes
     adapted: Callable[[], Model] | None = field(default=None, compare=False)  # the student with an adapter
-    state_bytes: float = 8.0  # what the optimizer keeps of a number that learns
+    state_bytes: float = 8.0  # bytes of the optimizer's states for a trainable number
     fused: bool = True  # whether the optimizer's step needs no tensors beside its states
     batch: int = 8
     query: int = 64  # tokens of the longest prompt without the context
@@ -47,29 +47,29 @@ class Setting:
     contexts: int = 1
     response: int = 128
     micro_batch_tokens: int = 4096
-    multi_turn: bool = False  # whether an example makes more than one row (games)
+    multi_turn: bool = False  # whether an example makes several rows (games)
     checkpointing: bool = False
-    prefix_bytes: int = 2048 * 2**20  # most that is kept of contexts, beyond one of them; 0: nothing is shared
+    prefix_bytes: int = 2048 * 2**20  # most bytes kept for contexts, one at least; 0: nothing is shared
     gpu: bool = False
-    heap: bool = False  # whether glibc keeps what is freed
+    heap: bool = False  # whether glibc keeps freed memory
     ranks: int = 1
-    sharded: bool = False  # whether each rank has a part of the student's weights, gradients and states (FSDP2)
-    process: int = 0  # bytes of the process before a model is there; 0 on a GPU
-    not_counted: tuple[str, ...] = ()  # a line for each component of which nothing is known
+    sharded: bool = False  # whether the student's weights, gradients and states are sharded over ranks (FSDP2)
+    process: int = 0  # bytes of the process before a model is loaded; 0 on a GPU
+    not_counted: tuple[str, ...] = ()  # a line for each component of unknown size
 
     @property
     def micro_rows(self) -> int:
-        """Rows of a micro-batch of longest rows."""
+        """Rows of a micro-batch of the longest rows."""
         return min(self.batch, max(1, self.micro_batch_tokens // (self.query + self.response)))
 
     @property
     def tokens(self) -> int:
-        """Tokens of such a micro-batch."""
+        """Tokens of a micro-batch of the longest rows."""
         return self.micro_rows * (self.query + self.response)
 
 
 def parts(s: Setting) -> Parts:
-    """All that takes memory on one rank."""
+    """All parts of the memory of one rank."""
     m, shares, full = s.student, s.ranks if s.sharded else 1, not s.student.adapter
     gradients, size = m.gradient_bytes // shares, m.dtype.itemsize
     staying = {
@@ -80,7 +80,7 @@ def parts(s: Setting) -> Parts:
         "teacher's weights": _in(s.teacher_bytes),
         "contexts' keys and values": _in(_prefixes(s)),
     }
-    # The loss makes the head's gradient. Those of former micro-batches are there already.
+    # The loss makes the head's gradient. The gradients of former micro-batches exist already.
     first = m.head * size * full + gradients * (s.multi_turn or s.micro_rows < s.batch)
     kept = round(s.tokens * m.kept_bytes)
     layer = (kept + m.linear * m.computing) // m.layers if s.checkpointing else 0
@@ -88,7 +88,7 @@ def parts(s: Setting) -> Parts:
     gathered = (m.weights - m.linear) * size + 2 * m.linear // m.layers * m.computing
     unpacked = UNPACKED * m.head if s.state_bytes < 4 and not s.gpu and full else 0
     passing = {
-        # The backward pass takes most when it begins, with all activations, or when it ends, with all gradients.
+        # The backward pass takes most at its beginning, with all activations, or at its end, with all gradients.
         "gradients": {"student": first, "backward": gradients, "optimizer": gradients},
         "activations": {"student": kept, "backward": max(0, kept + first - gradients)},
         "a layer computed again": {"backward": layer},
@@ -104,21 +104,21 @@ def parts(s: Setting) -> Parts:
 
 
 def peak(found: Parts) -> tuple[str, int]:
-    """The phase that takes most, and how many bytes that is; of several, the one that has least of it free."""
+    """The phase with the largest sum, and the sum in bytes; among equals the phase with least free memory."""
     sums = {phase: sum(part.get(phase, 0) for part in found.values()) for phase in PHASES}
     phase = max(PHASES, key=lambda phase: (sums[phase], -found.get(FREE, {}).get(phase, 0)))
     return phase, sums[phase]
 
 
 def ways(s: Setting) -> Iterator[tuple[str, Setting]]:
-    """Config keys that take less memory, each alone, with the setting that it gives."""
+    """Yield config keys that save memory, each with the setting that it alone gives."""
     if not s.checkpointing:
         yield "model.gradient_checkpointing: true", replace(s, checkpointing=True)
     if s.adapted and not s.student.adapter and not s.sharded:
         yield "an adapter (configs/lora.yaml's model.adapter)", replace(s, student=s.adapted())
     if s.student.adapter and s.student.quantization == "none":
         yield "model.student.quantization: 4bit", replace(s, student=replace(s.student, quantization="4bit"))
-    # A teacher that has loaded a model of its own.
+    # The teacher loads a model of its own.
     if s.scorer and s.scorer != s.student and s.scorer.quantization == "none" and s.teacher_bytes == s.scorer.bytes:
         small = replace(s.scorer, quantization="4bit")
         yield "a 4-bit teacher (configs/teacher_4bit.yaml)", replace(s, scorer=small, teacher_bytes=small.bytes)
@@ -134,9 +134,9 @@ def ways(s: Setting) -> Iterator[tuple[str, Setting]]:
 
 
 def until_it_fits(s: Setting, memory: int) -> list[tuple[str, int]]:
-    """The largest lever, then the largest that is left, ...: their names, and the peak after each.
+    """The changes that save most, one after another, with the peak after each, until the run fits.
 
-    A number that is halved several times comes once, as it is in the end.
+    A number that is halved several times is listed once, with its last value.
     """
     taken: dict[str, tuple[str, int]] = {}
     while (now := peak(parts(s))[1]) > memory:
@@ -150,18 +150,18 @@ def until_it_fits(s: Setting, memory: int) -> list[tuple[str, int]]:
 
 
 def _in(size: int, *phases: str) -> dict[str, int]:
-    """As many bytes in each phase, by default in all."""
+    """The same bytes in each of the phases, by default in all."""
     return dict.fromkeys(phases or PHASES, size)
 
 
 def _prefixes(s: Setting) -> int:
-    """Keys and values of as many contexts as may be kept; one at least."""
+    """Bytes of the keys and values of the contexts that are kept; one at least."""
     one = s.context * s.scorer.token_bytes if s.scorer and s.prefix_bytes else 0
     return max(one, min(s.contexts * one, s.prefix_bytes))
 
 
 def _copy(s: Setting) -> int:
-    """A student's weights in another type, or whole where they are sharded; else a CPU's packed linear layers."""
+    """Bytes of the student's weights in another type, or unsharded; else of a CPU's packed linear layers."""
     if "student" in s.writers and (s.sharded or s.student.dtype != s.rollout_dtype):
         return s.student.weights * s.rollout_dtype.itemsize
     writes = [s.student if name == "student" else s.scorer for name in s.writers]
@@ -170,7 +170,7 @@ def _copy(s: Setting) -> int:
 
 
 def _written(s: Setting) -> int:
-    """Keys and values of rows that are written, at their full length; a teacher's have the context too."""
+    """Bytes of the keys and values of rows that are written, at full length; a teacher's rows have the context."""
     row = s.query + s.response
     of_student = row * s.student.keys * 2 * s.rollout_dtype.itemsize if "student" in s.writers else 0
     of_teacher = (s.context + row) * s.scorer.token_bytes if "teacher" in s.writers and s.scorer else 0
@@ -178,16 +178,16 @@ def _written(s: Setting) -> int:
 
 
 def _attended(s: Setting) -> int:
-    """Keys and values of a context and of the packed rows that are scored after it; on a GPU also their mask."""
+    """Bytes of the keys and values of a context and of the packed rows scored after it; on a GPU also their mask."""
     if not s.scorer or not s.prefix_bytes:
         return 0
-    # Comparisons while it is made; then a byte, of which torch makes numbers. One mask more waits meanwhile.
+    # The comparisons that make the mask; then its byte, and the numbers that torch makes of it. A second mask waits.
     pair = max(MASK, 1 + s.scorer.computing) + s.scorer.masks - 1 if s.gpu else 0
     return (s.context + s.tokens) * (s.scorer.token_bytes + s.tokens * pair)
 
 
 def _loss_chunk(s: Setting) -> int:
-    """The log-probabilities of a chunk and their gradient; beside short logits, casts of a head that learns."""
+    """Bytes of a chunk's log-probabilities and gradient; with short logits also the casts of a trainable head."""
     m, low = s.student, s.student.computing < 4
     rows = max(1, min(MOST_ROWS, MEMORY_BYTES // (4 * LIVE * m.vocabulary), s.micro_rows * s.response))
     casts = 2 * m.head * m.computing if low and m.dtype.itemsize == 4 and not m.adapter else 0
@@ -195,9 +195,9 @@ def _loss_chunk(s: Setting) -> int:
 
 
 def _free(s: Setting, passing: Parts) -> dict[str, int]:
-    """What glibc's heap holds free: holes, and what the largest phase has left, up to the limit of a whole run.
+    """Bytes that glibc's heap holds free: holes, and the rest of the largest phase, up to the limit of a run.
 
-    With gradient checkpointing it is given back before the large phases, but for the holes of each.
+    With gradient checkpointing the heap is trimmed before the large phases; only the holes of each stay.
     """
     used = {phase: sum(part.get(phase, 0) for part in passing.values()) for phase in PHASES}
     share = HOLES_ADAPTED if s.student.adapter else HOLES

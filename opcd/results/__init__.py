@@ -1,1 +1,1 @@
-"""What a run has left, read from its folder, and how it is shown: tables, plots, pages."""
+"""The results of a run: reading its folder, and tables, plots and pages."""

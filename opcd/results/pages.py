@@ -1,6 +1,6 @@
-"""Pages of results: one HTML file each, which needs no network.
+"""Pages of results: each is one HTML file that needs no network.
 
-A template extends `layout.html.j2`, which has the style of all pages, and imports tables from `parts.html.j2`.
+A template extends `layout.html.j2`, which has the style, and imports tables from `parts.html.j2`.
 """
 
 from pathlib import Path
@@ -12,15 +12,13 @@ from markupsafe import Markup
 from opcd.runtime.output import shown
 
 
-def _visible(value: Any) -> Any:
-    """Text of others without characters that a browser hides or turns around."""
-    return value if not isinstance(value, str) or isinstance(value, Markup) else shown(value)
-
-
 def render(template: Path, **values: Any) -> str:
-    """The page of a template with these values, escaped but for what is `Markup`."""
-    folders = [template.parent, Path(__file__).parent]
-    environment = Environment(
-        loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined, finalize=_visible
-    )
+    """Render a template. Values are escaped, except `Markup`."""
+
+    def finalize(value: Any) -> Any:
+        """Escape characters that a browser hides or reverses."""
+        return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    loader = FileSystemLoader([template.parent, Path(__file__).parent])
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=finalize)
     return environment.get_template(template.name).render(**values)

@@ -5,9 +5,11 @@ import re
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from opcd.results.run_files import is_finite
+from opcd.results.run_files import is_finite, right_over_steps
+from opcd.results.run_tables import Run
 from opcd.runtime.extras import require
 from opcd.runtime.output import shown
 
@@ -18,10 +20,38 @@ Curve = Sequence[tuple[int, float]]
 """(step, value)."""
 
 SIZE = (7.2, 4.2)  # inches
+RIGHT = "samples/right"
+FIRST = {
+    "train/divergence": "nats a token",
+    "val/divergence": "nats a token",
+    RIGHT: "share of the sample answers",
+    "train/gradient_norm": "norm before clipping",
+    "train/response_tokens": "tokens",
+    "train/student_entropy": "nats a token",
+    "train/teacher_entropy": "nats a token",
+}
+"""The first metrics of a report -> units."""
+
+
+def plots(runs: Sequence[Run]) -> dict[str, str]:
+    """Metric -> SVG with a line for each run, for metrics that change. Of seconds, only those of a step are drawn.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    series = [run.series | {RIGHT: right_over_steps(run.folder)} for run in runs]
+    names = [*FIRST, *sorted({name for one in series for name in one} - set(FIRST))]
+    found = {}
+    for name in names:
+        groups = {run.name: [one[name]] for run, one in zip(runs, series, strict=True) if one.get(name)}
+        changes = any(len({value for _, value in curve if is_finite(value)}) > 1 for (curve,) in groups.values())
+        if changes and (name == "seconds/step" or not name.startswith("seconds/")):
+            found[name] = drawn(partial(curves, groups=groups), name, "step", FIRST.get(name, ""), name)
+    return found
 
 
 def drawn(draw: "Callable[[Axes], None]", title: str, x: str, y: str, seed: str = "opcd") -> str:
-    """An SVG with one pair of axes; text stays text, and ids begin with what `seed` makes of them.
+    """Draw an SVG with one pair of axes. Text stays text, and `seed` makes its ids unique on a page.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -40,7 +70,7 @@ def drawn(draw: "Callable[[Axes], None]", title: str, x: str, y: str, seed: str 
             "text.parse_math": False,  # a $ in a name begins no formula
         }
     )
-    with own, warnings.catch_warnings():  # the browser has the letters that matplotlib's font lacks
+    with own, warnings.catch_warnings():  # the browser has letters that matplotlib's font lacks
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
@@ -54,7 +84,7 @@ def drawn(draw: "Callable[[Axes], None]", title: str, x: str, y: str, seed: str 
 
 
 def curves(axes: "Axes", groups: Mapping[str, Sequence[Curve]]) -> None:
-    """A line for the mean of each group's curves, and a band from the least to the greatest of them."""
+    """Draw a line for the mean of each group's curves, and a band from the least to the greatest."""
     for name, members in groups.items():
         by_step: dict[int, list[float]] = {}
         for curve in members:
@@ -73,7 +103,7 @@ def curves(axes: "Axes", groups: Mapping[str, Sequence[Curve]]) -> None:
 
 
 def bars(axes: "Axes", values: Mapping[str, Sequence[float]]) -> None:
-    """A horizontal bar for the mean of each group, a dot for each member."""
+    """Draw a horizontal bar for the mean of each group, and a dot for each member."""
     finite = {name: [value for value in members if is_finite(value)] for name, members in values.items()}
     values = {_label(name): members for name, members in finite.items() if members}
     names = list(values)[::-1]
@@ -83,7 +113,7 @@ def bars(axes: "Axes", values: Mapping[str, Sequence[float]]) -> None:
 
 
 def points(axes: "Axes", places: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """A mark for the mean of each group, a faint dot for each member, all labelled."""
+    """Draw a labelled mark for the mean of each group, and a faint dot for each member."""
     for number, (name, members) in enumerate(places.items()):
         members = [member for member in members if all(map(is_finite, member))]
         if not members:
@@ -96,13 +126,13 @@ def points(axes: "Axes", places: Mapping[str, Sequence[tuple[float, float]]]) ->
 
 
 def _label(text: str) -> str:
-    """A text as SVG can hold it; matplotlib takes one that begins with _ for a name of its own, and leaves it out."""
+    """A text for SVG. matplotlib would leave out a label that begins with _."""
     text = shown(text, lines=False)
     return f" {text}" if text.startswith("_") else text
 
 
 def _unique_ids(svg: str, seed: str) -> str:
-    """The <svg> element alone, its ids told apart from those of other plots on one page."""
+    """The <svg> element alone, with ids that differ from those of other plots on a page."""
     svg = svg[svg.index("<svg") :]
     prefix = re.sub(r"\W", "-", seed)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)

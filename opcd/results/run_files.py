@@ -1,7 +1,7 @@
-"""What a run's folder says: its metrics over the steps, and its sample answers.
+"""The files in a run's folder: the metrics over the steps, and the sample answers.
 
-A run that was killed leaves a last line that is cut, and a file may have been changed since. What is whole is read. The
-rest is left out, and named in the list of problems that a caller passes.
+A killed run leaves a cut last line, and a file may have been changed since. Complete rows are read. Others are left
+out, and named in the list `problems` of the caller.
 """
 
 import csv
@@ -21,23 +21,22 @@ from opcd.runtime.files.user_files import read_text
 from opcd.tasks.matching import right
 
 Series = dict[str, list[tuple[int, float]]]
-"""Name -> (step, value), in the order in which they were logged."""
+"""Name -> (step, value), in the order of logging."""
 Shape = Mapping[str, Any]
-"""Field -> its type; other fields may be there too."""
+"""Field -> its type. A row may have other fields too."""
 SAMPLE: Shape = {"step": int, "query": str, "reference": str | None, "context": bool, "answer": str}
 """A line of samples.jsonl."""
 GREATEST = 1e300
-"""A number beyond it is as good as infinite: sums and plots overflow."""
-
+"""Numbers from here on count as infinite: sums and plots overflow."""
 LAST = 10**12
-"""A step beyond it is none."""
+"""The largest step."""
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The whole config of a run.
+    """The config of a run.
 
     Raises:
-        UserError: the folder holds no run, or its config cannot be read.
+        UserError: the folder is not a run's, or its config cannot be read.
     """
     file = run / "config.yaml"
     if not run.is_dir():
@@ -51,12 +50,12 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_metrics(run: Path, problems: list[str] | None = None) -> Series:
-    """The columns of metrics.csv, and before them those of the runs that it went on from (`KeepHistory`).
+    """The columns of metrics.csv, after those of the runs that this one resumed (`KeepHistory`).
 
-    None where there is no such file (trainer.logger false).
+    Empty without such a file (trainer.logger: false).
 
     Args:
-        problems: is given what was left out, and which metrics are not finite.
+        problems: gets the rows that were left out, and the metrics that are not finite.
     """
     problems = [] if problems is None else problems
     series: Series = {}
@@ -69,15 +68,16 @@ def read_metrics(run: Path, problems: list[str] | None = None) -> Series:
     return series
 
 
-def read_jsonl(file: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a file that are objects; none where there is no such file.
+def read_jsonl(file: Path, problems: list[str] | None = None, first: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a file that are JSON objects; none if there is no file.
 
     Args:
-        problems: is given what was left out.
+        problems: gets the rows that were left out.
+        first: number of lines that are read; None for all.
     """
     problems = [] if problems is None else problems
     rows = []
-    for number, line in enumerate(_bytes(file, problems).split(b"\n"), start=1):
+    for number, line in enumerate(_bytes(file, problems).split(b"\n")[:first], start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -91,41 +91,47 @@ def read_jsonl(file: Path, problems: list[str] | None = None) -> list[dict[str, 
 
 
 def read_object(file: Path, problems: list[str]) -> dict[str, Any]:
-    """The object of a JSON file; empty where there is no such file, or where it is none, which is a problem."""
-    if not (text := _bytes(file, problems)):
-        if file.is_file():
-            problems.append(f"{file.name}: left out: it is empty, or cannot be read")
-        return {}
+    """The object of a JSON file. Empty if there is no file, or if it has no object, which is a problem."""
+    text = _bytes(file, problems)
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{file.name}: left out: not valid JSON: {error}")
-        return {}
-    if not isinstance(value, dict):
+        if isinstance(value, dict):
+            return value
         problems.append(f"{file.name}: left out: no JSON object")
-        return {}
-    return value
+    except (ValueError, RecursionError) as error:
+        if file.is_file():
+            why = f"not valid JSON: {error}" if text else "it is empty, or cannot be read"
+            problems.append(f"{file.name}: left out: {why}")
+    return {}
 
 
 def read_samples(run: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
-    """The sample answers of a run; lines of another shape are left out."""
+    """The sample answers of a run, without lines of another shape."""
     return read_shaped(run / "samples.jsonl", SAMPLE, problems)
 
 
-def read_shaped(file: Path, shape: Shape, problems: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a file that have these fields; others are left out."""
+def read_shaped(
+    file: Path,
+    shape: Shape,
+    problems: list[str] | None = None,
+    fits: Callable[[dict[str, Any]], bool] | None = None,
+    first: int | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of a file that have the fields of a shape, and pass the test `fits`."""
     problems = [] if problems is None else problems
     rows = []
-    for row in read_jsonl(file, problems):
+    for row in read_jsonl(file, problems, first):
         if wrong := misfits(row, shape):
             problems.append(f"{file.name}: a line left out: {', '.join(wrong)} missing, or of another type")
+        elif fits is not None and not fits(row):
+            problems.append(f"{file.name}: a line left out: of another shape")
         else:
             rows.append(row)
     return rows
 
 
 def misfits(row: Mapping[str, Any], shape: Shape) -> list[str]:
-    """The fields that a row lacks, or that are of another type or not finite."""
+    """The fields of a shape that a row lacks, or that have another type or are not finite."""
     return [name for name, kind in shape.items() if name not in row or not _fits(row[name], kind)]
 
 
@@ -138,18 +144,18 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def is_finite(value: float) -> bool:
-    """Whether a number can be added up and drawn."""
-    return abs(value) < GREATEST  # which nan is not
+    """Whether a number can be summed and drawn."""
+    return abs(value) < GREATEST  # False for nan
 
 
 def share_right(rows: list[dict[str, Any]], rule: Callable[[dict[str, Any]], bool] = right) -> float | None:
-    """The share of right answers among those that have a reference, or None where none has."""
+    """The share of right answers among those with a reference; None without any."""
     known = [rule(row) for row in rows if row["reference"] is not None]
     return sum(known) / len(known) if known else None
 
 
 def right_over_steps(run: Path, problems: list[str] | None = None) -> list[tuple[int, float]]:
-    """(step, share of right answers without the context) of the sample answers."""
+    """(step, share of right sample answers without the context)."""
     rows = [row for row in read_samples(run, problems) if not row["context"]]
     steps = sorted({row["step"] for row in rows})
     shares = [(step, share_right([row for row in rows if row["step"] == step])) for step in steps]
@@ -157,10 +163,10 @@ def right_over_steps(run: Path, problems: list[str] | None = None) -> list[tuple
 
 
 def figures(run: Path, problems: list[str] | None = None) -> dict[str, float]:
-    """One number a metric: the mean of seconds, the last value of everything else; and the samples' right share.
+    """One number for each metric (the mean of seconds, else the last value), and the share of right sample answers.
 
     Args:
-        problems: is given what could not be read.
+        problems: gets the parts that could not be read.
     """
     numbers = {}
     for name, points in read_metrics(run, problems).items():
@@ -169,13 +175,12 @@ def figures(run: Path, problems: list[str] | None = None) -> dict[str, float]:
         numbers[name] = fmean(finite) if name.startswith("seconds/") and finite else values[-1]
     if curve := right_over_steps(run, problems):
         numbers |= {"samples/right": curve[-1][1]}
-        if curve[0][0] == 0:  # of a run that went on with other queries nobody knows
+        if curve[0][0] == 0:  # unknown for a run that resumed with other queries
             numbers |= {"samples/right_before": curve[0][1]}
     return numbers
 
 
 def _add_metrics(series: Series, file: Path, problems: list[str]) -> None:
-    """Add the rows of a table."""
     for line, row in _csv_rows(file, problems):
         step = _number(row.pop("step", ""))
         if step is None or not step.is_integer() or abs(step) > LAST:
@@ -191,7 +196,7 @@ def _add_metrics(series: Series, file: Path, problems: list[str]) -> None:
 
 
 def _bytes(file: Path, problems: list[str]) -> bytes:
-    """What a file holds; nothing where there is none, or where it cannot be read, which is a problem."""
+    """The content of a file. Empty if there is none, or if it cannot be read, which is a problem."""
     try:
         return file.read_bytes() if file.is_file() else b""
     except OSError as error:
@@ -200,7 +205,7 @@ def _bytes(file: Path, problems: list[str]) -> bytes:
 
 
 def _csv_rows(file: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, cells by column) of each row that has all of its cells."""
+    """Yield (line, cells by column) of each complete row."""
     data = _bytes(file, problems)
     text = data.decode("utf-8", "replace")
     reader = csv.reader(io.StringIO(text, newline=""))

@@ -1,4 +1,4 @@
-"""What a report says of its runs: tables of them, their answers, evaluations and differences."""
+"""Tables of a report: the runs, their answers, evaluations and differences."""
 
 import json
 import re
@@ -30,7 +30,7 @@ from opcd.tasks.matching import right
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows."""
 NOT_SCORES = ("index", "sample", "seed", "tokens", "turns", "reference", "log_likelihoods")
-"""What an answer's line has beside its scores that may be a number as well."""
+"""Fields of an answer that may be numbers but are no scores."""
 ANSWERS = re.compile(r"step=(?P<step>\d+)-(?P<task>.+)\.jsonl")
 NONE = "-"
 CONFIG = "config.yaml"
@@ -38,16 +38,16 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, read.
+    """The content of a run's folder.
 
     Attributes:
-        name: the path that it was named by.
-        config: config.yaml, without the folder that runs go to.
+        name: the path that the user gave.
+        config: config.yaml, without trainer.default_root_dir.
         series: metrics.csv.
-        numbers: one number a metric.
+        numbers: one number for each metric.
         samples: samples.jsonl.
-        environment: environment.json; empty for a run that was not made by the command.
-        problems: what of the folder could not be read, or is not finite.
+        environment: environment.json; empty for a run that the command did not make.
+        problems: the parts that could not be read, or are not finite.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """From its folder, with what is whole of it. UserError where that holds no run."""
+        """Read a run from its folder. UserError if the folder is not a run's."""
         problems: list[str] = []
         return cls(
             name=str(folder),
@@ -76,35 +76,35 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps whose metrics are there; the first one is logged as step 0."""
+        """Optimizer steps with metrics; the first one is logged as step 0."""
         return max((step + 1 for step, _ in self.series.get("train/divergence", [])), default=0)
 
     def right(self, context: bool, last: bool) -> str:
-        """How many of the sample answers were right, at the first step or the last; a dash where nobody knows."""
+        """The number of right sample answers at the first or the last step; a dash if unknown."""
         rows = [row for row in self.samples if row["context"] == context]
         step = (max if last else min)((row["step"] for row in rows), default=0)
-        if step and not last and not context:  # a run that went on with other queries: nobody asked them before
+        if step and not last and not context:  # a run that resumed with other queries has no answers from before
             return NONE
         rows = [row for row in rows if row["step"] == step and row["reference"] is not None]
         return f"{sum(map(right, rows))} of {len(rows)}" if share_right(rows) is not None else NONE
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Every training, in the order given: a run that another one went on from is a part of that.
+    """Read all trainings, in the order given. A run that another one resumed is a part of it.
 
     Raises:
-        UserError: a folder holds no run, or is named twice.
+        UserError: a folder is not a run's, or is named twice.
     """
     folders = list(folders)
     for place, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:place]]:
             raise UserError(f"RUN: {folder} is named twice")
-    parts = {part for folder in folders for part in _gone_on_from(folder)}
+    parts = {part for folder in folders for part in _resumed(folder)}
     return [Run.read(folder) for folder in folders if folder.resolve() not in parts]
 
 
-def _gone_on_from(folder: Path) -> list[Path]:
-    """The runs that a run went on from, the last one first."""
+def _resumed(folder: Path) -> list[Path]:
+    """The runs that a run resumed, the last one first."""
     found: list[Path] = []
     former = former_run(folder)
     while former is not None and former != folder.resolve() and former not in found:
@@ -114,7 +114,7 @@ def _gone_on_from(folder: Path) -> list[Path]:
 
 
 def overview(runs: Sequence[Run]) -> Table:
-    """A row a run: steps, right answers, the last divergence, time and memory."""
+    """A row for each run: steps, right answers, the last divergence, time and memory."""
     header = ("run", "steps", "right before", "right after", "with the context", "divergence at the end, nats a token")
     rows = [
         (
@@ -130,30 +130,34 @@ def overview(runs: Sequence[Run]) -> Table:
 
 
 def all_numbers(runs: Sequence[Run]) -> Table:
-    """A row a metric, a column a run."""
+    """A row for each metric, a column for each run."""
     names = dict.fromkeys(name for run in runs for name in run.numbers)
     rows = [(name, *(_number(run.numbers.get(name)) for run in runs)) for name in sorted(names)]
     return ("metric", *(run.name for run in runs)), rows
 
 
 def differences(runs: Sequence[Run]) -> Table:
-    """The config keys in which a run is not as the first, a column a run."""
+    """Config keys at which a run differs from the first, with a column for each run."""
     keys = dict.fromkeys(key for run in runs[1:] for key in changed_keys(runs[0].config, run.config))
     return ("key", *(run.name for run in runs)), [(key, *(_at(run.config, key) for run in runs)) for key in keys]
 
 
 def environments(runs: Sequence[Run]) -> Table:
-    """When and on what each began, and the versions of packages."""
-    told = [{"began": run.environment.get("began", NONE), **_parts(run.environment)} for run in runs]
-    names = dict.fromkeys(name for one in told for name in one)
-    return ("", *(run.name for run in runs)), [(name, *(one.get(name, NONE) for one in told)) for name in names]
+    """The start, machine and package versions, with a column for each run."""
+    columns: list[dict[str, Any]] = []
+    for environment in (run.environment for run in runs):
+        parts = {**environment.get("machine", {}), **environment.get("versions", {})}
+        columns.append({"began": environment.get("began", NONE)} | {str(name): str(v) for name, v in parts.items()})
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, *(column.get(name, NONE) for column in columns)) for name in names]
+    return ("", *(run.name for run in runs)), rows
 
 
 def questions(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each sample query, with what every run answered before, after, and with the context."""
+    """Each sample query, with the answers of every run before, after, and with the context."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
-        # Of a damaged run, the answers without the context may all be gone.
+        # A damaged run may have no answers without the context.
         steps = [row["step"] for row in run.samples if not row["context"]] or [0]
         for row in run.samples:
             if not row["context"] and row["step"] not in (min(steps), max(steps)):
@@ -168,9 +172,9 @@ def questions(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def evaluations(runs: Sequence[Run]) -> Table:
-    """Every metric with its interval: of the last answers that `LMEval` wrote, and of every results.json.
+    """All metrics with intervals, from the last answers of `LMEval` and every results.json.
 
-    What cannot be read is added to each run's problems.
+    Parts that cannot be read are added to each run's problems.
     """
     rows = []
     for run in runs:
@@ -181,7 +185,7 @@ def evaluations(runs: Sequence[Run]) -> Table:
 
 
 def _config(folder: Path, problems: list[str]) -> dict[str, Any]:
-    """The config but for the folder that runs go to; empty where it cannot be read, which is a problem."""
+    """The config without trainer.default_root_dir; empty if it cannot be read, which is a problem."""
     try:
         config = read_config(folder)
     except UserError as error:
@@ -195,7 +199,7 @@ def _config(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _environment(folder: Path, problems: list[str]) -> dict[str, Any]:
-    """environment.json, of which parts of another shape are left out."""
+    """The content of environment.json, without parts of another type."""
     found = read_object(folder / FILE, problems)
     kinds = {"command": str, "began": str, "machine": dict, "versions": dict}
     if wrong := [name for name, kind in kinds.items() if not isinstance(found.get(name, kind()), kind)]:
@@ -214,7 +218,8 @@ def _inside_training(folder: Path, problems: list[str]) -> Iterable[tuple[str, s
         rows = read_jsonl(file, problems)
         first = rows[0] if rows else {}
         scores = [name for name, value in first.items() if name not in NOT_SCORES and _is_score(value)]
-        whole = [row for row in rows if _is_answer(row, scores)]
+        numbered = [row for row in rows if isinstance(row.get("index"), int)]
+        whole = [row for row in numbered if all(_is_score(row.get(name)) for name in scores)]
         if rows and not scores:
             problems.append(f"{parent.name}/{file.name}: no scores of single answers: the values are in metrics.csv")
         elif len(whole) < len(rows) or not scores:
@@ -223,7 +228,7 @@ def _inside_training(folder: Path, problems: list[str]) -> Iterable[tuple[str, s
             continue
         try:
             metrics = summarise(whole, scores)
-        except ValueError as error:  # some questions were answered more often than others
+        except ValueError as error:  # some questions have more answers than others
             problems.append(f"{parent.name}/{file.name}: left out: {error}")
             continue
         yield f"{parent.name}, step {step}", task, len({row["index"] for row in whole}), metrics
@@ -246,14 +251,9 @@ def _results(folder: Path, problems: list[str]) -> Iterable[tuple[str, str, int,
 
 
 def _metric(value: dict[str, Any]) -> Metric:
-    """A metric of results.json. KeyError, TypeError or ValueError where it is none."""
+    """A metric of results.json. KeyError, TypeError or ValueError for another value."""
     low, high = (None if value.get(end) is None else float(value[end]) for end in ("low", "high"))
     return Metric(float(value["value"]), low, high, str(value["note"]) if value.get("note") else None)
-
-
-def _is_answer(row: Row, scores: Sequence[str]) -> bool:
-    """Whether a line of answers has its question's number and all scores."""
-    return isinstance(row.get("index"), int) and all(name in row and _is_score(row[name]) for name in scores)
 
 
 def _is_score(value: Any) -> bool:
@@ -266,13 +266,8 @@ def _interval(metric: Metric) -> tuple[str, str]:
     return f"{metric.value:.3f}", f"{metric.low:.3f} to {metric.high:.3f}" if known else metric.note or NONE
 
 
-def _parts(environment: dict[str, Any]) -> dict[str, str]:
-    found = {**environment.get("machine", {}), **environment.get("versions", {})}
-    return {str(name): str(value) for name, value in found.items()}
-
-
 def _at(config: Any, key: str) -> str:
-    """The value at a dotted key, as JSON; a dash where the config has none."""
+    """The value at a dotted key, as JSON; a dash without the key."""
     for part in key.split("."):
         if not isinstance(config, dict) or part not in config:
             return NONE

@@ -1,1 +1,1 @@
-"""What every part of a program needs: errors, files, locks, signals, output."""
+"""Basics for all parts of the program: errors, files, locks, signals, output."""

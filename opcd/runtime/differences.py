@@ -1,4 +1,4 @@
-"""Configs as plain values, and where two of them differ."""
+"""Configs as plain values, and the keys at which two of them differ."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def plain_config(parser: "LightningArgumentParser", config: Any) -> dict[str, Any]:
-    """A parsed config as plain values, without the folder that runs are written to."""
+    """A parsed config as plain values, without trainer.default_root_dir."""
     plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False, format="yaml"))
     plain["trainer"].pop("default_root_dir")
     return plain

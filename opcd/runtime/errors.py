@@ -9,4 +9,4 @@ class UserError(Exception):
 
 
 class StepAbandoned(UserError):
-    """A training step ended before its optimizer step: weights, optimizer, scheduler and teacher are as before it."""
+    """A training step ended before its optimizer step; weights, optimizer, scheduler and teacher did not change."""

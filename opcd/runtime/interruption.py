@@ -1,7 +1,7 @@
-"""A signal that asks the run to end, and where a step notices it.
+"""Signals that ask a run to end, and the activity that a run shows between its steps.
 
-A handler only takes a note. Code that takes long calls `check` where it can be left: between two tokens of a rollout,
-between two layers of a model, between two micro-batches. Nothing is left within an optimizer step or a save.
+A signal handler only takes a note. Code that takes long calls `check` where it may stop: between two tokens of a
+rollout, two layers of a model, two micro-batches. Nothing stops within an optimizer step or a save.
 """
 
 import signal
@@ -14,7 +14,7 @@ from opcd.runtime.errors import StepAbandoned
 
 
 class Interrupted(BaseException):
-    """The run ends because a signal asked for it. No `Exception`: who handles errors must let it pass.
+    """The end of a run that a signal asked for. No `Exception`, so that no handler of errors catches it.
 
     Args:
         number: the signal.
@@ -31,36 +31,57 @@ class Interrupted(BaseException):
 
 
 class _Note:
-    """What this process was told: signals are the process's, not an object's."""
+    """The state of this process: signals and output belong to the process, not to an object."""
 
     number = 0
-    """The signal that asked; 0 for none."""
+    """The signal that asked the run to end; 0 for none."""
     apart = True
-    """Whether this process may leave where it stands, without the other ranks."""
+    """Whether this rank may stop without the others."""
+    show: Callable[[str, str], None] | None = None
+    """Takes the activity, and its progress ("" if unknown)."""
+
+
+def doing(what: str, how_far: str = "") -> None:
+    """Show an activity (loading, sample answers, a first pass over a context) and its progress, if anybody listens."""
+    if _Note.show is not None:
+        _Note.show(what, how_far)
+
+
+def show_activity(show: Callable[[str, str], None]) -> None:
+    """Call `show` with the arguments of `doing` from now on."""
+    _Note.show = show
+
+
+def hide_activity(show: Callable[[str, str], None]) -> None:
+    """Call `show` no more."""
+    if _Note.show == show:
+        _Note.show = None
 
 
 def leave(number: int, frame: FrameType | None = None) -> None:
-    """A handler: leave where the process stands (`Interrupted`). A second signal ends it at once, without a word."""
+    """Raise `Interrupted`: a signal handler. A second signal ends the process at once."""
     signal.signal(number, signal.SIG_DFL)
     raise Interrupted(number)
 
 
 @contextmanager
-def leaving_at_once(*numbers: signal.Signals) -> Iterator[None]:
-    """A block that these signals end by `Interrupted`, until somebody within listens to them."""
+def leaving_at_once(
+    *numbers: signal.Signals, handler: Callable[[int, FrameType | None], None] = leave
+) -> Iterator[None]:
+    """Let these signals end the block by the handler's exception, until code within installs other handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = {number: signal.signal(number, leave) for number in numbers}
+    former = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number, before in former.items():
+            signal.signal(number, before)
 
 
 def ask(number: int) -> None:
-    """Take a note that the run is to end."""
+    """Note that a signal asks the run to end."""
     _Note.number = number
 
 
@@ -70,29 +91,29 @@ def asked() -> int:
 
 
 def reset(apart: bool = True) -> None:
-    """Forget what was asked; `apart`: there are no other ranks that wait for this one."""
+    """Forget the signal. `apart`: no other rank waits for this one."""
     _Note.number, _Note.apart = 0, apart
 
 
 def check() -> None:
-    """Leave, where the run was asked to end and nobody waits for this rank (`Interrupted`)."""
+    """Raise `Interrupted` if the run was asked to end and no other rank waits for this one."""
     if _Note.number and _Note.apart:
         raise Interrupted(_Note.number)
 
 
 @contextmanager
 def leaving_together(largest: Callable[[int], int]) -> Iterator[None]:
-    """A block that may be left anywhere by `check` or `StepAbandoned`; at its end all ranks leave, if one of them must.
+    """Let `check` or `StepAbandoned` end the block; if one rank must stop, all ranks stop at its end.
 
     Args:
-        largest: the largest of all ranks' numbers; every rank must call it.
+        largest: returns the largest number of all ranks; every rank must call it.
     """
     apart, _Note.apart = _Note.apart, True
     problem: StepAbandoned | None = None
     try:
         yield
     except Interrupted:
-        pass  # the others must learn of it first
+        pass  # the other ranks must hear of the signal first
     except StepAbandoned as error:
         problem = error
     finally:
@@ -100,4 +121,4 @@ def leaving_together(largest: Callable[[int], int]) -> Iterator[None]:
     if number := largest(_Note.number):
         raise Interrupted(number)
     if largest(problem is not None):
-        raise problem or StepAbandoned("another rank has abandoned the step and says why; --ckpt_path last goes on")
+        raise problem or StepAbandoned("another rank abandoned the step and says why; --ckpt_path last resumes")

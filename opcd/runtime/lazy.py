@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are asked for, so that what needs no torch does not wait for it."""
+"""Lazy imports: a package imports a name at its first use, so that code without torch starts fast."""
 
 import ast
 import importlib
@@ -9,10 +9,7 @@ from typing import Any
 
 
 def lazily(package: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a package, for the names that its file imports under `if TYPE_CHECKING`.
-
-    The block is the one list of them, for this and for type checkers.
-    """
+    """Make the `__getattr__` of a package, for the names that its file imports under `if TYPE_CHECKING`."""
     file = sys.modules[package].__file__
     assert file is not None
     places: dict[str, str] = {}
@@ -23,7 +20,7 @@ def lazily(package: str) -> Callable[[str], Any]:
                 places |= {alias.name: str(node.module) for alias in node.names}
 
     def imported(name: str) -> Any:
-        """The name, kept in the package from now on."""
+        """Import a name and keep it in the package."""
         if name not in places:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(places[name]), name)
@@ -34,7 +31,7 @@ def lazily(package: str) -> Callable[[str], Any]:
 
 
 def all_of(package: str) -> None:
-    """Import all that a package has a name for, so that jsonargparse finds classes by their last name."""
+    """Import all public names of a package, so that jsonargparse finds classes by their last name."""
     module = importlib.import_module(package)
     for name in module.__all__:
         getattr(module, name)

@@ -1,4 +1,4 @@
-"""What a run asks of its machine: devices, and a port where its ranks meet."""
+"""Checks of the machine: the devices, and the port at which the ranks of a run meet."""
 
 import os
 import re
@@ -13,21 +13,21 @@ from lightning.pytorch import Trainer
 from opcd.runtime.errors import UserError
 
 DEVICES = re.compile("gpu|accelerator|devices", re.IGNORECASE)
-"""In what Lightning says of devices that are not there."""
+"""Words in Lightning's messages about missing devices."""
 
 
 def in_full(error: MisconfigurationException, config: Any) -> str:
-    """What Lightning says of a trainer; of devices, what was asked for and what there is before it."""
+    """Lightning's message about a trainer; about devices, with those that the config wants and the machine has."""
     if not DEVICES.search(str(error)):
         return str(error)
     return (
         f"trainer.accelerator is {config['accelerator']} and trainer.devices {config['devices']}, and this machine has "
-        f"{torch.cuda.device_count()} CUDA GPUs; ask for what there is, or for --trainer.accelerator cpu ({error})"
+        f"{torch.cuda.device_count()} CUDA GPUs; choose devices of this machine, or --trainer.accelerator cpu ({error})"
     )
 
 
 def check_numbers(config: Any) -> None:
-    """Refuse a seed, devices or nodes that no machine has, when the config is read (UserError)."""
+    """Raise UserError for a seed, devices or nodes that no machine has, when the config is read."""
     seed, devices, nodes = config.seed_everything, config.trainer.devices, config.trainer.num_nodes
     if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
         raise UserError(f"seed_everything: {seed} is no seed; give a whole number from 0 to {2**32 - 1}")
@@ -36,7 +36,7 @@ def check_numbers(config: Any) -> None:
     least = -1 if several is None else 0
     if numbers and min(numbers) < least:
         raise UserError(
-            f"trainer.devices: {devices}: there is no such device; give how many (-1: all), a list of their numbers "
+            f"trainer.devices: {devices}: there is no such device; give a count (-1: all), a list of device numbers "
             "from 0, or auto"
         )
     if nodes < 1:
@@ -44,11 +44,11 @@ def check_numbers(config: Any) -> None:
 
 
 def check_port(trainer: Trainer) -> None:
-    """Refuse a MASTER_PORT that somebody else listens on, before other ranks start and wait for him (UserError)."""
+    """Raise UserError if MASTER_PORT is in use, before other ranks start and wait."""
     port, environment = os.environ.get("MASTER_PORT"), getattr(trainer.strategy, "cluster_environment", None)
     if port is None or trainer.world_size == 1 or not isinstance(environment, LightningEnvironment):
         return
-    # Whoever is started by torchrun, or by rank 0, finds the port in use, and rightly so.
+    # A process that torchrun or rank 0 started finds the port in use: rank 0 listens on it.
     if environment.creates_processes_externally or environment.node_rank():
         return
     both = socket.has_dualstack_ipv6()
@@ -57,5 +57,5 @@ def check_port(trainer: Trainer) -> None:
         socket.create_server(("", int(port)), family=family, dualstack_ipv6=both).close()
     except (OSError, ValueError, OverflowError) as error:
         raise UserError(
-            f"the ranks cannot meet at MASTER_PORT {port}: {error}; set another one, or none: a free one is taken then"
+            f"the ranks cannot meet at MASTER_PORT {port}: {error}; set another port, or none for a free one"
         ) from error

@@ -1,15 +1,14 @@
-"""What leaves for people: control characters are escaped, secrets are masked, and output that fails ends no run.
+"""Text for people: control characters are escaped, secrets are masked, and output that fails does not end a run.
 
-`opcd` installs `clean_output` around every command, so that whatever is printed, logged or raised passes `shown`.
-What draws on a terminal with rich uses a `Screen`, which cleans the text and keeps its own colours and moves.
+`opcd` runs every command inside `clean_output`, so that all text that is printed, logged or raised passes `shown`.
+Code that draws on a terminal with rich uses a `Screen`, which cleans the text and keeps rich's colours and moves.
 """
 
-import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import IO, Any, TextIO, cast
@@ -27,23 +26,23 @@ CONTROL = re.compile(
     "\u061c\u200e\u200f\u2028-\u202e\u2061-\u206f\ufeff\ufff9-\ufffb"  # directions, breaks, invisible marks
     "\ud800-\udfff\U000e0000-\U000e007f]"  # halves of pairs, as in names of files that are no UTF-8; tags
 )
-"""What a terminal acts on, or shows as nothing. Joiners stay: emoji and several scripts need them."""
+"""Characters that a terminal acts on, or does not show. Joiners stay: emoji and several scripts need them."""
 BREAKS = re.compile(r"[\t\n]")
 USER = re.compile(
     r"(?<=://)(?:[^\s/\"'<>]{1,256}@|[^\s/:\"'<>]{1,256}:(?!\d{1,5}/)[^\s\"'<>]{0,256}@)"  # bounded: linear time
 )
-"""Who an address is opened as, with the password; also one that holds a slash, and is no port."""
+"""The user and the password in an address. A password may hold a slash; a port is no password."""
 QUERY = re.compile(r"([?&](?:access_token|token|api_?key|key|password|secret|signature|sig)=)[^\s&\"'<>]+", re.I)
 """A key in the query of an address."""
 NAMED = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
 """Variables of the environment that hold a key."""
 ADDRESSES = ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 SHORTEST = 8
-"""Characters of a key in the environment; a shorter text would mask words."""
+"""Least characters of a key in the environment: a shorter one would mask words."""
 UP = re.compile(r"(\x1b\[A)+")
-"""How tqdm goes to the bar above."""
+"""How tqdm moves to the bar above."""
 FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20].|[\t\r]", re.DOTALL)
-"""How a cell begins that a spreadsheet may run, also in letters of full width."""
+"""The beginning of a cell that a spreadsheet may run as a formula, also in full-width letters."""
 MARKUP = re.compile(r"[\\`*\[\]<>&|~$!#]|(?<!\w)_|_(?!\w)")
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
@@ -51,18 +50,17 @@ _secrets: frozenset[str] = frozenset()
 
 
 def shown(text: object, lines: bool = True) -> str:
-    """The text as people may see it: control characters as `\\x1b` or `\\u202e`, keys and passwords as ***.
+    """The text that people may see: control characters as `\\x1b` or `\\u202e`, keys and passwords as ***.
 
     Args:
-        lines: keep tabs and line breaks; off, for a name that stands in a line.
+        lines: keep tabs and line breaks; False for a name within a line.
     """
-    clean = masked(str(text)).replace("\r\n", "\n")
-    clean = CONTROL.sub(_escaped, clean)
+    clean = CONTROL.sub(_escaped, masked(str(text)).replace("\r\n", "\n"))
     return clean if lines else BREAKS.sub(_escaped, clean)
 
 
 def masked(text: str) -> str:
-    """The text without passwords in addresses, and without every secret that `hide` was told."""
+    """The text without passwords in addresses and without the secrets given to `hide`."""
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, MASK)
     if "://" in text:
@@ -71,30 +69,30 @@ def masked(text: str) -> str:
 
 
 def hide(secret: str) -> None:
-    """Mask a text from now on, wherever it is shown, also as JSON or Python would quote it."""
+    """Mask a secret from now on, also as JSON or Python quotes it."""
     global _secrets
     forms = (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], unquote(secret))
     _secrets = _secrets | {form for form in forms if len(form.strip()) > 3}  # a new set: other threads read the old one
 
 
-def hide_environment(environment: Mapping[str, str]) -> None:
-    """Mask the keys and the passwords of addresses that the environment holds."""
-    for name, value in environment.items():
+def _hide_environment() -> None:
+    """Mask the keys in the environment, and the passwords of its addresses."""
+    for name, value in os.environ.items():
         if NAMED.search(name) and len(value) >= SHORTEST and not value.startswith(("/", "~", ".")):  # no file
             hide(value.strip())
     for name in ADDRESSES:
         with suppress(ValueError):
-            password = urlsplit(environment.get(name, "")).password or ""
+            password = urlsplit(os.environ.get(name, "")).password or ""
             hide(password if len(password) >= SHORTEST else "")  # a shorter one is masked in its address
 
 
 def plain(text: object) -> Text:
     """Text for rich in which nothing is markup, an emoji's name or a control character."""
-    return Text(_encodable(shown(text), getattr(sys.stdout, "encoding", None) or "utf-8"))
+    return Text(_encodable(shown(text), getattr(sys.stdout, "encoding", None)))
 
 
 def csv_cell(value: object) -> str:
-    """A cell of a CSV file: what a spreadsheet would run as a formula begins with an apostrophe; numbers stay."""
+    """A cell of a CSV file. An apostrophe goes before text that a spreadsheet would run as a formula; numbers stay."""
     text = shown(value)  # a bare \r would end the row for some readers
     if not FORMULA.match(text):
         return text
@@ -112,9 +110,9 @@ def markdown(text: object) -> str:
 
 
 def markdown_code(text: object) -> str:
-    """The same as code, in a fence longer than any within; a bar would end a cell also there."""
+    """Text as Markdown code, in a fence longer than any within. Bars are escaped: they would end a table's cell."""
     line = shown(text, lines=False)
-    fence = "`" * (max((len(run) for run in re.findall(r"`+", line)), default=0) + 1)
+    fence = "`" * (max(map(len, re.findall(r"`+", line)), default=0) + 1)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{pad}{line}{pad}{fence}".replace("|", "\\|")
 
@@ -127,76 +125,51 @@ class Screen(Console):
     """A console that shows text as `shown` does, and characters that the terminal's encoding lacks as escapes."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text of a string, cleaned before it is laid out."""
-        return super().render_str(self._fitting(shown(text)), **options)
+        """Clean a string, then lay it out."""
+        return super().render_str(_encodable(shown(text), self.encoding), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The pieces of anything, cleaned, but for rich's own control codes."""
+        """Render anything into clean pieces; rich's own control codes stay."""
         for piece in super().render(renderable, options):
-            yield piece if piece.control else piece._replace(text=self._fitting(shown(piece.text)))
+            yield piece if piece.control else piece._replace(text=_encodable(shown(piece.text), self.encoding))
 
     def set_live(self, live: Live) -> bool:
-        """Let other output pass above what is drawn in place."""
+        """Draw in place from now on; other output passes above."""
         _screens.append(self)
         return super().set_live(live)
 
     def clear_live(self) -> None:
-        """End this."""
+        """Stop drawing in place."""
         super().clear_live()
         _screens.remove(self)
 
-    def _fitting(self, text: str) -> str:
-        return _encodable(text, self.encoding)
-
 
 _screens: list[Screen] = []
-"""Those that draw in place now."""
+"""The screens that draw in place now."""
 
 
-class _Tolerant(io.TextIOBase):
-    """A stream whose failures end nothing: what cannot be written is left out.
-
-    Args:
-        stream: where to.
-    """
+class _Tolerant:
+    """A stream that drops text which cannot be written, and raises nothing."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.failed: Exception | None = None
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """The stream's encoding."""
-        return getattr(self.stream, "encoding", None) or "utf-8"
-
-    @property
-    def errors(self) -> str | None:  # type: ignore[override]
-        """What the stream does with characters that its encoding lacks."""
-        return getattr(self.stream, "errors", None)
-
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the stream has, such as its buffer."""
+        """Everything else is the stream's own, such as its encoding and its buffer."""
         return getattr(self.stream, name)
 
-    def writable(self) -> bool:
-        """Always; what is written may be lost."""
-        return True
-
-    def fileno(self) -> int:
-        """The stream's descriptor."""
-        return self.stream.fileno()
-
     def isatty(self) -> bool:
-        """Whether a person looks at it."""
+        """Whether the stream is a terminal that still works."""
         return self.failed is None and not self.stream.closed and self.stream.isatty()
 
     def write(self, text: str) -> int:
-        """Write what the encoding has, the rest as escapes."""
-        self._try(lambda: self.stream.write(_encodable(text, self.encoding)))
+        """Write a text; characters that the encoding lacks as escapes."""
+        self._try(lambda: self.stream.write(_encodable(text, getattr(self.stream, "encoding", None))))
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what is buffered."""
+        """Flush the stream."""
         self._try(self.stream.flush)
 
     def _try(self, action: Callable[[], object]) -> None:
@@ -207,25 +180,21 @@ class _Tolerant(io.TextIOBase):
         except BlockingIOError:
             pass  # a reader that is slow: this piece is lost
         except (OSError, ValueError) as error:  # a closed pipe, a full disk; ValueError: closed in Python
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        """Write nothing more. What the stream still holds goes nowhere, so that Python can end without a complaint."""
-        self.failed = error
-        with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
+            self.failed = error
+            with suppress(OSError, ValueError):  # the null device takes the rest, so that Python ends without a word
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
 
 
 class _Clean(FileProxy):
-    """A stream that shows what it is given as `shown` does.
+    """A stream that cleans its text with `shown`.
 
     rich takes it for its own proxy: consoles write below it, and no `Live` puts another one over it.
 
     Args:
-        stream: where to.
-        bars: whether tqdm's bars come this way; their returns to the beginning of a line stay.
+        stream: the stream below.
+        bars: whether tqdm writes here; its returns to the beginning of a line stay.
     """
 
     def __init__(self, stream: TextIO, bars: bool) -> None:
@@ -235,26 +204,22 @@ class _Clean(FileProxy):
         self.bars = bars
         self._begun = ""
 
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else the stream has."""
-        return getattr(self.below, name)
-
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """The stream's encoding."""
-        return self.below.encoding
+        """The encoding of the stream below."""
+        return getattr(self.below, "encoding", None) or "utf-8"
 
     @property
     def errors(self) -> str | None:  # type: ignore[override]
-        """What the stream does with characters that its encoding lacks."""
-        return self.below.errors
+        """What the stream below does with characters that its encoding lacks."""
+        return getattr(self.below, "errors", None)
 
     def writable(self) -> bool:
-        """Always; what is written may be lost."""
+        """Always True, although text may be lost."""
         return True
 
     def write(self, text: str) -> int:
-        """Show a text, above what a screen draws in place."""
+        """Write a text, above a screen that draws in place."""
         if self.bars and UP.fullmatch(text):
             self.below.write(text)
         elif self.bars and text.startswith("\r") and "\n" not in text:
@@ -270,26 +235,23 @@ class _Clean(FileProxy):
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what is buffered."""
+        """Write the line that has begun, and flush the stream below."""
         if self._begun and not _screens:
             self.below.write(shown(self._begun))
             self._begun = ""
         self.below.flush()
 
 
-def _encodable(text: str, encoding: str) -> str:
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.encode(encoding, "backslashreplace").decode(encoding)
-    except LookupError:
-        pass
+def _encodable(text: str, encoding: str | None) -> str:
+    """The text with escapes for characters that an encoding lacks (None: UTF-8)."""
+    with suppress(LookupError):  # an unknown encoding
+        return text.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
     return text
 
 
 @cache
 def _nowhere(descriptor: int) -> TextIO:
-    """The null device, also at a descriptor that is free: the next file would get it, and with it what is printed."""
+    """Open the null device. It also takes a descriptor that is free: the next file would get it and the output."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     try:
         os.fstat(descriptor)
@@ -299,12 +261,12 @@ def _nowhere(descriptor: int) -> TextIO:
 
 
 def install() -> None:
-    """Have all that this process prints and logs cleaned, from now on.
+    """Clean all that this process prints and logs from now on.
 
-    A standard stream that was closed before Python began goes nowhere, so that no file gets its number.
+    The null device replaces a standard stream that was closed before Python began, so that no file gets its number.
     """
     if not isinstance(sys.stdout, _Clean):
-        hide_environment(os.environ)
+        _hide_environment()
         os.environ.setdefault("PYTHON_COLORS", "0")  # from 3.13 on Python itself colours tracebacks and --help
         sys.stdin = sys.stdin or _nowhere(0)
         sys.stdout, sys.stderr = _Clean(sys.stdout or _nowhere(1), False), _Clean(sys.stderr or _nowhere(2), True)
@@ -312,7 +274,7 @@ def install() -> None:
 
 @contextmanager
 def clean_output() -> Iterator[None]:
-    """`install` for a while; all the same where it is installed already."""
+    """`install` within a block."""
     former = sys.stdout, sys.stderr
     install()
     try:
@@ -323,9 +285,9 @@ def clean_output() -> Iterator[None]:
 
 
 def finish_output() -> bool:
-    """Hand on what is buffered; False where standard output could not be written, which standard error then says.
+    """Flush both streams. Returns False, and says so on standard error, where standard output could not be written.
 
-    A reader that has gone (`opcd ... | head`) wants no more: nothing is lost.
+    A reader that has gone (`opcd ... | head`) is no failure.
     """
     sys.stdout.flush()
     error = getattr(sys.stdout, "failed", None)

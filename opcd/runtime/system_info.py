@@ -1,4 +1,4 @@
-"""Where a run ran: the machine, the commit of the code, the versions of its packages."""
+"""The environment of a run: the machine, the commit of the code, the versions of packages."""
 
 import os
 import platform
@@ -8,11 +8,11 @@ from pathlib import Path
 from opcd.runtime.versions import installed_version
 
 FILE = "environment.json"
-"""In a run's folder."""
+"""The file in a run's folder."""
 
 
 def machine() -> dict[str, str]:
-    """Processor, memory, GPUs, system, and the commit of the code."""
+    """The processor, memory, GPUs, system, and the commit of the code."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -27,7 +27,7 @@ def machine() -> dict[str, str]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of each package."""
+    """The version of each package."""
     return {package: installed_version(package) or "not installed" for package in packages}
 
 
@@ -38,7 +38,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Of the clone that this file is in; a file that is installed is in none, or in somebody's that ignores it."""
+    """The commit of this file's clone; an installed file is in none, or in a repository that ignores it."""
     try:
         _git("ls-files", "--error-unmatch", Path(__file__).name)
         return _git("describe", "--always", "--dirty", "--abbrev=12")

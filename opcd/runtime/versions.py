@@ -3,12 +3,12 @@
 import importlib.metadata
 
 VERSION = "0.1.0"
-"""That of opcd; pyproject.toml reads it here, so that a clone knows it where nothing is installed."""
+"""The version of opcd. pyproject.toml reads it here, so that a clone knows it without an installation."""
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a package of this environment, or None where it is not installed; `opcd` is this project."""
-    if name == "opcd":  # pip knows another project by that name
+    """The version of an installed package, or None. `opcd` is this project: on PyPI it is another one."""
+    if name == "opcd":
         return VERSION
     try:
         return importlib.metadata.version(name)

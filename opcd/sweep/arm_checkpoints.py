@@ -1,4 +1,4 @@
-"""Which checkpoints of a sweep stay on the disk: those of the best arm, unless the sweep asks for more."""
+"""Checkpoints of a sweep: only those of the best arm stay on the disk, unless the sweep asks for more."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from opcd.sweep.summary import ArmResult
 
 MEASURES = (("samples/right", "maximize"), ("val/divergence", "minimize"), ("train/divergence", "minimize"))
-"""What tells the best arm: the first that all finished arms have."""
+"""Metrics by which the best arm is chosen: the first one that all finished arms have."""
 
 
 def keep_the_best(results: Sequence[ArmResult]) -> None:
-    """Remove the checkpoints of all arms that have finished in this process but the best.
+    """Remove the checkpoints of all arms that finished in this process except the best.
 
-    Nothing but `step=N.ckpt` and its manifest is removed, and nothing of an arm whose config asks for checkpoints.
+    Only `step=N.ckpt` and its manifest are removed. An arm whose config asks for checkpoints keeps its own.
     """
     finished = [result for result in results if result.task.status == "finished"]
     best = _best(finished)
@@ -29,7 +29,7 @@ def keep_the_best(results: Sequence[ArmResult]) -> None:
 
 
 def _best(finished: Sequence[ArmResult]) -> ArmResult | None:
-    """The best by the first of `MEASURES` that all have; None where nothing tells."""
+    """The best arm by `MEASURES`; None if no metric decides."""
     for metric, direction in MEASURES:
         if finished and all(metric in result.numbers for result in finished):
             sign = 1 if direction == "minimize" else -1
@@ -38,7 +38,7 @@ def _best(finished: Sequence[ArmResult]) -> ArmResult | None:
 
 
 def _asked_for(config: dict[str, Any]) -> bool:
-    """Whether an arm's config says that checkpoints are saved, or how."""
+    """Whether an arm's config asks for checkpoints."""
     trainer = config.get("trainer") or {}
     callbacks = trainer.get("callbacks") or []
     named = [str(each.get("class_path")) for each in callbacks if isinstance(each, dict)]

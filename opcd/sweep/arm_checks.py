@@ -1,4 +1,4 @@
-"""Every config of a sweep is parsed and built before the first process starts."""
+"""Checks of all configs of a sweep, before the first process starts."""
 
 import json
 import logging
@@ -17,17 +17,18 @@ from opcd.runtime.errors import UserError
 from opcd.runtime.files.user_files import require_file
 from opcd.sweep.sweep_plan import Base, overrides
 
-# What the engine gives to every arm, and what says nothing about the rows.
 OWN_KEYS = ("trainer.default_root_dir", "config", "print_config")
+"""Keys that the engine sets for every arm."""
 NOT_ROWS = ("seed", "batch_size", "eval_batch_size", "shuffle", "num_workers")
+"""Keys of `data` that do not change the rows."""
 
 
 class ConfigChecker:
-    """Checks configs with the parser of `opcd fit`; loads tokenizers and rows, no model.
+    """A checker of configs with the parser of `opcd fit`. It loads tokenizers and rows, no model.
 
     Args:
-        parser: that of `opcd.cli.fit.fit_parser`.
-        base: what all arms have in common.
+        parser: the parser of `opcd.cli.fit.fit_parser`.
+        base: the settings that all arms share.
 
     Raises:
         UserError: a file of the base is missing, or the base is no valid config.
@@ -43,28 +44,28 @@ class ConfigChecker:
         self._known = sorted({*self._known, *self._parse(self.words({}), "base").keys()})
 
     def words(self, settings: dict[str, Any]) -> list[str]:
-        """The words after `opcd fit` of a run with these settings over the base.
+        """The words after `opcd fit` for a run with these settings over the base.
 
-        A setting takes the place of what `base.set` says below its key: another class has other arguments.
+        A setting replaces all keys of `base.set` below its key: another class has other arguments.
         """
         files = [word for file in self.base.config for word in ("--config", file)]
         base = {k: v for k, v in self.base.set.items() if not any(k.startswith(f"{key}.") for key in settings)}
         return [*files, *overrides({**base, **settings})]
 
     def check_keys(self, keys: Iterable[str], where: str) -> None:
-        """Refuse a dotted key that no config has, with the nearest that one has."""
+        """Raise UserError for a dotted key that no config has, with the nearest known key."""
         for key in keys:
             if key in OWN_KEYS:
-                raise UserError(f"{where}: {key} is the sweep's own to set; remove it")
+                raise UserError(f"{where}: {key} is set by the sweep itself; remove it")
             if not self._is_key(key):
                 raise UserError(f"{where}: {key!r} is no config key{key_meant(key, self._known)}")
 
     def resolve(self, settings: dict[str, Any], where: str) -> dict[str, Any]:
-        """The whole config of a run, as its config.yaml will hold it, less the folder that it writes to.
+        """The complete config of a run, as in its config.yaml, without trainer.default_root_dir.
 
         Raises:
-            UserError: a value does not fit its key, a class refuses its arguments, the rows cannot be read, or
-                `opcd fit` would refuse the run before a model loads.
+            UserError: `opcd fit` would refuse the run before a model loads: a wrong value or argument, rows that
+                cannot be read, or parts that do not fit together.
         """
         config = self._parse(self.words(settings), where)
         try:
@@ -78,7 +79,7 @@ class ConfigChecker:
     def _parse(self, words: list[str], where: str) -> Any:
         quiet = logging.getLogger("jsonargparse")
         try:
-            quiet.disabled = True  # that a class is replaced and its arguments dropped is what an axis is for
+            quiet.disabled = True  # its warning that a new class drops the arguments of the old one: axes do that
             return self.parser.parse_args(words)
         except ArgumentError as error:
             raise UserError(f"{where}: {error}") from error
@@ -86,7 +87,7 @@ class ConfigChecker:
             quiet.disabled = False
 
     def _rows(self, data: ContextQueryDataModule, config: Any) -> ContextQueryDataModule:
-        """The data with its rows, which are read once for all arms that have the same."""
+        """The data with its rows, which are read once for all arms that share them."""
         rows = {key: value for key, value in config.data.as_dict().items() if key not in NOT_ROWS}
         models = [config.model.student, config.model.teacher]
         key = json.dumps([rows, *models], default=str, sort_keys=True)
@@ -101,7 +102,7 @@ class ConfigChecker:
         return [name for name in names if not name.endswith(".help") and name not in own]
 
     def _is_key(self, key: str) -> bool:
-        """Whether the parser has the key, or a class or dictionary that it may lie in; the parser checks the rest."""
+        """Whether the parser has the key, or a class or dictionary above it, whose inside the parser checks."""
         keys = self._keys()
         if key in keys:
             return True

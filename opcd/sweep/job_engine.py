@@ -1,55 +1,55 @@
-"""Runs jobs beside and after one another, and goes on where a former run of the same folder stopped."""
+"""An engine that runs jobs in parallel and in order, and continues where a former run of the folder stopped."""
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from opcd.results.run_files import clock
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import explained, open_own, require_own
-from opcd.runtime.files.locks import lock, owner_of, seems_alive, sign, told
+from opcd.runtime.files.locks import owner_in_words, sign, take
+from opcd.runtime.interruption import leaving_at_once
 from opcd.sweep.jobs import Job, JobFolder
 from opcd.sweep.launchers import LocalLauncher, Running
 
 Status = Literal["waiting", "running", "finished", "failed", "not run"]
 POLL_SECONDS = 0.5
 LOCK = ".lock"
-"""Of a folder of jobs: it is held while one of them runs, and says whose it is."""
+"""The lock file of a folder of jobs: it is held while one of them runs, and names its owner."""
 
 
 @dataclass
 class Task:
-    """A job on its way."""
+    """A job and its state."""
 
     job: Job
     folder: JobFolder
     status: Status = "waiting"
     begun: float = 0.0
     seconds: float = 0.0
-    """How long it ran; of a former run where `before`."""
+    """How long it ran, in the former run if `before`."""
     before: bool = False
-    """Whether a former run of the sweep had finished it."""
+    """Whether a former run of the sweep finished it."""
     code: int | None = None
-    """Exit code of a failed one."""
+    """The exit code of a failed job."""
     slot: int = 0
     running: Running | None = None
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """The folder for this process and those it starts; gives the file descriptor that holds the lock.
+    """Lock a folder for this process and those that it starts. Yields the file descriptor that holds the lock.
 
-    The lock is gone when the last of them is, so a sweep that was killed cannot be started again over a run that it
-    left behind. The lock file also tells that the folder is one of this program's.
+    The lock ends with the last of these processes, so a killed sweep cannot start again beside a run that it left.
+    The lock file also marks the folder as one of this program's.
 
     Raises:
-        UserError: the folder cannot be made, holds other files, or somebody has the lock.
+        UserError: the folder cannot be made, holds other files, or is locked by another process.
     """
     file = folder / LOCK
     if not file.exists():
@@ -58,11 +58,10 @@ def locked(folder: Path) -> Iterator[int]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = open_own(file, os.O_RDWR)
     try:
-        owner = owner_of(descriptor)
-        if not _taken(descriptor, file, owner):
+        if not take(descriptor, file):
             raise UserError(
-                f"--out: {folder} is in use: by another sweep or experience run, or by what a killed one has left "
-                f"behind ({told(owner)}); wait for it or end it, or choose another --out"
+                f"--out: {folder} is in use: by another sweep or experience run, or by a job that a killed one left "
+                f"behind ({owner_in_words(descriptor)}); wait for it or end it, or choose another --out"
             )
         sign(descriptor)
         yield descriptor
@@ -70,34 +69,26 @@ def locked(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _taken(descriptor: int, file: Path, owner: dict[str, Any]) -> bool:
-    """Whether this process has the folder now."""
-    try:
-        return lock(descriptor, file, wait=False) or not seems_alive(owner)
-    except BlockingIOError:
-        return False
-
-
 class Engine:
-    """Runs jobs, a folder each.
+    """An engine that runs jobs, each in a folder of its own.
 
     Args:
-        root: the folder of all jobs' folders.
-        launcher: where the processes run.
-        jobs: most that run at the same time.
+        root: the parent of the jobs' folders.
+        launcher: starts the processes.
+        jobs: most jobs that run at the same time.
     """
 
     def __init__(self, root: Path, launcher: LocalLauncher, jobs: int) -> None:
         self.root, self.launcher, self.jobs = root, launcher, jobs
         self.on_finish: Callable[[], None] = lambda: None
-        """Called after each job that has finished."""
+        """Called after each finished job."""
         self.tasks: dict[str, Task] = {}
 
     def add(self, jobs: Sequence[Job]) -> list[Task]:
-        """Take jobs in; those that have finished before are not run again.
+        """Add jobs. Those that a former run finished are not run again.
 
         Raises:
-            UserError: one has finished with another config.
+            UserError: a job finished with another config.
         """
         added = []
         for job in jobs:
@@ -113,24 +104,24 @@ class Engine:
         return added
 
     def run(self) -> None:
-        """Run what waits until nothing can run any more. Whatever ends this early ends the processes too."""
-        with sigterm_as_interrupt():
+        """Run all waiting jobs. An exception or a signal ends their processes too."""
+        with leaving_at_once(signal.SIGTERM, handler=signal.default_int_handler):  # as Ctrl-C
             try:
                 while self._step():
                     time.sleep(POLL_SECONDS)
             finally:
                 left = [task.running for task in self._with("running") if task.running is not None]
                 for running in left:
-                    running.ask_to_end()
+                    running.send(signal.SIGTERM)  # Lightning ends its step first
                 for running in left:
                     running.end()
 
     def failed(self) -> list[Task]:
-        """Tasks that failed."""
+        """The tasks that failed."""
         return self._with("failed")
 
     def _step(self) -> bool:
-        """Collect what has ended, start what can start; whether there is more to do."""
+        """Collect jobs that ended and start jobs that can. Returns whether there is more to do."""
         for task in self._with("running"):
             self._collect(task)
         for task in self._with("waiting"):
@@ -167,33 +158,15 @@ class Engine:
 
 
 def _set(task: Task, status: Status) -> None:
-    """Change the status of a task, and print a line about it."""
+    """Change the status of a task, and print it."""
     task.status = status
     took = f"{' before' if task.before else ''} in {clock(task.seconds)}" if status in ("finished", "failed") else ""
     log = f"; its output: {os.path.relpath(task.folder.log)}" if status == "running" else ""
     print(f"{task.job.name}: {status}{took}{log}", flush=True)
 
 
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that what it started is ended with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        """What Ctrl-C raises."""
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
-
-
 def explain(tasks: Sequence[Task], lines: int = 12) -> str:
-    """What failed, and the end of each log."""
+    """The reasons of failed tasks, and the ends of their logs."""
     parts = []
     for task in tasks:
         why = f"exit code {task.code}" if task.code else f"ended before {task.job.proof} was there"

@@ -1,4 +1,4 @@
-"""A job is one `opcd` process with a folder of its own; the folder says whether it finished."""
+"""Jobs: each is one `opcd` process with a folder of its own, which records whether it finished."""
 
 import json
 import os
@@ -15,41 +15,42 @@ from opcd.runtime.files.disk import MANIFEST, explained, remove_own, require_own
 from opcd.runtime.files.user_files import read_json
 
 OWN = ("job.json", "log.txt", "finished.json")
-"""What is written into a job's folder beside what its process writes."""
-RUN = "runs/version_0"  # where `opcd` writes in a job's folder: the former attempt is gone before it starts
+"""Files that the engine writes into a job's folder."""
+RUN = "runs/version_0"
+"""The run in a job's folder. A former attempt is removed before the job starts."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process of `opcd`, and what tells that it did all of its work."""
+    """One process of `opcd`, and the proof that it did all of its work."""
 
     name: str
-    """Its folder, relative to that of the sweep."""
+    """The job's folder, relative to the sweep's."""
     words: list[str]
     """The words after `opcd`."""
     config: dict[str, Any]
-    """What the result depends on: a finished job is not run again while this stays the same."""
+    """The values that the result depends on. A finished job does not run again with the same config."""
     proof: str
-    """A path in its folder that exists once the work is done."""
+    """A path in the job's folder that exists once the work is done."""
     after: tuple[str, ...] = ()
-    """Names of jobs that must finish before."""
+    """Names of jobs that must finish first."""
     leaves: tuple[str, ...] = ("runs",)
-    """Files and folders that its process makes in its folder, the proof apart."""
+    """Other files and folders that the process makes in the job's folder."""
 
     @property
     def command(self) -> list[str]:
-        """The whole command line."""
+        """The command line."""
         return [sys.executable, "-m", "opcd", *parsing.allowed, *self.words]
 
 
 def fit_job(name: str, root: Path, words: list[str], config: dict[str, Any]) -> Job:
-    """`opcd fit` in the folder `root / name`; it is done when the student is exported."""
+    """A job of `opcd fit` in the folder `root / name`. The exported student is the proof."""
     folder = str(root / name / Path(RUN).parent)
     return Job(name, ["fit", *words, "--trainer.default_root_dir", folder], config, f"{RUN}/student")
 
 
 class JobFolder:
-    """Where a job writes: job.json (its command and config), log.txt, what `opcd` leaves, finished.json at the end."""
+    """The folder of a job: job.json (command and config), log.txt, the files of `opcd`, finished.json at the end."""
 
     def __init__(self, root: Path, job: Job) -> None:
         self.path, self.job = root / job.name, job
@@ -57,10 +58,10 @@ class JobFolder:
         self._finished = self.path / "finished.json"
 
     def seconds(self) -> float | None:
-        """How long the finished job took, or None where it has not finished.
+        """The seconds that a finished job took; None if it has not finished.
 
         Raises:
-            UserError: it finished with another config, or its files cannot be read.
+            UserError: the job finished with another config, or its files cannot be read.
         """
         if not self._finished.exists():
             return None
@@ -74,7 +75,7 @@ class JobFolder:
         return float(seconds)
 
     def _noted(self, name: str, key: str, kind: Any) -> Any:
-        """A value of one of the files that `begin` and `finish` write. UserError where there is none."""
+        """A value in a file of `begin` or `finish`. UserError if it is missing."""
         note = read_json(self.path / name, self.job.name) if (self.path / name).is_file() else None
         value = note.get(key) if isinstance(note, dict) else None
         if not isinstance(value, kind):
@@ -82,7 +83,7 @@ class JobFolder:
         return value
 
     def check(self) -> None:
-        """Refuse a folder with files that no former attempt has written: they would be removed.
+        """Check that the folder has only files of former attempts, which will be removed.
 
         Raises:
             UserError: names the folder.
@@ -92,12 +93,12 @@ class JobFolder:
         require_own(self.path, self.job.name, self._own())
 
     def _own(self) -> tuple[str, ...]:
-        """What a former attempt may have left that was ended before `close`; without job.json there was none."""
+        """Names that an attempt left if it ended before `close`. Without job.json there was no attempt."""
         begun, noted = (self.path / "job.json").is_file(), (self.path / MANIFEST).is_file()
         return (*OWN, Path(self.job.proof).parts[0], *self.job.leaves) if begun and not noted else ()
 
     def begin(self) -> None:
-        """An empty folder, less job.json: nothing of a former attempt stays."""
+        """Make the folder, with job.json and nothing of a former attempt."""
         self.check()
         with explained(self.path):
             remove_own(self.path, self._own())
@@ -107,7 +108,7 @@ class JobFolder:
         )
 
     def close(self) -> None:
-        """Note what a failed attempt has left, so that nothing else is removed before the next one."""
+        """Note the files of a failed attempt, so that the next one removes no others."""
         write_manifest(self.path)
 
     def finish(self, seconds: float) -> None:
@@ -116,11 +117,11 @@ class JobFolder:
         write_atomic(self._finished, json.dumps({"seconds": round(seconds, 1), "ended": ended}))
 
     def proven(self) -> bool:
-        """Whether what the job should leave is there."""
+        """Whether the job's proof exists."""
         return (self.path / self.job.proof).exists()
 
     def last_lines(self, count: int) -> list[str]:
-        """The end of the log, without blank lines; of a line that rewrites itself, what it says last."""
+        """The last lines of the log that are not blank. Of a line that rewrites itself, the last text."""
         if not self.log.exists():
             return []
         with self.log.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Where a job's process runs: on this machine, or on a cluster through `srun`."""
+"""Launchers that start a job's process on this machine, or on a cluster through `srun`."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from opcd.sweep.jobs import JobFolder
 
 
 class Running:
-    """A job's process, the leader of a session of its own.
+    """The process of a job, the leader of a session of its own.
 
     Args:
         process: the process.
@@ -26,27 +26,24 @@ class Running:
         """The exit code, negative for a signal; None while the process runs."""
         return self.process.poll()
 
-    def ask_to_end(self) -> None:
-        """Send SIGTERM to the process and all that it started: Lightning first ends its step."""
-        self._send(signal.SIGTERM)
-
     def end(self) -> None:
-        """Wait for the end, and send SIGKILL to what is left after `grace` seconds."""
+        """Wait `grace` seconds for the end, then send SIGKILL."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(self.grace)
-        self._send(signal.SIGKILL)
+        self.send(signal.SIGKILL)
         self.process.wait()
 
-    def _send(self, kind: signal.Signals) -> None:
+    def send(self, kind: signal.Signals) -> None:
+        """Send a signal to the process and all that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, kind)
 
 
 class LocalLauncher:
-    """Processes of this machine; each gets its share of the cores, or of the GPUs.
+    """A launcher of processes on this machine, each with its share of the cores or GPUs.
 
     Args:
-        jobs: most that run at the same time.
+        jobs: most processes that run at the same time.
         keep_open: a file descriptor that every process inherits: the lock of the sweep's folder.
     """
 
@@ -57,7 +54,7 @@ class LocalLauncher:
         self.jobs, self.keep_open, self.gpus = jobs, keep_open, visible_gpus()
 
     def start(self, folder: JobFolder, slot: int) -> Running:
-        """Start the job of a folder, its output to the folder's log. `slot` counts the jobs that run beside it."""
+        """Start the job of a folder, whose log takes the output. `slot` numbers the jobs that run at the same time."""
         with folder.log.open("wb") as log:
             process = subprocess.Popen(
                 self.command(folder),
@@ -75,21 +72,21 @@ class LocalLauncher:
         return folder.job.command
 
     def variables(self, slot: int) -> dict[str, str]:
-        """The job's devices, and the process that it ends with."""
+        """Environment variables: the job's devices, and the process with which it must end."""
         return {**shares(slot, self.jobs, self.gpus, os.cpu_count() or 1), "OPCD_ENDS_WITH": str(os.getpid())}
 
 
 class SlurmLauncher(LocalLauncher):
-    """One `srun` a job, which waits in SLURM's queue and then for the job. The nodes must share the sweep's folder.
+    """A launcher of one `srun` for each job, which waits in SLURM's queue. The nodes must share the sweep's folder.
 
-    A job is one task; of several GPUs Lightning starts the other ranks itself, on the same node.
+    A job is one task. With several GPUs Lightning starts the other ranks itself, on the same node.
 
     Args:
-        options: of srun, such as --time=4:00:00.
+        options: options of srun, such as --time=4:00:00.
         keep_open: as in `LocalLauncher`.
 
     Raises:
-        UserError: there is no srun, or an option is none.
+        UserError: srun is not installed, or a word is no option.
     """
 
     grace = 60.0
@@ -102,20 +99,20 @@ class SlurmLauncher(LocalLauncher):
         self.options, self.keep_open = options, keep_open
 
     def command(self, folder: JobFolder) -> list[str]:
-        """The job's command through srun; without SLURM_NTASKS, by which Lightning would wait for a task a device."""
+        """The job's command through srun, without SLURM_NTASKS: Lightning would wait for a task for each device."""
         name = f"--job-name={folder.path.name}"
         return ["srun", "--ntasks=1", name, *self.options, "env", "-u", "SLURM_NTASKS", *folder.job.command]
 
     def variables(self, slot: int) -> dict[str, str]:
-        """None: SLURM assigns the devices, and the process of the sweep is on another machine."""
+        """No variables: SLURM assigns the devices, and the sweep's process is on another machine."""
         return {}
 
 
 def shares(slot: int, jobs: int, gpus: list[str], cores: int) -> dict[str, str]:
-    """Variables that keep a job off the devices of those beside it.
+    """Environment variables that give each job devices of its own.
 
-    More jobs than GPUs share them in turn. Without a GPU the cores are divided, where OMP_NUM_THREADS is not set:
-    processes that use all cores each wait for one another in busy loops.
+    More jobs than GPUs share them in turn. Without a GPU the cores are divided, unless OMP_NUM_THREADS is set:
+    processes that each use all cores wait for one another in busy loops.
     """
     if gpus:
         each = max(1, len(gpus) // jobs)
@@ -127,7 +124,7 @@ def shares(slot: int, jobs: int, gpus: list[str], cores: int) -> dict[str, str]:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

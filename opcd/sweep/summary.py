@@ -1,4 +1,4 @@
-"""A sweep's results as CSV and Markdown: a row an arm, and a row for arms that differ in their seed alone."""
+"""The results of a sweep as CSV and Markdown: a row for each arm, and for each group of arms over seeds."""
 
 import csv
 import io
@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from opcd.results.run_files import clock, figures, is_finite
 from opcd.runtime.files.disk import write_atomic
@@ -25,19 +24,19 @@ SHOWN = (
     "memory/peak_mib",
 )
 LISTED = 20
-"""Problems that a summary lists."""
+"""Most problems in a summary."""
 
 
 @dataclass
 class ArmResult:
-    """An arm and what came of it."""
+    """An arm and its results."""
 
     arm: Arm
     task: Task
     numbers: dict[str, float]
-    """Metric -> value; empty where the arm has not finished."""
+    """Metric -> value; empty if the arm has not finished."""
     problems: list[str] = field(default_factory=list)
-    """What of its folder could not be read."""
+    """Parts of its folder that could not be read."""
 
     @classmethod
     def of(cls, arm: Arm, task: Task) -> "ArmResult":
@@ -48,29 +47,30 @@ class ArmResult:
 
 
 def write_summary(folder: Path, results: Sequence[ArmResult]) -> None:
-    """Write summary.csv (everything) and summary.md (what a person reads first)."""
+    """Write summary.csv (all settings and metrics) and summary.md (the main metrics)."""
     write_atomic(folder / "summary.csv", as_csv(results))
     write_atomic(folder / "summary.md", as_markdown(results))
 
 
 def as_csv(results: Sequence[ArmResult]) -> str:
-    """Every setting and every metric, a row an arm."""
+    """All settings and metrics, a row for each arm."""
     settings = list(dict.fromkeys(key for result in results for key in result.arm.settings))
     metrics = list(dict.fromkeys(name for result in results for name in result.numbers))
     rows = [["arm", "status", "seconds", *settings, *metrics]]
     for result in results:
-        values = [_cell(result.arm.settings.get(key, "")) for key in settings]
+        values = [result.arm.settings.get(key, "") for key in settings]
+        cells = [value if isinstance(value, str) else json.dumps(value) for value in values]
         numbers = [str(result.numbers.get(name, "")) for name in metrics]
-        rows.append([result.arm.name, result.task.status, f"{result.task.seconds:.1f}", *values, *numbers])
+        rows.append([result.arm.name, result.task.status, f"{result.task.seconds:.1f}", *cells, *numbers])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([map(csv_cell, row) for row in rows])
     return text.getvalue()
 
 
 def as_markdown(results: Sequence[ArmResult]) -> str:
-    """A row an arm; then mean and sample standard deviation over seeds, where there are several."""
+    """A table with a row for each arm, and one with mean and sample standard deviation over several seeds."""
     known = list(dict.fromkeys(name for result in results for name in result.numbers))
-    # What has bounds is an evaluation's first metric.
+    # The first metric of an evaluation has bounds.
     shown = [name for name in SHOWN if name in known] + [name for name in known if name + "_low" in known]
     rows = [
         [r.arm.name, r.task.status, clock(r.task.seconds), *(_with_bounds(r.numbers, name) for name in shown)]
@@ -96,16 +96,18 @@ def as_markdown(results: Sequence[ArmResult]) -> str:
 
 
 def by_seed(results: Sequence[ArmResult]) -> dict[str, list[ArmResult]]:
-    """Arms that differ in their seed alone, by the rest of their name."""
+    """Groups of arms that differ in their seed alone, by the rest of their names."""
     groups: dict[str, list[ArmResult]] = {}
     for result in results:
         rest = {key: value for key, value in result.arm.settings.items() if key not in SEEDS}
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(result)
-    return {_without_seed(group[0].arm): group for group in groups.values()}
+    seeds = tuple(key.rpartition(".")[2] for key in SEEDS)
+    names = [[part for part in group[0].arm.name.split(",") if not part.startswith(seeds)] for group in groups.values()]
+    return {",".join(name) or "all": group for name, group in zip(names, groups.values(), strict=True)}
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation; the value alone where there is one, a dash where there is none."""
+    """Mean ± sample standard deviation; a single value alone, a dash without values."""
     if not values:
         return "-"
     if not all(map(is_finite, values)):
@@ -115,7 +117,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; whatever is markup in a cell is escaped."""
+    """A Markdown table, with markup in cells escaped."""
     lines = [
         [markdown(cell) for cell in header],
         ["---"] * len(header),
@@ -124,13 +126,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _without_seed(arm: Arm) -> str:
-    parts = [part for part in arm.name.split(",") if not any(part.startswith(key.rsplit(".", 1)[-1]) for key in SEEDS)]
-    return ",".join(parts) or "all"
-
-
 def _with_bounds(numbers: dict[str, float], name: str) -> str:
-    """A value, with its 95 % interval where there is one."""
+    """A value, with its 95 % interval if known."""
     text = _number(numbers.get(name))
     bounds = [_number(numbers[name + end]) for end in ("_low", "_high") if name + end in numbers]
     return f"{text} ({' to '.join(bounds)})" if bounds else text
@@ -138,7 +135,3 @@ def _with_bounds(numbers: dict[str, float], name: str) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""A sweep's file, and the arms that it stands for."""
+"""The file of a sweep, and its arms."""
 
 import hashlib
 import itertools
@@ -23,22 +23,22 @@ LONGEST_NAME = 120
 
 @dataclass
 class Base:
-    """What all arms have in common."""
+    """Settings that all arms share."""
 
     config: list[str] = field(default_factory=list)
-    """Files, as --config of `opcd fit`, in this order."""
+    """Files for --config of `opcd fit`, in this order."""
     set: dict[str, Any] = field(default_factory=dict)
     """Dotted config key -> value, over the files."""
 
 
 @dataclass
 class SweepFile:
-    """A sweep: every arm is the base, one of `arms` if there are any, and one value of each axis."""
+    """A sweep. Each arm is the base, one of `arms` if given, and one value of each axis."""
 
     base: Base = field(default_factory=Base)
-    """What all arms have in common."""
+    """Settings that all arms share."""
     axes: dict[str, Any] = field(default_factory=dict)
-    """Dotted config key -> list of values; arms are their product."""
+    """Dotted config key -> list of values. The arms are their product."""
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> dotted config key -> value. Each is crossed with the axes."""
     slurm: list[str] = field(default_factory=list)
@@ -52,14 +52,14 @@ class Arm:
     name: str
     """Unique in the sweep, and the name of its folder."""
     settings: dict[str, Any]
-    """Dotted config key -> value: what sets this arm apart from the base."""
+    """Dotted config key -> value, over the base."""
 
 
 def read_sweep(path: Path) -> SweepFile:
-    """The sweep of a YAML file.
+    """Read the YAML file of a sweep.
 
     Raises:
-        UserError: the file is missing, is no YAML, names a key twice, or holds what a sweep does not have.
+        UserError: the file is missing, is no YAML, has a key twice, or has no valid sweep.
     """
     sweep: SweepFile = parse_yaml(path, SweepFile, "sweep")
     if not sweep.axes and not sweep.arms:
@@ -68,10 +68,15 @@ def read_sweep(path: Path) -> SweepFile:
 
 
 def parse_yaml(path: Path, schema: type[Any], what: str) -> Any:
-    """The dataclass `schema` out of a YAML file; `what` names the argument in messages.
+    """Read a dataclass from a YAML file.
+
+    Args:
+        path: the file.
+        schema: the dataclass.
+        what: the argument that names the file, for messages.
 
     Raises:
-        UserError: the file is missing, is no YAML, names a key twice, or does not fit the dataclass.
+        UserError: the file is missing, is no YAML, has a key twice, or does not fit the dataclass.
     """
     text = read_text(require_file(str(path), what), what)
     value = load_yaml(text, str(path), _UniqueKeys)
@@ -104,8 +109,7 @@ def parse_yaml(path: Path, schema: type[Any], what: str) -> Any:
 
 
 def _mappings(schema: type[Any], value: dict[str, Any], path: Path) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """The mappings with keys of the user's: (holder, key, mapping). Taken as they are, since jsonargparse would build
-    the classes that they name."""
+    """Yield (holder, key, mapping) for mappings with free keys. jsonargparse would build the classes that they name."""
     for own in fields(schema):
         inner = value.get(own.name)
         if get_origin(own.type) is dict and inner is not None:
@@ -119,15 +123,15 @@ def _mappings(schema: type[Any], value: dict[str, Any], path: Path) -> Iterator[
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML takes the last of two equal keys without a word; two arms of one name would be one."""
+    """A YAML loader that raises for a repeated key. YAML would take the last one without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that is there already."""
+        """Raise for a key that the mapping already has."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         seen: set[Any] = set()
         for place, key in enumerate(keys):
             if not isinstance(key, Hashable):
-                break  # the loader refuses it
+                break  # the loader raises
             if key in seen:
                 line = node.value[place][0].start_mark.line + 1
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice, again in line {line}")
@@ -136,7 +140,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def grid(sweep: SweepFile) -> list[Arm]:
-    """The arms of a sweep: `arms` x the product of the axes.
+    """Make the arms of a sweep: `arms` x the product of the axes.
 
     Raises:
         UserError: an axis is no list or is empty, an arm sets an axis, or two arms have one name.
@@ -152,12 +156,18 @@ def grid(sweep: SweepFile) -> list[Arm]:
         for name, settings in (sweep.arms or {"": {}}).items()
         for values in itertools.product(*sweep.axes.values())
     ]
-    check_names(arms)
+    seen: dict[str, Arm] = {}
+    for arm in arms:
+        if other := seen.get(arm.name):
+            first, second = json.dumps(other.settings), json.dumps(arm.settings)
+            same = "the same value is there twice" if first == second else f"{first} and {second}"
+            raise UserError(f"two arms are called {arm.name}: {same}; give them names under `arms`")
+        seen[arm.name] = arm
     return arms
 
 
 def make_arm(values: dict[str, Any], settings: dict[str, Any] | None = None, name: str = "") -> Arm:
-    """An arm of `settings` and one value of each axis, named by them."""
+    """Make an arm of `settings` and one value of each axis, named by them."""
     titles = short_names(list(values))
     parts = [file_name(name)] if name else []
     parts += [f"{titles[key]}={label(value)}" for key, value in values.items()]
@@ -167,19 +177,8 @@ def make_arm(values: dict[str, Any], settings: dict[str, Any] | None = None, nam
     return Arm(whole, {**(settings or {}), **values})
 
 
-def check_names(arms: list[Arm]) -> None:
-    """Refuse two arms of one name: they would share a folder."""
-    seen: dict[str, Arm] = {}
-    for arm in arms:
-        if other := seen.get(arm.name):
-            first, second = json.dumps(other.settings), json.dumps(arm.settings)
-            same = "the same value is there twice" if first == second else f"{first} and {second}"
-            raise UserError(f"two arms are called {arm.name}: {same}; give them names under `arms`")
-        seen[arm.name] = arm
-
-
 def short_names(keys: list[str]) -> dict[str, str]:
-    """Dotted keys -> as few of their last parts as tell them apart."""
+    """Dotted keys -> their shortest distinct endings."""
     parts = {key: [part for part in key.split(".") if part != "init_args"] for key in keys}
     names = {}
     for key in keys:
@@ -191,7 +190,7 @@ def short_names(keys: list[str]) -> dict[str, str]:
 
 
 def label(value: Any) -> str:
-    """A value as a short part of a file name: a class by its name and arguments."""
+    """A value as a short part of a file name; a class as its name and arguments."""
     if isinstance(value, dict) and "class_path" in value:
         name = str(value["class_path"]).rsplit(".", 1)[-1]
         return "-".join([name, *(f"{key}={label(v)}" for key, v in (value.get("init_args") or {}).items())])
@@ -201,7 +200,7 @@ def label(value: Any) -> str:
 
 
 def file_name(text: str) -> str:
-    """Letters, digits and . _ + = - as they are, everything else as _; never empty, hidden or a parent folder."""
+    """A text as a file name: other characters than letters, digits and . _ + = - become _; never empty or hidden."""
     name = re.sub(r"[^\w.+=-]", "_", text).strip("_")
     return re.sub(r"^\.+", "_", name) or "_"
 

@@ -90,7 +90,7 @@ def test_a_report_says_where_a_run_went_on(again, opcd):
     run, folder = again
     assert run("--trainer.max_steps", 3)[0] == 0
     code, text = opcd("report", "runs/version_0", "runs/version_1")
-    assert code == 0 and "runs/version_0: another of these runs went on from it" in text
+    assert code == 0 and "runs/version_0: another of these runs resumed it" in text
     page = (folder / "report.html").read_text()
     assert "runs/version_1" in page and "<th>runs/version_0" not in page
 

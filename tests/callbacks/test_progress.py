@@ -14,7 +14,7 @@ from rich.console import Console
 from opcd.callbacks import step_progress as progress
 from opcd.models import ModelConfig, load_model
 from opcd.modules.prefix.prefix_cache import PrefixCache
-from opcd.runtime import activity, interruption
+from opcd.runtime import interruption
 from opcd.runtime.interruption import Interrupted
 from tests.helpers.rows import write_rows
 
@@ -136,7 +136,7 @@ def test_on_a_terminal_the_bar_says_how_far_it_is_and_messages_stand_above_it(mo
     )
     bar.setup(trainer, None, "fit")
     bar.on_train_start(trainer, None)
-    activity.doing("sample answers", "3/6")
+    interruption.doing("sample answers", "3/6")
     logging.getLogger("lightning.pytorch").warning("a message")
     assert handler.stream is not screen  # it goes through the bar, which is drawn anew below it
     bar.on_exception(trainer, None, KeyboardInterrupt())
@@ -144,7 +144,7 @@ def test_on_a_terminal_the_bar_says_how_far_it_is_and_messages_stand_above_it(mo
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "sample answers 3/6" in text
     assert any(line.strip() == "a message" for line in re.split(r"[\r\n]", text))
-    activity.doing("nobody hears this")
+    interruption.doing("nobody hears this")
 
 
 def test_a_second_context_of_a_prefix_is_not_a_first_pass(tiny):
@@ -153,12 +153,12 @@ def test_a_second_context_of_a_prefix_is_not_a_first_pass(tiny):
     def show(what: str, how_far: str) -> None:
         said.append((what, how_far))
 
-    activity.start(show)
+    interruption.show_activity(show)
     prefix = PrefixCache("always")
     with torch.no_grad():
         for first in (5, 6):
             prefix._entry(model, tuple(range(first, first + 20)))
-    activity.stop(show)
+    interruption.hide_activity(show)
     assert said == [("first pass over the context (once)", "20 tokens")]
 
 

@@ -250,7 +250,7 @@ def test_a_question_that_one_model_cannot_take_is_no_turn_of_any(at_a_terminal, 
 def test_without_a_chat_template_every_question_stands_alone(at_a_terminal, tiny, context, capsys):
     asked = at_a_terminal(["One?", "Two?"], tiny, "--context", context, "--placement", "raw")
     assert not any("One?" in prompt for prompt in asked[2:])
-    assert "every question stands alone" in capsys.readouterr().out
+    assert "each question is asked on its own" in capsys.readouterr().out
 
 
 @pytest.mark.case("C22")

@@ -256,9 +256,9 @@ def test_who_writes():
     assert of(StudentRollout()) == (("student",), torch.bfloat16, [])
     assert of(RecordedRollout())[2] == []  # nobody writes
     assert of(VLLMRollout(VLLMServer("http://localhost:1", "student", "weights")))[2] == [
-        "model.rollout: what VLLMServer takes on this device"
+        "model.rollout: the memory of VLLMServer on this device"
     ]
-    assert of(TeacherStart())[2] == ["model.rollout: what TeacherStart takes on this device"]
+    assert of(TeacherStart())[2] == ["model.rollout: the memory of TeacherStart on this device"]
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
@@ -343,7 +343,7 @@ def test_a_plan_reads_the_rows(plan, tiny, rows, context):
     assert found["parts"]["process"]["student"] > 100 * 2**20 and found["not_counted"] == []
     code, text = plan("--config", "configs/quickstart.yaml", *where, "--memory", "64MiB")
     assert code == 1
-    assert "does not fit in 0.1 GiB" in text and "that is not enough" in text
+    assert "does not fit in 0.1 GiB" in text and "this is not enough" in text
     assert re.search(r"1 CPU; 8 rows a step, prompts of \d+ tokens, with the context \d+ more, responses of 24", text)
 
 
@@ -353,7 +353,7 @@ def test_components_of_the_users_own(plan, tiny):
     own = "{class_path: examples.teacher.SnapshotTeacher, init_args: {every_n_steps: 20}}"
     code, text = plan(*words, *lengths, "--model.teacher", own, "--model.rollout", "examples.rollout.TeacherStart")
     assert code == 0, text
-    assert "teacher's weights" in text and "not counted: model.rollout: what TeacherStart takes on this device" in text
+    assert "teacher's weights" in text and "model.rollout: the memory of TeacherStart on this device" in text
 
 
 def test_the_papers_case(plan, pair):
@@ -379,10 +379,10 @@ def test_the_papers_case(plan, pair):
     [
         (("--trainer.strategy", "fsdp"), "trainer.strategy: fsdp is not supported"),
         (("--trainer.precision", "16-mixed"), "trainer.precision: float16 needs loss scaling"),
-        (("--trainer.accelerator", "tpu"), "trainer.accelerator: there is no plan for tpu"),
+        (("--trainer.accelerator", "tpu"), "trainer.accelerator: --plan does not support tpu"),
         (("--model.student.quantization", "4bit"), "set model.adapter"),
         (("--model.teacher", "BaseTeacher"), "set model.adapter"),
-        (("--memory", "much"), "wants a number and one of MB, GB, MiB, GiB"),
+        (("--memory", "much"), "needs a number and one of MB, GB, MiB, GiB"),
         (("--model.student.name", "org/name"), "org/name is not on this machine"),
     ],
 )

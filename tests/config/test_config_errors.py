@@ -38,12 +38,22 @@ import pytest
         (["--model.loss", "TopK", "--model.loss.k", "x"], ["model.loss.k: Expected a <class 'int'>. Got value: x"]),
         (["--trainer.precision", "8"], ["trainer.precision: Expected a typing.Literal[64, 32, 16]; ", "value: 8"]),
         (["--trainer.max_steps", "x"], ["trainer.max_steps: Expected a <class 'int'>. Got value: x"]),
+        (["--data.batch_size", "many"], ["data.batch_size: Expected a <class 'int'>. Got value: many"]),
     ],
 )
 def test_one_line_says_what_is_wrong_and_what_there_is(opcd, rows, words, told):
     code, text = opcd("fit", "--data.train", rows, *words)
     assert code == 2 and len(text.splitlines()) == 1
     assert all(part in text for part in told), text
+
+
+@pytest.mark.parametrize("recipe", ["data: {batch_size: eight}\n", "model: {reduction: tokens}\n"])
+def test_a_wrong_value_in_a_recipe_names_the_file(opcd, rows, tmp_path, recipe):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe)
+    code, text = opcd("fit", "--data.train", rows, "--config", file)
+    key = recipe.replace(": {", ".").split(":")[0]
+    assert code == 2 and len(text.splitlines()) == 1 and f"{file}: {key}: Expected a " in text, text
 
 
 def test_a_value_that_does_not_fit_its_class_hides_behind_no_other_class(opcd, rows):

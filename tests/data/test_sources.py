@@ -161,7 +161,9 @@ def test_gzipped_files(tmp_path):
     whole = (tmp_path / "a.jsonl.gz").read_bytes()
     for broken in (whole[:-4], whole[:15], b"plain", b"\x1f\x8b" + bytes(30)):
         (tmp_path / "a.jsonl.gz").write_bytes(broken)
-        assert refusal(tmp_path / "a.jsonl.gz").startswith(f"data.train: {tmp_path}/a.jsonl.gz is no whole gzip file")
+        assert refusal(tmp_path / "a.jsonl.gz").startswith(
+            f"data.train: {tmp_path}/a.jsonl.gz is no complete gzip file"
+        )
 
 
 @pytest.mark.case("D15")

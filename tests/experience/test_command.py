@@ -102,7 +102,7 @@ def test_bad_input_ends_with_2_and_leaves_nothing(opcd, paths, tmp_path, words, 
 
 def test_show_wants_a_run(opcd, tmp_path):
     code, text = opcd("show", tmp_path)
-    assert code == 2 and "holds no run of `opcd experience`" in text
+    assert code == 2 and "is no run of `opcd experience`" in text
 
 
 def test_the_page(scripted):
@@ -167,4 +167,4 @@ def test_show_renews_its_own_page_and_overwrites_no_other(opcd, tmp_path):
     mine = tmp_path / "mine.html"
     mine.write_text("mine")
     code, text = opcd("show", run, "--page", mine)
-    assert code == 2 and "--page" in text and "is there already" in text and mine.read_text() == "mine"
+    assert code == 2 and "--page" in text and "exists already" in text and mine.read_text() == "mine"

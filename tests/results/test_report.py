@@ -195,7 +195,7 @@ def test_no_page_is_overwritten(opcd, runs, tmp_path, monkeypatch):
     assert opcd("report", runs[0])[0] == 0
     before = Path("report.html").read_text()
     code, text = opcd("report", runs[1])
-    assert code == 2 and f"--out: {tmp_path}/report.html is there already" in text
+    assert code == 2 and f"--out: {tmp_path}/report.html exists already" in text
     assert Path("report.html").read_text() == before
 
 

@@ -43,7 +43,7 @@ def test_an_axis_that_is_no_key_is_named_with_the_nearest(checker, key, near):
 def test_keys_inside_of_classes_and_mappings(checker):
     inside = ["model.optimizer.init_args.lr", "model.student.chat_template_kwargs.enable_thinking", "ckpt_path"]
     checker.check_keys([*inside, "model.loss.init_args.k", "seed_everything", "model.loss"], "axes")
-    with pytest.raises(UserError, match="is the sweep's own to set"):
+    with pytest.raises(UserError, match="is set by the sweep itself"):
         checker.check_keys(["trainer.default_root_dir"], "base.set")
 
 

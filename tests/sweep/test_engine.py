@@ -140,7 +140,7 @@ def test_an_ended_sweep_and_the_process_it_started(tmp_path, script, kind):
         wait_for(lambda: not alive(pid))
     else:  # it could not end its process, which still writes: no other sweep may begin
         assert alive(pid)
-        with pytest.raises(UserError, match="killed one has left behind"):
+        with pytest.raises(UserError, match="killed one left behind"):
             run(tmp_path, [script("a", DONE)])
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not alive(pid))

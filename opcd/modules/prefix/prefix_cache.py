@@ -13,8 +13,8 @@ from opcd.modules.lm.decoding import CACHE
 from opcd.modules.lm.generation import EncodedPrefix
 from opcd.modules.lm.hidden_states import last_hidden
 from opcd.modules.prefix.packing import cannot_pack, pack_groups, packed_rows, sliding_window
-from opcd.runtime.activity import doing
 from opcd.runtime.errors import UserError
+from opcd.runtime.interruption import doing
 
 Mode = Literal["auto", "always", "never"]
 

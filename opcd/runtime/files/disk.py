@@ -1,7 +1,7 @@
-"""Files that this program writes: whole or not there, never through a link; and what it may replace or remove.
+"""Atomic writes that follow no links, and the rule for files that may be replaced or removed.
 
-The rule for folders: a file is replaced or removed only if this program wrote it. `MANIFEST` in a folder names the
-files that were written there; a folder that holds anything else is refused (`require_own`), before a training begins.
+The rule: this program replaces or removes a file only if it wrote the file. `MANIFEST` in a folder names the files that
+it wrote there. A folder that holds anything else is refused (`require_own`), before a training begins.
 """
 
 import errno
@@ -20,26 +20,26 @@ from typing import IO
 from opcd.runtime.errors import UserError
 
 MANIFEST = ".opcd-written.json"
-"""Of a folder of this program's: the names of the files that it wrote there."""
+"""A file that names all files which this program wrote into its folder."""
 SCRATCH = re.compile(r"\..+\.[0-9a-f]{16}-being-written")
 """Names of `scratch_beside`."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)
-"""What `fsync` of a folder says on file systems that have none."""
+"""Errors of `fsync` on file systems that do not sync folders."""
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How safetensors, which is Rust, tells the system's error number."""
+"""The system's error number in a message of safetensors, which is written in Rust."""
 
 
 class DiskError(UserError):
-    """The system does not let a file be written."""
+    """The system refuses to write a file."""
 
 
 class DiskFull(DiskError):
-    """There is no room for a file. What was saved before is untouched."""
+    """There is no room for a file. Files that were saved before do not change."""
 
 
 def require_writable(path: Path, key: str) -> None:
-    """See that a file or folder can be made, before the work that it is for.
+    """Check that a file or folder can be made, before the work that fills it.
 
     Raises:
         UserError: the system refuses.
@@ -54,20 +54,20 @@ def require_writable(path: Path, key: str) -> None:
 
 
 def scratch_beside(path: Path) -> Path:
-    """A name in the same folder that nobody can know before, for what is not whole yet."""
+    """An unpredictable name in the same folder, for a file or folder that is not complete yet."""
     return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}-being-written")
 
 
 def create(path: Path) -> IO[bytes]:
-    """A new file, to write. OSError where the name is taken, be it by a link."""
+    """Open a new file for writing. OSError where the name is taken, also by a link."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
 
 
 def open_own(path: Path, flags: int) -> int:
-    """The descriptor of a plain file that is made where it is not there.
+    """Open a plain file, which is made if needed. Returns its descriptor.
 
     Raises:
-        OSError: the name is that of a link, a second name of another file, a pipe or a device: somebody planted it.
+        OSError: somebody planted a link, a hard link, a pipe or a device under this name.
     """
     planted = OSError(errno.ELOOP, "a link, a pipe or a device has its name", str(path))
     try:
@@ -82,12 +82,12 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def append_lines(path: Path, text: str, lasting: bool = False) -> None:
-    """Add lines to a file, which is made where it is not there.
+    """Append lines to a file, which is made if needed.
 
     Args:
         path: the file.
-        text: whole lines.
-        lasting: wait until they survive a crash of the machine.
+        text: complete lines.
+        lasting: wait until the lines survive a crash of the machine.
 
     Raises:
         DiskError: the system refuses, or the name is that of a link.
@@ -100,7 +100,7 @@ def append_lines(path: Path, text: str, lasting: bool = False) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is whole or not there, also after a crash of the machine.
+    """Write a file atomically: complete or not at all, also after a crash of the machine.
 
     Raises:
         DiskError: the system refuses.
@@ -114,11 +114,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def atomic_write(path: Path, needed: int | None = None) -> Iterator[Path]:
-    """A scratch name for what the block writes, a file or a folder; it becomes `path` when the block ends.
+    """Give the block a scratch name for a file or folder, which becomes `path` when the block ends.
 
     Args:
-        path: the name at the end. Left as it is where the block fails.
-        needed: bytes that the block writes, where that is known.
+        path: the final name. Nothing changes there if the block fails.
+        needed: bytes that the block writes, if known.
 
     Raises:
         DiskError: the system refuses.
@@ -130,18 +130,18 @@ def atomic_write(path: Path, needed: int | None = None) -> Iterator[Path]:
 
 
 def put_in_place(scratch: Path, path: Path) -> None:
-    """Give what is whole its name, so that it survives a crash of the machine."""
+    """Rename a complete file or folder, and wait until the name survives a crash of the machine."""
     scratch.replace(path)
-    fsync_folder(path.parent)
+    _fsync(path.parent)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Let the names in a folder survive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _fsync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in NO_FSYNC:
+        if error.errno not in NO_FSYNC or not path.is_dir():
             raise
     finally:
         os.close(descriptor)
@@ -149,82 +149,72 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def removed_on_failure(scratch: Path) -> Iterator[None]:
-    """Leave nothing half-written behind. `scratch` is what this process makes in the block: a file or a folder."""
+    """Remove the file or folder `scratch`, which this process makes in the block, if the block fails."""
+    assert SCRATCH.fullmatch(scratch.name), scratch
     try:
         yield
     except BaseException:
-        discard(scratch)
+        with suppress(OSError):
+            shutil.rmtree(scratch) if scratch.is_dir() and not scratch.is_symlink() else scratch.unlink(missing_ok=True)
         raise
-
-
-def discard(scratch: Path) -> None:
-    """Remove what this process has made under a name of `scratch_beside`."""
-    assert SCRATCH.fullmatch(scratch.name), scratch
-    with suppress(OSError):
-        shutil.rmtree(scratch) if scratch.is_dir() and not scratch.is_symlink() else scratch.unlink(missing_ok=True)
 
 
 @contextmanager
 def explained(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn the system's refusal to write `path` into one message.
+    """Turn an error of the system while the block writes `path` into one message.
 
     Args:
-        path: what is written.
-        needed: bytes that it takes, where that is known.
+        path: the file or folder.
+        needed: its bytes, if known.
 
     Raises:
-        DiskError: with the system's words, and what is needed and free where the disk is full.
+        DiskError: with the system's reason; on a full disk with the bytes needed and free.
     """
     try:
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else _told_by_rust(error)
+        number = error.errno if isinstance(error, OSError) else None
+        if type(error).__name__ == "SafetensorError" and (found := OS_ERROR.search(str(error))):
+            number = int(found[1])
         if number is None:
             raise
         if number in FULL:
-            raise DiskFull(f"no room for {whole(path)}: {room(path, needed)}; free some room") from error
+            raise _full(path, needed) from error
         why = "a link, a pipe or a device has its name; remove it" if number == errno.ELOOP else os.strerror(number)
         raise DiskError(f"cannot write {whole(path)}: {why}") from error
 
 
 def require_room(path: Path, needed: int) -> None:
-    """Refuse what does not fit on the disk of `path`, before it is written.
+    """Check that `needed` bytes fit on the disk of `path`, before they are written.
 
     Raises:
         DiskFull: with the bytes needed and free.
     """
-    if free_bytes(path) < needed:
-        raise DiskFull(f"no room for {whole(path)}: {room(path, needed)}; free some room")
+    if _free_bytes(path) < needed:
+        raise _full(path, needed)
 
 
-def room(path: Path, needed: int | None = None) -> str:
-    """How much is needed and free, in words."""
-    words = [f"it takes {needed / 2**20:.1f} MiB"] if needed else []
-    return ", and ".join([*words, f"{free_bytes(path) / 2**20:.1f} MiB are free"])
+def _full(path: Path, needed: int | None) -> DiskFull:
+    takes = f"it takes {needed / 2**20:.1f} MiB, and " if needed else ""
+    return DiskFull(f"no room for {whole(path)}: {takes}{_free_bytes(path) / 2**20:.1f} MiB are free; free some room")
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes that are free where `path` is, or will be."""
+def _free_bytes(path: Path) -> int:
     path = whole(path)
     there = next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
     return shutil.disk_usage(there).free
 
 
 def whole(path: Path) -> Path:
-    """The path from the root; as it is where the working folder is gone."""
+    """The absolute path; the path itself if the working folder is gone."""
     try:
         return path.absolute()
     except OSError:
         return path
 
 
-def foreign(folder: Path, own: Collection[str] = ()) -> Iterator[str]:
-    """Names of what is in a folder and was not written there by this program.
-
-    Args:
-        folder: a folder with a manifest.
-        own: files of this program's beside those that the manifest names, and folders with all that is in them.
-    """
+def _foreign(folder: Path, own: Collection[str]) -> Iterator[str]:
+    """Names of the entries of a folder that this program did not write, by the manifest and `own` (`require_own`)."""
     known = _manifest(folder) | {*own}
     for name in _entries(folder):
         if not SCRATCH.fullmatch(Path(name).name) and name not in known and Path(name).parts[0] not in own:
@@ -232,15 +222,20 @@ def foreign(folder: Path, own: Collection[str] = ()) -> Iterator[str]:
 
 
 def require_own(folder: Path, key: str, own: Collection[str] = ()) -> None:
-    """Refuse a folder that holds what this program did not write (`foreign`). What is in it would be replaced.
+    """Check that a folder, whose content will be replaced, holds only files that this program wrote.
+
+    Args:
+        folder: the folder, which need not exist.
+        key: the config key or option that names the folder.
+        own: more files and folders (with all in them) of this program than the manifest names.
 
     Raises:
-        UserError: names some of the files.
+        UserError: names some of the other files.
     """
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
         raise UserError(f"{key}: {folder} is no folder; name a new one")
     with explained(folder):
-        others = list(itertools.islice(foreign(folder, own), 4))  # a home folder has millions
+        others = list(itertools.islice(_foreign(folder, own), 4))  # a home folder has millions
     if others:
         names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise UserError(
@@ -250,10 +245,10 @@ def require_own(folder: Path, key: str, own: Collection[str] = ()) -> None:
 
 
 def claim_folder(folder: Path, names: list[str], key: str) -> None:
-    """Take a folder for files of these names, and clear away what a killed process has half-written.
+    """Make a folder for files of these names, and remove what a killed process left half-written there.
 
     Raises:
-        UserError: it holds something else, or cannot be made.
+        UserError: the folder holds other files, or cannot be made.
     """
     require_own(folder, key)
     with explained(folder):
@@ -264,7 +259,7 @@ def claim_folder(folder: Path, names: list[str], key: str) -> None:
 
 
 def clear_scratch(folder: Path) -> None:
-    """Remove the files that a killed process has half-written. Nobody else may be writing there."""
+    """Remove the half-written files of a killed process. No other process may write there."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if SCRATCH.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
             entry.unlink(missing_ok=True)
@@ -272,10 +267,10 @@ def clear_scratch(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(target: Path, key: str) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `target` when the block ends: whole or not there.
+    """Give the block a new folder, which replaces `target` atomically when the block ends.
 
     Raises:
-        UserError: `target` holds what this program did not write; it is as before.
+        UserError: `target` holds files that this program did not write; nothing changes.
         DiskError: the system refuses.
     """
     require_own(target, key)
@@ -285,7 +280,7 @@ def whole_folder(target: Path, key: str) -> Iterator[Path]:
         scratch.mkdir()
         yield scratch
         for name in _entries(scratch):
-            _fsync_file(scratch / name)
+            _fsync(scratch / name)
         write_manifest(scratch)
         if target.is_dir():
             target.rename(former)
@@ -295,15 +290,15 @@ def whole_folder(target: Path, key: str) -> Iterator[Path]:
             if former.exists():
                 former.rename(target)
             raise
-        fsync_folder(target.parent)
+        _fsync(target.parent)
         remove_own(former)
 
 
 def remove_own(folder: Path, own: Collection[str] = ()) -> None:
-    """Remove what this program wrote into a folder, and then the folder. What else is in it stays (`foreign`)."""
+    """Remove the files that this program wrote into a folder, and the folder if nothing else is in it."""
     if not folder.is_dir() or folder.is_symlink():
         return
-    others = set(foreign(folder, own))
+    others = set(_foreign(folder, own))
     for path in [folder / name for name in _entries(folder) if name not in others]:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -314,12 +309,12 @@ def remove_own(folder: Path, own: Collection[str] = ()) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Note all that is in a folder now as written by this program."""
+    """Write the manifest: all that is in the folder now was written by this program."""
     write_atomic(folder / MANIFEST, json.dumps({"written": sorted(_entries(folder))}))
 
 
 def _manifest(folder: Path) -> set[str]:
-    """The names that a folder's manifest holds, its own included; none where there is no manifest."""
+    """The names in a folder's manifest, with the manifest's own; empty without a valid one."""
     try:
         with os.fdopen(os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
             names = json.load(stream)["written"]
@@ -329,7 +324,7 @@ def _manifest(folder: Path) -> set[str]:
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """Names of the files and empty folders below a folder, relative to it. Links are not followed."""
+    """Relative names of the files and empty folders below a folder. Links are not followed."""
     for inner, folders, files in os.walk(folder, onerror=_raise):
         links = [name for name in folders if Path(inner, name).is_symlink()]
         empty = not folders and not files and Path(inner) != folder
@@ -337,18 +332,5 @@ def _entries(folder: Path) -> Iterator[str]:
 
 
 def _raise(error: OSError) -> None:
-    if error.errno != errno.ENOENT:  # there is no such folder: nothing in it
+    if error.errno != errno.ENOENT:  # a folder that is not there is empty
         raise error
-
-
-def _fsync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _told_by_rust(error: Exception) -> int | None:
-    found = OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
-    return int(found[1]) if found else None

@@ -1,4 +1,4 @@
-"""Locks between processes, which go with the process that holds them; and what is done on disks that have none."""
+"""Locks between processes, which end with their process, and the fallback on disks without locks."""
 
 import errno
 import fcntl
@@ -17,14 +17,14 @@ from typing import Any
 from opcd.runtime.files.disk import explained, open_own
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
-"""What `flock` says on file systems without it. EBADF: NFS does not lock what is open for reading, as folders are."""
+"""Errors of `flock` on file systems without locks. EBADF: NFS locks no file opened for reading, such as a folder."""
 
 
 def lock(descriptor: int, path: Path, wait: bool = True) -> bool:
-    """Lock an open file; whether it is locked: on a disk without locks it is not, and a line says so.
+    """Lock an open file. Returns False, and prints a warning, on a disk without locks.
 
     Raises:
-        BlockingIOError: another process has it, and this one does not wait.
+        BlockingIOError: another process has the lock, and `wait` is False.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -38,7 +38,7 @@ def lock(descriptor: int, path: Path, wait: bool = True) -> bool:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """A block that one process at a time is in. The lock file stays.
+    """Let one process at a time run the block. The lock file stays.
 
     Raises:
         DiskError: the lock file cannot be made, or is a link.
@@ -52,8 +52,16 @@ def exclusive(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def take(descriptor: int, path: Path) -> bool:
+    """Lock a file that `sign` writes to, without waiting. Returns False where its owner is alive."""
+    try:
+        return lock(descriptor, path, wait=False) or not _seems_alive(_owner_of(descriptor))
+    except BlockingIOError:
+        return False
+
+
 def sign(descriptor: int) -> None:
-    """Write into a lock file whose it is."""
+    """Write this process into a lock file, as its owner."""
     command = shlex.join(["opcd", *sys.argv[1:]])
     began = time.strftime("%Y-%m-%d %H:%M:%S %z")
     owner = {"process": os.getpid(), "host": socket.gethostname(), "began": began, "command": command}
@@ -61,8 +69,16 @@ def sign(descriptor: int) -> None:
     os.pwrite(descriptor, json.dumps(owner).encode(), 0)
 
 
-def owner_of(descriptor: int) -> dict[str, Any]:
-    """What `sign` has written; empty where the file does not say."""
+def owner_in_words(descriptor: int) -> str:
+    """The owner of a lock file, for messages."""
+    if not (owner := _owner_of(descriptor)):
+        return "its lock does not say whose it is"
+    parts = {name: owner.get(name, "?") for name in ("process", "host", "began", "command")}
+    return "process {process} on {host} since {began}: {command}".format(**parts)
+
+
+def _owner_of(descriptor: int) -> dict[str, Any]:
+    """The content that `sign` has written; empty if there is none."""
     try:
         owner = json.loads(os.pread(descriptor, 2**16, 0))
     except (ValueError, RecursionError):
@@ -71,15 +87,7 @@ def owner_of(descriptor: int) -> dict[str, Any]:
     return owner if known else {}
 
 
-def told(owner: dict[str, Any]) -> str:
-    """An owner in words."""
-    if not owner:
-        return "its lock does not say whose it is"
-    parts = {name: owner.get(name, "?") for name in ("process", "host", "began", "command")}
-    return "process {process} on {host} since {began}: {command}".format(**parts)
-
-
-def seems_alive(owner: dict[str, Any]) -> bool:
+def _seems_alive(owner: dict[str, Any]) -> bool:
     """Whether a process of this machine has the owner's number. For disks without locks."""
     if not owner or owner.get("host") != socket.gethostname() or owner["process"] == os.getpid():
         return False
@@ -95,7 +103,7 @@ def seems_alive(owner: dict[str, Any]) -> bool:
 @cache
 def _say_unprotected(folder: Path, why: str) -> None:
     print(
-        f"opcd: {folder} lies on a disk without file locks ({why}): nothing keeps two processes from writing there at "
-        "the same time; see to it that there is one",
+        f"opcd: {folder} lies on a disk without file locks ({why}): two processes could write there at the same "
+        "time; start only one",
         file=sys.stderr,
     )

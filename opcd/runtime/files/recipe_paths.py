@@ -1,58 +1,62 @@
-"""Relative paths in a recipe: from the working folder, or else from the recipe's own.
+"""Relative paths in a recipe: from the working folder, or else from the recipe's folder.
 
-A path that is there from the working folder is taken from there. One that is there from the recipe's folder alone is
-taken from there, and the config of the run says so: it holds the path that was taken.
+A path that exists from the working folder is kept. A path that exists from the recipe's folder alone is replaced, so
+that the config of the run holds the path that was taken.
 """
 
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import ArgumentError, get_loader, set_loader
 from jsonargparse._actions import ActionConfigFile
 
 from opcd.runtime.files.safe_yaml import bounded
 
 NO_INPUT = ("class_path", "default_root_dir", "dirpath", "filename", "out", "save_dir")
-"""Keys whose values are no files that are read."""
+"""Keys whose values are no input files."""
 PATH = re.compile(r"[^\n~/][^\n]*(/[^\n]*|\.\w+)")
-"""What may be a relative path: with a slash in it, or a suffix."""
+"""A possible relative path: it has a slash or a suffix."""
 _read_yaml = get_loader("yaml")
 _working: ContextVar[Path | None] = ContextVar("working folder", default=None)
 _missing: dict[str, Path] = {}
-"""Paths of recipes that are in neither folder, and the recipe's."""
+"""Paths that exist from neither folder -> the recipe's folder."""
 _told: set[str] = set()
 
 
 class ReadRecipe(ActionConfigFile):
-    """--config FILE, with the relative paths of the file as this module takes them."""
+    """The option --config FILE, which replaces relative paths in the file."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        """Read the file; jsonargparse makes its folder the current one meanwhile."""
-        with _from_here():
+        """Read the file, in whose folder jsonargparse works meanwhile. A message about a key names the file."""
+        token = _working.set(Path.cwd())
+        try:
             super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
+        except ArgumentError as error:
+            raise ArgumentError(None, f"{values}: {error}") from error
+        finally:
+            _working.reset(token)
 
 
 def paths_taken(value: Any, folder: Path, working: Path, key: str = "") -> Any:
-    """The value of a recipe in `folder`, with its relative paths as they are taken from the folder `working`."""
+    """Replace relative paths in the value of a recipe, which lies in `folder`, where the folder is `working`."""
     if isinstance(value, dict):
         return {name: paths_taken(inner, folder, working, str(name)) for name, inner in value.items()}
     if isinstance(value, list):
         return [paths_taken(inner, folder, working, key) for inner in value]
-    last = key.rsplit(".", 1)[-1]
-    if isinstance(value, str) and last not in NO_INPUT and len(value) < 4096 and PATH.fullmatch(value):
+    if not isinstance(value, str) or len(value) >= 4096 or key.rsplit(".", 1)[-1] in NO_INPUT:
+        return value
+    if PATH.fullmatch(value):
         return _taken(value, folder, working)
     return value
 
 
 def elsewhere(path: str) -> str:
-    """The end of a message about a path that is not there: where else it was looked for."""
+    """The end of a message about a missing path: the other place that was tried."""
     return f", nor {_missing[path] / path}, beside the recipe" if path in _missing else ""
 
 
@@ -78,15 +82,6 @@ def _is_there(path: str, folder: Path) -> bool:
         return (folder / path).exists()
     except (OSError, ValueError, NotImplementedError):
         return False
-
-
-@contextmanager
-def _from_here() -> Iterator[None]:
-    token = _working.set(Path.cwd())
-    try:
-        yield
-    finally:
-        _working.reset(token)
 
 
 def _load(text: str) -> Any:

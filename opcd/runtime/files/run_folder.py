@@ -1,4 +1,4 @@
-"""The folder of a run: version_N under trainer.default_root_dir, one run in each, and who is at work in it."""
+"""The folder of a run: version_N under trainer.default_root_dir, locked by its run."""
 
 import itertools
 import json
@@ -8,17 +8,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import SCRATCH, open_own
-from opcd.runtime.files.locks import lock, owner_of, seems_alive, sign, told
+from opcd.runtime.files.disk import SCRATCH, open_own, whole
+from opcd.runtime.files.locks import lock, owner_in_words, sign, take
 
 METRICS, FORMER_METRICS = "metrics.csv", "metrics_before.csv"
-"""What a run has measured, and what those that it went on from had."""
+"""The metrics of a run, and those of the runs that it resumed."""
 FROM = "resumed_from.json"
-"""The run that this one goes on from, and at which step."""
+"""The run that this one resumes, and its step."""
 
 
 class RunFolder:
-    """A folder that this process has made and locked. The lock goes with the process, however that ends.
+    """A folder that this process has made and locked. The lock ends with the process.
 
     Attributes:
         path: the folder.
@@ -29,7 +29,7 @@ class RunFolder:
 
     @classmethod
     def claim(cls, root: Path) -> "RunFolder":
-        """Make the next free folder version_N under `root`: by mkdir, so that two runs never share one.
+        """Make the next free folder version_N under `root` by mkdir, so that two runs never share one.
 
         Raises:
             UserError: nothing can be written there.
@@ -48,15 +48,15 @@ class RunFolder:
         raise AssertionError  # numbers do not end
 
     def release(self) -> None:
-        """Unlock the folder; nothing of the lock stays."""
-        with suppress(OSError):  # the disk may be gone, and what is to be told is something else
+        """Unlock the folder and remove the lock file."""
+        with suppress(OSError):  # the disk may be gone: another message says so
             _lock_of(self.path).unlink(missing_ok=True)
         os.close(self._descriptor)
 
 
 @contextmanager
 def one_at_a_time(root: Path) -> Iterator[None]:
-    """Nobody else claims a folder under `root` within the block, or looks what is there to go on from."""
+    """Let one process at a time look for a run to resume under `root`, and claim a folder there."""
     with _explained(root):
         root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
@@ -69,10 +69,10 @@ def one_at_a_time(root: Path) -> Iterator[None]:
 
 
 def refuse_living(root: Path) -> None:
-    """Refuse to go on from runs of which one has not ended; clear away what dead ones have half-written.
+    """Check that all runs under `root` have ended, and remove half-written files of those that were killed.
 
     Raises:
-        UserError: names the run that lives, or a lock file that somebody planted.
+        UserError: names the run that has not ended, or a lock file that somebody planted.
     """
     for file in sorted(root.glob(".version_*.lock")):
         run = root / file.name.removeprefix(".").removesuffix(".lock")
@@ -83,11 +83,10 @@ def refuse_living(root: Path) -> None:
         except OSError as error:
             raise UserError(f"ckpt_path: last: {file}: {error.strerror}; remove it") from error
         try:
-            owner = owner_of(descriptor)
-            if not _has_ended(descriptor, file):
+            if not take(descriptor, file):
                 raise UserError(
-                    f"ckpt_path: last: the run in {run} has not ended ({told(owner)}); wait for it or end it, or "
-                    "choose another trainer.default_root_dir"
+                    f"ckpt_path: last: the run in {run} has not ended ({owner_in_words(descriptor)}); wait for it or "
+                    "end it, or choose another trainer.default_root_dir"
                 )
             left = run.glob("checkpoints/.*-being-written")
             for path in (*(path for path in left if SCRATCH.fullmatch(path.name)), file):
@@ -96,16 +95,9 @@ def refuse_living(root: Path) -> None:
             os.close(descriptor)
 
 
-def _has_ended(descriptor: int, file: Path) -> bool:
-    try:
-        return lock(descriptor, file, wait=False) or not seems_alive(owner_of(descriptor))
-    except BlockingIOError:
-        return False
-
-
 def _locked(path: Path) -> int | None:
-    """The descriptor of the locked lock file of a new folder; without the folder, None where a run lives whose own
-    folder of this name somebody has removed."""
+    """Lock a new folder. Returns the descriptor of its lock file, or None, without the folder, where a living run has
+    the lock: somebody removed its folder."""
     try:
         descriptor = open_own(_lock_of(path), os.O_RDWR)
         try:
@@ -122,7 +114,7 @@ def _locked(path: Path) -> int | None:
 
 
 def former_run(folder: Path) -> Path | None:
-    """The run that the one in this folder went on from, where it still is; None where it began by itself."""
+    """The run that the one in this folder resumed; None if it resumed none, or that one is gone."""
     try:
         path = folder / json.loads((folder / FROM).read_text(encoding="utf-8"))["run"]
         return path.resolve() if path.is_dir() else None
@@ -131,7 +123,7 @@ def former_run(folder: Path) -> Path | None:
 
 
 def _lock_of(path: Path) -> Path:
-    """Beside the folder, which loggers want to find empty."""
+    """The lock file. It lies beside the folder, which loggers want to find empty."""
     return path.with_name(f".{path.name}.lock")
 
 
@@ -141,13 +133,4 @@ def _explained(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename and Path(error.filename) != root else ""
-        raise UserError(
-            f"trainer.default_root_dir: cannot write to {_resolved(root)}: {error.strerror}{where}"
-        ) from error
-
-
-def _resolved(root: Path) -> Path:
-    try:
-        return root.resolve()
-    except OSError:
-        return root
+        raise UserError(f"trainer.default_root_dir: cannot write to {whole(root)}: {error.strerror}{where}") from error

@@ -1,7 +1,7 @@
-"""YAML that somebody else has written, read within bounds.
+"""YAML of unknown origin, read within bounds.
 
-An alias stands for what it names: a few lines of nested ones stand for billions of values. What loads them is fast, and
-what walks through them afterwards never ends.
+An alias repeats the value of its anchor: a few lines of nested aliases stand for billions of values. Loading them is
+fast; code that walks through the value never ends.
 """
 
 from typing import Any
@@ -11,17 +11,17 @@ import yaml
 from opcd.runtime.errors import UserError
 
 MOST_COPIES = 50_000
-"""Values that the aliases of a text may stand for, in all."""
+"""Most values that all aliases of a text may stand for."""
 MOST_LEVELS = 100
-"""Lists and mappings inside of one another."""
+"""Most levels of nested lists and mappings."""
 LONGEST_NUMBER = 400
-"""Characters of a number or a date: Python takes quadratic time for what is longer, or refuses it."""
+"""Most characters of a number or a date: for longer ones Python takes quadratic time, or raises."""
 NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class UnboundedYAML(yaml.YAMLError):
-    """A text that stands for more than it seems to, or that PyYAML fails at."""
+    """A YAML text beyond the bounds, or one on which PyYAML fails."""
 
 
 def load_yaml(text: str, source: str, loader: Any = Loader) -> Any:
@@ -29,11 +29,11 @@ def load_yaml(text: str, source: str, loader: Any = Loader) -> Any:
 
     Args:
         text: the text.
-        source: the file, or what else it comes from, for messages.
+        source: the file or option that it comes from, for messages.
         loader: one of PyYAML's loaders.
 
     Raises:
-        UserError: it is no YAML, or more than it seems to be (`check_yaml`).
+        UserError: the text is no YAML, or beyond the bounds (`check_yaml`).
     """
     try:
         return bounded(lambda: yaml.load(text, Loader=loader), text)
@@ -42,10 +42,10 @@ def load_yaml(text: str, source: str, loader: Any = Loader) -> Any:
 
 
 def bounded(load: Any, text: str) -> Any:
-    """What `load` makes of a text, once that is checked.
+    """Check a text, then call `load`.
 
     Raises:
-        yaml.YAMLError: and nothing else.
+        yaml.YAMLError: no other exception leaves.
     """
     try:
         check_yaml(text)
@@ -57,7 +57,7 @@ def bounded(load: Any, text: str) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse a text whose values cannot be counted, or read, in reasonable time.
+    """Check that the values of a text can be read in reasonable time.
 
     Raises:
         yaml.YAMLError: names the line.
@@ -72,13 +72,14 @@ def check_yaml(text: str) -> None:
         parts = _parts(node)
         if counted:
             open_nodes.remove(id(node))
-            size = _own_size(node)
+            size = 1 + (len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0)  # long copies count more
             sizes[id(node)] = size + sum(sizes[id(part)] for part in parts)
             own += size
         elif id(node) in open_nodes:
             raise UnboundedYAML(f"an anchor holds an alias of itself{_line(node)}")
         elif id(node) not in sizes:
-            _check_number(node)
+            if node.tag in NUMBERS and len(node.value) > LONGEST_NUMBER:
+                raise UnboundedYAML(f"a number of {len(node.value)} characters{_line(node)}")
             if len(open_nodes) == MOST_LEVELS:
                 raise UnboundedYAML(f"more than {MOST_LEVELS} lists and mappings inside of one another{_line(node)}")
             open_nodes.add(id(node))
@@ -91,16 +92,6 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
-
-
-def _own_size(node: yaml.Node) -> int:
-    """1, and more for long texts: copies of these are long too."""
-    return 1 + (len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0)
-
-
-def _check_number(node: yaml.Node) -> None:
-    if node.tag in NUMBERS and len(node.value) > LONGEST_NUMBER:
-        raise UnboundedYAML(f"a number of {len(node.value)} characters{_line(node)}")
 
 
 def _line(node: yaml.Node) -> str:

@@ -1,4 +1,4 @@
-"""Files of the user's, read with messages that say which file, which line and which config key."""
+"""Files of the user, read with error messages that name the file, the line and the config key."""
 
 import gzip
 import json
@@ -15,10 +15,10 @@ LONGEST = 5_000_000
 
 
 def require_file(source: str, key: str) -> Path:
-    """The path of a file that exists.
+    """The path of an existing file.
 
     Raises:
-        UserError: it does not exist (with the path tried, and a similar name in its folder), or is a folder.
+        UserError: the file does not exist (the message has the path and a similar name), or is a folder.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -29,26 +29,26 @@ def require_file(source: str, key: str) -> Path:
 
 
 def refuse_existing(path: Path, key: str) -> None:
-    """UserError where an output that the user names is there: no command overwrites one."""
+    """Raise UserError if an output that the user names exists: no command overwrites one."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{key}: {path.resolve()} is there already; choose another or remove it")
+        raise UserError(f"{key}: {path.resolve()} exists already; choose another or remove it")
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that says what a file holds: that before `.gz`, where it is compressed."""
+    """The suffix of a file; of a compressed one, the suffix before `.gz`."""
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def read_bytes(path: Path, key: str) -> bytes:
-    """The content of a file; of one whose name ends in `.gz`, what was compressed.
+    """The content of a file, decompressed if its name ends in `.gz`.
 
     Raises:
-        UserError: the system refuses to read it, or it is no whole gzip file.
+        UserError: the file cannot be read, or is no complete gzip file.
     """
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{key}: {path.resolve()} is no whole gzip file: {error}") from error
+        raise UserError(f"{key}: {path.resolve()} is no complete gzip file: {error}") from error
     except OSError as error:
         raise UserError(f"{key}: cannot read {path.resolve()}: {error.strerror}") from error
 
@@ -57,7 +57,7 @@ def read_text(path: Path, key: str) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-        UserError: it is not UTF-8 (with the line).
+        UserError: the file is not UTF-8 (the message has the line).
     """
     try:
         return read_bytes(path, key).decode("utf-8-sig")
@@ -67,7 +67,7 @@ def read_text(path: Path, key: str) -> str:
 
 
 def read_jsonl(path: Path, key: str) -> Iterator[tuple[str, object]]:
-    """(source, value) of each line that is not blank; source is "file:line".
+    """Yield ("file:line", value) of each line that is not blank.
 
     Raises:
         UserError: a line is not valid UTF-8 or JSON.
@@ -76,7 +76,7 @@ def read_jsonl(path: Path, key: str) -> Iterator[tuple[str, object]]:
 
 
 def raising(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """The same rows; one that is an error is raised."""
+    """Yield the rows; raise the first value that is an error."""
     for source, value in rows:
         if isinstance(value, UserError):
             raise value
@@ -84,9 +84,9 @@ def raising(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
 
 
 def jsonl_lines(path: Path, key: str) -> Iterator[tuple[str, object]]:
-    """(source, value) of each line that is not blank.
+    """Yield ("file:line", value) of each line that is not blank.
 
-    A line that is no valid UTF-8 or JSON gives the UserError that says so as its value, to raise or to count.
+    The value of a line that is not valid UTF-8 or JSON is a UserError, to raise or to count.
     """
     for number, line in enumerate(read_bytes(path, key).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
@@ -105,16 +105,16 @@ def read_json(path: Path, key: str) -> object:
     """The value of a JSON file.
 
     Raises:
-        UserError: it is not valid JSON (with the line).
+        UserError: the file is not valid JSON (the message has the line).
     """
     return parse_json(read_text(path, key), str(path))
 
 
 def parse_json(text: str, source: str) -> object:
-    """The value of a JSON text. A name that an object has twice, NaN and infinities are no JSON here.
+    """The value of a JSON text. Repeated names in an object, NaN and infinities are errors.
 
     Raises:
-        UserError: names the source, and the line in it where it has several.
+        UserError: names the source and, in a text of several lines, the line.
     """
     try:
         value: object = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
@@ -127,10 +127,10 @@ def parse_json(text: str, source: str) -> object:
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse text that no tokenizer takes as what it says.
+    """Check that a tokenizer can encode a text.
 
     Raises:
-        UserError: it holds a NUL character or half a surrogate pair, or is longer than any model's window.
+        UserError: the text has a NUL character or half of a surrogate pair, or is longer than any model's window.
     """
     if "\0" in text:
         raise UserError(f"{where} holds a NUL character, its {text.index(chr(0)) + 1}th; remove it")
