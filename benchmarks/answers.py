@@ -1,23 +1,24 @@
-"""Count the right answers that `opcd predict` wrote, without and with the context.
+"""The share of right answers that `opcd predict` wrote, without and with the context.
 
     python benchmarks/answers.py runs/version_3/predictions.jsonl [more.jsonl ...]
 
-An answer is right when the number after its last "Answer:" equals the reference; an answer without such a line is
-wrong. Shares come with Wilson's 95 % interval.
+An answer is right if the number after its last "Answer:" equals the reference. An answer without such a line is wrong.
+Shares have Wilson's 95 % interval.
 """
 
 import argparse
 import json
-import math
 import re
 from pathlib import Path
+
+from opcd.evaluation.intervals import wilson
 
 ANSWER = re.compile(r"answer\s*:\**\s*(?P<text>[^\n]*)", re.IGNORECASE)
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 
 
 def number(text: str) -> float | None:
-    """The first number in a text, thousands separators removed."""
+    """The first number in a text, without thousands separators."""
     found = NUMBER.search(text)
     return float(found[0].replace(",", "")) if found else None
 
@@ -28,15 +29,8 @@ def right(answer: str, reference: str) -> bool:
     return bool(lines) and number(lines[-1]) is not None and number(lines[-1]) == number(reference)
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share, 0 to 1."""
-    share, spread = hits / n, z * math.sqrt(hits / n * (1 - hits / n) / n + z * z / (4 * n * n))
-    middle, scale = share + z * z / (2 * n), 1 + z * z / n
-    return (middle - spread) / scale, (middle + spread) / scale
-
-
 def main() -> None:
-    """Print a Markdown table, a row for each file and prompt."""
+    """Print a Markdown table with a row for each file and prompt."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     print("| answers | prompt | n | right | % | 95 % interval | with an Answer line |\n|---|---|---|---|---|---|---|")

@@ -1,14 +1,14 @@
 """Seconds and GPU memory of a step with long responses over a long context, at the paper's sizes.
 
     python benchmarks/long_responses.py --responses 64 --response-tokens 4096 --context-tokens 8192
-    python benchmarks/long_responses.py --attention sdpa --responses 16      # a mask of all pairs in place of blocks
+    python benchmarks/long_responses.py --attention sdpa --responses 16      # a dense mask instead of blocks
     python benchmarks/long_responses.py --student tiny --teacher tiny --responses 4 --response-tokens 32 \\
-        --context-tokens 256 --micro-batch-tokens 64                          # how it runs, on a CPU
+        --context-tokens 256 --micro-batch-tokens 64                          # a trial on a CPU
 
-The models have the shapes of Qwen3-1.7B and Qwen3-8B and random weights, and the responses are random tokens that are
-there from the start: what a step costs depends on neither. All else is a step of `opcd fit`: the teacher's packed pass
-behind the context, the student's pass with gradient checkpointing, the reverse KL over the whole vocabulary, AdamW.
-`--attention` is that of the teacher, whose rows are packed. Memory is the most that the GPU's allocator had given out.
+The models have the shapes of Qwen3-1.7B and Qwen3-8B with random weights, and the responses are random tokens that are
+not generated: the cost of a step depends on neither. The rest is a step of `opcd fit`: the teacher's packed pass after
+the context, the student's pass with gradient checkpointing, the reverse KL over the whole vocabulary, AdamW.
+`--attention` is the teacher's, whose rows are packed. Memory is the peak of the GPU's allocator.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PARTS = ("teacher", "student", "loss", "optimizer")
 
 
 def config_of(shape: str, tokens: int) -> Qwen3Config:
-    """The config of a Qwen3 of that shape."""
+    """The config of a Qwen3 of a shape of `SHAPES`."""
     small = shape == "tiny"
     return Qwen3Config(
         **SHAPES[shape],
@@ -54,12 +54,12 @@ def config_of(shape: str, tokens: int) -> Qwen3Config:
 
 
 class RandomTeacher(FrozenTeacher):
-    """Random weights that are made where they compute.
+    """A frozen teacher with random weights, created on their device.
 
     Args:
         shape: one of `SHAPES`.
-        tokens: the most positions.
-        attention: transformers' name of its attention.
+        tokens: the maximum number of positions.
+        attention: transformers' name of the attention implementation.
     """
 
     def __init__(self, shape: str, tokens: int, attention: str) -> None:
@@ -67,7 +67,7 @@ class RandomTeacher(FrozenTeacher):
         self.shape, self.tokens, self.attention = shape, tokens, attention
 
     def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
-        """Make the model."""
+        """Create the model."""
         config = config_of(self.shape, self.tokens)
         config._attn_implementation = self.attention
         with torch.device(device):
@@ -75,32 +75,32 @@ class RandomTeacher(FrozenTeacher):
 
 
 class RandomTokens(Rollout):
-    """Responses of one length, drawn from the first 40,000 tokens.
+    """Random responses of one length, drawn from the first 40,000 tokens.
 
     Args:
-        length: tokens of each.
+        length: tokens of each response.
     """
 
     def __init__(self, length: int) -> None:
         self.length = length
 
     def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
-        """All have the same length."""
+        """The length of all responses."""
         return self.length
 
     def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
-        """Draw them."""
+        """Draw the responses."""
         responses = [torch.randint(10, 40000, (self.length,), device=p.device) for p in batch.student_prompts]
         return Trajectories.of(batch, responses, student.eos_ids)
 
 
 def positions(options: argparse.Namespace) -> int:
-    """The most positions that a row takes, its question and the template's tokens included."""
+    """The maximum number of positions of a row, with its question and the template's tokens."""
     return int(options.context_tokens + options.response_tokens) + 1024
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> tuple[ModelConfig, ContextQueryDataModule]:
-    """The student as a folder, and rows with their context."""
+    """Write the student's folder, rows and context. Returns the student's config and the data."""
     tokenizer = load_tokenizer(ModelConfig(options.tokenizer))
     config = config_of(options.student, positions(options))
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -119,7 +119,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[ModelConfig, Con
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds of the last step and its parts, and the peak of the run."""
+    """Seconds of the last step and its parts, and the memory peak of the run."""
     student, data = prepare(options, folder)
     distiller = Distiller(
         student,
@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure one size, and print it as JSON."""
+    """Measure one size and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", choices=SHAPES, default="1.7B")
     parser.add_argument("--teacher", choices=SHAPES, default="8B")
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--response-tokens", type=int, default=4096)
     parser.add_argument("--context-tokens", type=int, default=8192)
     parser.add_argument("--micro-batch-tokens", type=int, default=32768)
-    parser.add_argument("--steps", type=int, default=2, help="the last one is printed")
+    parser.add_argument("--steps", type=int, default=2, help="number of steps; the last one is printed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="opcd-long-") as folder:
         found = measure(options, Path(folder))

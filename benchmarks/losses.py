@@ -1,20 +1,19 @@
-"""Time and memory of a divergence from hidden states and heads, forward and backward, against the dense path.
+"""Time and memory of a divergence from hidden states and heads, forward and backward, beside the dense path.
 
     python benchmarks/losses.py
     python benchmarks/losses.py --vocabulary 49152 --widths 576 576 --dtype bfloat16 --rounds 5
 
-Every cell runs in a process of its own. Memory is the peak of a round above inputs and gradients (the finished ones, of
-hidden states and matrix; `.grad` is None before a round, as after an optimizer's `zero_grad`), over all rounds; time is
-the median of the rounds after a first one. `dense` is plain PyTorch: both logits [N, V], log_softmax, the definition.
-`trl` is the generalized JSD of TRL's GKD trainer on dense logits, `liger` the linear JSD of Liger-Kernel (compiled
-on a GPU only), where they are installed. The last column divides by the dense path's numbers of the same divergence.
+Every cell runs in a separate process. Memory is the peak over all rounds, minus inputs and gradients (those of hidden
+states and matrix; `.grad` is None before a round, as after an optimizer's `zero_grad`). Time is the median of the
+rounds after the first. `dense` is plain PyTorch: both logits [N, V], log_softmax, the definition. `trl` is the
+generalized JSD of TRL's GKD trainer on dense logits, and `liger` is the linear JSD of Liger-Kernel (compiled on a GPU
+only), if they are installed. The last column divides by the figures of the dense path with the same divergence.
 """
 
 import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import opcd  # noqa: F401  before torch: it sets how threads wait
 
 # isort: split
 import torch
+from step import measured_apart
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -40,11 +40,11 @@ LOSSES: dict[str, Divergence] = {
 }
 DENSE = ("ReverseKL", "ForwardKL", "JSD")
 PEERS = {"JSD": 0.5}
-"""What TRL's generalized JSD and Liger's fused JSD compute too, with its beta."""
+"""Divergences that TRL's generalized JSD and Liger's fused JSD compute too, with their beta."""
 
 
 def dense(name: str, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """The definition over whole logits, as one would write it."""
+    """The definition over dense logits."""
     student, teacher = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     if name == "ReverseKL":
         return kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
@@ -79,7 +79,7 @@ def step(path: str, name: str) -> Callable[..., None]:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         fused = LigerFusedLinearJSDLoss(0.0, 1.0, PEERS[name], compiled=hidden.is_cuda)
-        labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)  # it counts tokens by them
+        labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)  # used to count tokens
         fused(hidden, matrix, teacher_hidden, teacher_matrix, labels).backward()
 
     return {"opcd": opcd_, "dense": dense_, "trl": trl_, "liger": liger_}[path]
@@ -98,7 +98,7 @@ def child(options: argparse.Namespace) -> None:
     trained = (hidden.requires_grad_(), matrix.requires_grad_())
     run, seconds = step(options.path, options.loss), []
     few = [x[:8].detach() for x in (hidden, matrix, teacher_hidden, teacher_matrix)]
-    run(few[0].requires_grad_(), few[1].requires_grad_(), *few[2:])  # libraries load what they need
+    run(few[0].requires_grad_(), few[1].requires_grad_(), *few[2:])  # libraries load now
     before = reset_peak(options.device) + sum(tensor.nbytes for tensor in trained)
     for _ in range(options.rounds + 1):
         for tensor in trained:
@@ -113,7 +113,7 @@ def child(options: argparse.Namespace) -> None:
 
 
 def reset_peak(device: str) -> int:
-    """Start to watch the peak of memory from here; returns the bytes in use."""
+    """Reset the peak of the memory. Returns the bytes in use."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -122,7 +122,7 @@ def reset_peak(device: str) -> int:
 
 
 def peak(device: str) -> int:
-    """The highest use of memory since `reset_peak`, in bytes: the resident set on a CPU."""
+    """The peak of the memory since `reset_peak`, in bytes; on a CPU, of the resident set."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -133,7 +133,7 @@ def peak(device: str) -> int:
 
 
 def installed(path: str) -> bool:
-    """Whether a path's package is there."""
+    """Whether the package of a path is installed."""
     import importlib.util
 
     package = {"trl": "trl", "liger": "liger_kernel"}.get(path)
@@ -165,22 +165,12 @@ def main() -> None:
         for path in ("dense", "trl", "liger", "opcd"):
             known = {"dense": DENSE, "opcd": tuple(LOSSES)}.get(path, tuple(PEERS))
             if loss in known and installed(path):
-                found = measure(path, loss)
+                found = measured_apart(*sys.argv, "--path", path, "--loss", loss)
                 base = base or found
                 ratios = f"{found['seconds'] / base['seconds']:.2f}, {found['mib'] / base['mib']:.3f}"
                 shown = ratios if path != "dense" and loss in DENSE else ""
                 print(f"| {loss} | {path} | {found['seconds']:.2f} | {found['mib']:,.0f} | {shown} |", flush=True)
     return None
-
-
-def measure(path: str, loss: str) -> dict[str, float]:
-    """Run one cell in a process of its own."""
-    words = [sys.executable, *sys.argv, "--path", path, "--loss", loss]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{path} {loss} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 if __name__ == "__main__":

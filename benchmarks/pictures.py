@@ -1,4 +1,4 @@
-"""The pictures of README and docs/, drawn from what was measured: an SVG each into docs/pictures/.
+"""The plots of README and docs/, as SVG files in docs/pictures/.
 
     opcd fit --config configs/quickstart.yaml --trainer.default_root_dir runs/pictures \
         --trainer.callbacks+=AnswerSamples --trainer.callbacks.every_n_steps 10
@@ -38,9 +38,9 @@ QUERY = "What is the cat that lives at the Brindlewick Observatory called?"
 
 
 def main() -> None:
-    """Draw all three."""
+    """Draw all three plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run of the quickstart, with sample answers on the way")
+    parser.add_argument("run", type=Path, help="the run of the quickstart, with sample answers every 10 steps")
     run: Path = parser.parse_args().run
     OUT.mkdir(exist_ok=True)
     pictures = {
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def quickstart(axes: "Axes", run: Path) -> None:
-    """Divergence of every step, and the share of held-out questions that are answered right."""
+    """Plot the divergence of every step, and the share of held-out questions with a right answer."""
     axes.plot(*zip(*read_metrics(run)["train/divergence"], strict=True), color="tab:gray", label="nats a token")
     shares = axes.twinx()
     steps, right = zip(*right_over_steps(run), strict=True)
@@ -68,7 +68,7 @@ def quickstart(axes: "Axes", run: Path) -> None:
 
 
 def tokens(axes: "Axes") -> None:
-    """KL(p_S || p_T) at every token of the packaged model's answer to QUERY."""
+    """Plot KL(p_S || p_T) at every token of the packaged model's answer to QUERY."""
     student = Student.load(ModelConfig(name="smollm2-135m"))
     folder = ROOT / "configs" / "data"
     data = ContextQueryDataModule(
@@ -88,13 +88,13 @@ def tokens(axes: "Axes") -> None:
 
 
 def logits(model: Any, prompt: Tensor, answer: Tensor) -> Tensor:
-    """What the model says of every token of the answer: [R, V]."""
+    """The model's logits for every token of the answer, [R, V]."""
     output: Tensor = model(torch.cat([prompt, answer])[None]).logits
     return output[0, len(prompt) - 1 : -1]
 
 
 def directions(axes: "Axes") -> None:
-    """Where a bell-shaped student goes under each divergence, if the teacher has a large mode and a small one."""
+    """Plot the bell-shaped student that minimizes each divergence to a teacher with a large and a small mode."""
     places = torch.arange(60.0)
     teacher = (0.65 * bell(places, 15.0, 3.0) + 0.35 * bell(places, 42.0, 5.0)).log()
     axes.fill_between(places, teacher.exp(), color="tab:gray", alpha=0.35, label="teacher", linewidth=0)
@@ -105,12 +105,12 @@ def directions(axes: "Axes") -> None:
 
 
 def bell(places: Tensor, middle: Tensor | float, width: Tensor | float) -> Tensor:
-    """A Gaussian over whole numbers, [V], which sums to 1."""
+    """A Gaussian over integers, [V], normalized to sum 1."""
     return torch.softmax(-(((places - middle) / width) ** 2) / 2, dim=0)
 
 
 def fitted(divergence: Divergence, teacher: Tensor, places: Tensor) -> tuple[float, float]:
-    """Middle and width of the bell of least divergence: the best that is found from nine starts."""
+    """Mean and width of the bell with the least divergence, the best of nine starts."""
     bells = [_descended(divergence, teacher, places, middle, width) for middle in (10, 28, 45) for width in (3, 7, 15)]
     _, middle, width = min(bells)
     return middle, width

@@ -1,18 +1,16 @@
-"""The memory that `opcd doctor --plan` predicts beside the peak of the process that `opcd fit` then is.
+"""The memory that `opcd doctor --plan` predicts, beside the measured peak of `opcd fit`.
 
     python benchmarks/plan.py                       # all cells, about eight minutes on two cores
     python benchmarks/plan.py lora "lora, long"     # some of them
-    python benchmarks/plan.py --measured plan.json  # goes on where it was stopped; predictions are always new
+    python benchmarks/plan.py --measured plan.json  # resumes; predictions are always computed again
 
-Each cell is three steps of the packaged model in a process of its own; the peak is what the kernel says of it when it
-has ended (`ru_maxrss`, which is VmHWM). Most have responses of a fixed length: rows are then as long as the
-plan takes them to be.
+Each cell is three steps of the packaged model in a separate process. The peak is the kernel's `ru_maxrss` (VmHWM) of
+the finished process. Most cells have responses of a fixed length, so that rows are as long as the plan assumes.
 """
 
 import argparse
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -24,7 +22,6 @@ QUICK = ("--config", "configs/quickstart.yaml")
 LORA = ("--config", "configs/lora.yaml")
 CHECKPOINTING = ("--model.gradient_checkpointing", "true")
 LONG = ("--data.context", "{long}")
-WORDS = ("river", "stone", "lamp", "garden", "winter", "copper", "cloud", "market", "bridge", "forest", "paper")
 FIXED = (
     "--model.rollout",
     "{class_path: StudentRollout, init_args: {sampling: {max_new_tokens: 64, options: {min_new_tokens: 64}}}}",
@@ -43,16 +40,15 @@ CELLS: dict[str, tuple[str, ...]] = {
 
 
 def words_of(cell: str, folder: Path) -> list[str]:
-    """The words after `opcd fit`."""
+    """The arguments of `opcd fit`."""
     long = folder / "long.txt"
-    draw = random.Random(0)
-    long.write_text(" ".join(draw.choice(WORDS) for _ in range(2000)) + ".")
+    long.write_text(" ".join(["river stone lamp garden winter"] * 400) + ".")  # 2,001 tokens
     given = [word.replace("{long}", str(long)) for word in CELLS[cell]]
     return [*QUICK, *given, "--trainer.max_steps", "3", "--trainer.default_root_dir", str(folder / "runs")]
 
 
 def measured(words: list[str]) -> int:
-    """Peak of the process in bytes."""
+    """Run a fit. Returns the peak memory of its process in bytes."""
     command = [sys.executable, "-W", "ignore", "-m", "opcd", "fit", *words]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -69,7 +65,7 @@ def measured(words: list[str]) -> int:
 
 
 def all_measured(cells: list[str], folder: Path, file: Path | None) -> dict[str, int]:
-    """The peak of each cell; those that the file has are not run again."""
+    """The peak of each cell in bytes. Cells in the file are not run again."""
     known: dict[str, int] = json.loads(file.read_text()) if file and file.exists() else {}
     for cell in (cell for cell in cells if cell not in known):
         known[cell] = measured(words_of(cell, folder))
@@ -79,17 +75,17 @@ def all_measured(cells: list[str], folder: Path, file: Path | None) -> dict[str,
 
 
 def main() -> None:
-    """Print a row a cell."""
+    """Print one row per cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="*", choices=[*CELLS, []], help="default: all")
-    parser.add_argument("--measured", type=Path, help="a file that keeps what was measured")
+    parser.add_argument("--measured", type=Path, help="a file to keep the measurements in")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cell that runs ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running cell too
     cells = options.cells or list(CELLS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         peaks = all_measured(cells, folder, options.measured)
-        # Only now: what this process has once been would count as the peak of those that it starts.
+        # Import only now: child processes inherit the peak of this process.
         from opcd.cli.plan import read
         from opcd.planning import parts, peak
 
@@ -97,7 +93,7 @@ def main() -> None:
         process = None
         for cell in cells:
             setting = read(words_of(cell, folder))
-            process = process or setting.process  # of the first: what the next ones add is no run's
+            process = process or setting.process  # of the first cell: later reads would add to it
             phase, ours = peak(parts(replace(setting, process=process)))
             row = f"{ours / 2**20:,.0f} | {phase} | {peaks[cell] / 2**20:,.0f} | {ours / peaks[cell]:.2f}"
             print(f"| {cell} | {row} |")

@@ -1,21 +1,20 @@
-"""The quickstart's recipe over seeds, types and contexts: how many answers are right, recovery and drift.
+"""The quickstart's recipe over seeds, precisions and contexts: right answers, recovery and drift.
 
-    python benchmarks/quickstart.py --seeds 0 1 2 3 4                       # the three contexts, in this machine's type
-    python benchmarks/quickstart.py --precisions bf16-mixed 32-true         # both types
-    python benchmarks/quickstart.py --seeds 0 -- --trainer.max_steps 40     # what follows -- goes to `opcd fit`
+    python benchmarks/quickstart.py --seeds 0 1 2 3 4                       # all contexts, in this machine's precision
+    python benchmarks/quickstart.py --precisions bf16-mixed 32-true         # both precisions
+    python benchmarks/quickstart.py --seeds 0 -- --trainer.max_steps 40     # options after -- go to `opcd fit`
 
-Each cell is `opcd fit --config configs/quickstart.yaml` in a process of its own. Per cell: right answers of six
-held-out questions without the context, before and after; and two figures, of nats a token computed in float32:
+Each cell is `opcd fit --config configs/quickstart.yaml` in a separate process. Per cell: right answers to six held-out
+questions without the context, before and after; and two figures, from nats per token computed in float32:
 
-* recovery = 1 - KL(p_T(c) || p_S) / KL(p_T(c) || p_base) on responses that the base writes with the context to the
-  held-out questions (greedy): the share of the context's effect that is in the weights;
-* drift = KL(p_base || p_S) on the base's own responses (greedy) to eight prompts that have nothing to do with it.
+* recovery = 1 - KL(p_T(c) || p_S) / KL(p_T(c) || p_base) on the base model's greedy responses to the held-out questions
+  with the context: the share of the context's effect that is in the weights;
+* drift = KL(p_base || p_S) on the base model's greedy responses to eight unrelated prompts.
 
-A folder that holds a finished cell is not trained again.
+A finished cell is not trained again.
 """
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -42,7 +41,7 @@ GENERAL = (
     "What happened in the story of Little Red Riding Hood?",
     "List five fruits that are red.",
 )
-"""Prompts that have nothing to do with any of the contexts."""
+"""Prompts that are unrelated to all contexts."""
 GENERAL_TOKENS, ANSWER_TOKENS = 48, 32
 
 
@@ -53,20 +52,15 @@ def sources(context: str) -> tuple[Path, Path, Path]:
 
 
 def fit(folder: Path, context: str, seed: int, precision: str | None, others: list[str]) -> None:
-    """Train one cell, unless it has been."""
+    """Train one cell unless it is finished."""
     if (folder / "version_0" / "student" / "model.safetensors").is_file():
         return
     train, val, text = sources(context)
     words = [sys.executable, "-m", "opcd", "fit", "--config", str(ROOT / "configs/quickstart.yaml")]
     words += ["--data.train", str(train), "--data.val", str(val), "--data.context", str(text)]
-    words += [
-        "--seed_everything",
-        str(seed),
-        "--trainer.default_root_dir",
-        str(folder),
-        "--trainer.enable_checkpointing",
-    ]
-    words += ["false", *(["--trainer.precision", precision] if precision else []), *others]
+    words += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)]
+    words += ["--trainer.enable_checkpointing", "false"]
+    words += [*(["--trainer.precision", precision] if precision else []), *others]
     began = time.perf_counter()
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
@@ -75,13 +69,13 @@ def fit(folder: Path, context: str, seed: int, precision: str | None, others: li
 
 
 def counted(folder: Path) -> dict[str, Any]:
-    """Right answers before and after, and seconds, of a cell."""
+    """The right answers before and after, and the seconds, of a cell."""
+    from opcd.results.run_files import read_jsonl, read_metrics
     from opcd.tasks.matching import right
 
-    rows = [json.loads(line) for line in (folder / "version_0/samples.jsonl").read_text().split("\n") if line]
+    rows = read_jsonl(folder / "version_0/samples.jsonl")
     last = max(row["step"] for row in rows)
-    with (folder / "version_0/metrics.csv").open(newline="") as stream:
-        steps = [float(row["seconds/step"]) for row in csv.DictReader(stream) if row.get("seconds/step")]
+    steps = [seconds for _, seconds in read_metrics(folder / "version_0")["seconds/step"]]
     alone = [row for row in rows if not row["context"]]
     return {
         "before": sum(right(row) for row in alone if row["step"] == 0),
@@ -94,7 +88,7 @@ def counted(folder: Path) -> dict[str, Any]:
 
 
 class Measure:
-    """Recovery and drift of students of the packaged model."""
+    """A measurement of the recovery and drift of students of the packaged model."""
 
     def __init__(self) -> None:
         from opcd.data import ContextQueryDataModule
@@ -104,18 +98,17 @@ class Measure:
         self.config = ModelConfig(dtype="float32")
         self.base = Student(load_model(self.config), load_tokenizer(self.config))
         self._make, self._sampling = ContextQueryDataModule, Sampling
-        self._known: dict[str, Any] = {}
 
     def __call__(self, student_folder: Path, context: str) -> dict[str, float]:
-        """Both figures of one student."""
+        """The figures of one student."""
         from opcd.models import ModelConfig, load_model
 
         student = load_model(ModelConfig(str(student_folder), dtype="float32"))
-        batch, written = self._known.setdefault(context, self._held_out(context))
+        batch, written = self._held_out(context)
         with_context = self._log_probs(self.base.model, batch.teacher_prompts, written)
         effect = _kl(with_context, self._log_probs(self.base.model, batch.student_prompts, written))
         left = _kl(with_context, self._log_probs(student, batch.student_prompts, written))
-        general, answers = self._known.setdefault("general", self._general())
+        general, answers = self._general()
         base = self._log_probs(self.base.model, general, answers)
         drift = _kl(base, self._log_probs(student, general, answers))
         return {"effect": effect, "recovery": 1 - left / effect, "drift": drift}
@@ -156,7 +149,7 @@ class Measure:
 
 
 def _kl(of: list[Any], to: list[Any]) -> float:
-    """KL(of || to) in nats a token, over all tokens."""
+    """KL(of || to) in nats per token, over all tokens."""
     values = [(p.exp() * (p - q)).sum(-1) for p, q in zip(of, to, strict=True)]
     return float(sum(value.sum() for value in values) / sum(len(value) for value in values))
 
@@ -168,8 +161,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--precisions", nargs="+", default=["auto"], choices=["auto", "32-true", "bf16-mixed"])
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart_table"))
-    own, others = (sys.argv[1:], []) if "--" not in sys.argv else _split(sys.argv[1:])
-    options = parser.parse_args(own)
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, others = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
     measure, columns = Measure(), ("before", "after", "in the prompt", "recovery", "drift", "s a step", "s in all")
     print(f"| context | precision | seed | {' | '.join(columns)} |\n|{'---|' * (3 + len(columns))}", flush=True)
     for precision in options.precisions:
@@ -181,11 +174,6 @@ def main() -> None:
                 (folder / "cell.json").write_text(json.dumps(found, indent=2))
                 shown = [f"{found[name]:.3g}" for name in columns]
                 print(f"| {context} | {precision} | {seed} | {' | '.join(shown)} |", flush=True)
-
-
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    cut = words.index("--")
-    return words[:cut], words[cut + 1 :]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Transformers' generate beside vLLM in one process: seconds to take over the weights and to write a step's responses.
+"""Transformers' `generate` beside vLLM in one process: seconds to sync the weights and to generate a step's responses.
 
     .venv/vllm/bin/python benchmarks/rollout.py [--student NAME] [--rows 8 32] [--tokens 128] [--dtype bfloat16]
 
-Every row is a warm rollout, the mean of `--repeat`; the gap is the mean of |log p_S(y) - log p_B(y)| over the tokens,
-p_S in `--dtype`.
+Every row is the mean of `--repeat` warm rollouts. The gap is the mean of |log p_S(y) - log p_B(y)| over the tokens,
+with p_S in `--dtype`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--train", default="configs/data/quickstart_train.jsonl")
     parser.add_argument("--context", default="configs/data/quickstart_context.txt")
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--tokens", type=int, default=128, help="of each response; end-of-sequence ends none earlier")
+    parser.add_argument("--tokens", type=int, default=128, help="exact length of each response")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
@@ -75,7 +75,7 @@ def measured(rollout: Rollout, student: Student, batch: object, options: argpars
 
 @torch.no_grad()
 def gap(student: Student, written: Trajectories, options: argparse.Namespace) -> str:
-    """The mean over all tokens, where the rollout gives log-probabilities."""
+    """The mean gap over all tokens, if the rollout has log-probabilities."""
     model = student.plain(getattr(torch, options.dtype)).model.eval()
     states = HiddenStates(last_hidden(model, written.student_prompts, written.responses), head_of(model))
     drift = RolloutMismatch.of(states, written)

@@ -3,9 +3,9 @@
     python benchmarks/run.py benchmarks/configs/quick.yaml
     python benchmarks/run.py benchmarks/configs/cross_size.yaml --student FOLDER --teacher FOLDER --data.train FILE
 
-Arms are `opcd fit` processes, and `opcd evaluate` processes after them, on the engine of `opcd sweep`: what has
-finished is not run again, so the same command goes on where it stopped. Dotted options (--data.train FILE) go over the
-config's `base.set`. What the arms are stands in comparison/arms.py.
+Arms are `opcd fit` processes, followed by `opcd evaluate` processes, on the engine of `opcd sweep`. Finished jobs are
+not run again, so the same command resumes. Dotted options (--data.train FILE) override the config's `base.set`. The
+arms are defined in comparison/arms.py.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from opcd.sweep.sweep_plan import parse_yaml
 
 
 def main(args: list[str]) -> int:
-    """Run a benchmark. Returns 0, 1 where a job failed, or 2 for the user's mistakes."""
+    """Run a benchmark. Returns 0, or 1 if a job failed, or 2 for a user error."""
     options, dotted = read_options(args)
     try:
         return run(options, dotted, args)
@@ -39,7 +39,7 @@ def main(args: list[str]) -> int:
 
 
 def read_options(args: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
-    """The options, and the dotted ones as key -> value."""
+    """The options, and the dotted options as key -> value."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a file like those in benchmarks/configs")
     parser.add_argument("--student", help="model.student.name: a folder, a hub id, or smollm2-135m")
@@ -51,7 +51,7 @@ def read_options(args: list[str]) -> tuple[argparse.Namespace, dict[str, object]
 
 
 def run(options: argparse.Namespace, dotted: dict[str, object], args: list[str]) -> int:
-    """Check everything, run what is missing, and write tables, plots and the page."""
+    """Check everything, run the missing jobs, and write tables, plots and the page."""
     benchmark: Benchmark = parse_yaml(options.config, Benchmark, "config")
     benchmark.apply(options.student, options.teacher, options.task_data, options.forgetting_data, dotted)
     out = options.out or Path("benchmarks/results") / options.config.stem
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace, dotted: dict[str, object], args: list[str])
         try:
             engine.run()
         except KeyboardInterrupt:
-            print(f"stopped; finished work is in {out}, and the same command continues there")
+            print(f"stopped; finished jobs are in {out}, and the same command resumes")
             return INTERRUPTED
         outcome = collect(plan, engine)
         command = shlex.join(["python", "benchmarks/run.py", *args])

@@ -1,9 +1,9 @@
-"""What saving costs: seconds of a checkpoint with its manifest beside seconds of a step of the quickstart.
+"""The cost of checkpoints: seconds of a save with its manifest, beside seconds of a step of the quickstart.
 
     python benchmarks/saving.py --steps 6
 
-Trains the quickstart with a checkpoint after every second step. The checkpoint holds float32 weights and both moments
-of AdamW. The share is of a step at the default cadence, one checkpoint every 100 steps and one at the end.
+Trains the quickstart with a checkpoint after every second step. A checkpoint has float32 weights and both moments of
+AdamW. Shares of a step are given for the default of one checkpoint every 100 steps, and for one in the quickstart.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CADENCE, QUICKSTART = 100, 60
 
 
 def timed(owner: Any, name: str, seconds: list[float]) -> None:
-    """Note how long each call of a method takes."""
+    """Record the seconds of each call of a method."""
     method = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:

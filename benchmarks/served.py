@@ -1,11 +1,11 @@
-"""Log-probabilities from a vLLM server: prompts that it computes whole, and contexts out of its prefix cache.
+"""Seconds of log-probabilities from a vLLM server, with contexts computed and with contexts from its prefix cache.
 
     .venv/vllm/bin/python -m vllm.entrypoints.openai.api_server --model FOLDER --served-model-name teacher \\
         --max-logprobs 20 --enable-scale-out --enable-prompt-tokens-details
     python benchmarks/served.py [--base_url http://localhost:8000] [--rows 16] [--context 2000] [--tokens 64] [--k 20]
 
-Rows of one context, each with a query and a response of its own, all drawn at random; both ways take turns. "apart" is
-the mean difference of the likeliest tokens' log-probabilities between the two.
+All rows share one random context, and each has a random query and response. The two ways take turns. "apart" is the
+mean difference between the log-probabilities of the most likely tokens.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
     model = ServedModel(Server(options.base_url, "OPCD_TEACHER_KEY", 8, 600.0, 0.0), options.name)
     model.connect(tokenizer, options.k)
     if not model.tells_cached:
-        raise SystemExit("the server does not tell what it has cached: start it with the options above")
+        raise SystemExit("the server does not report cached tokens: start it with the options above")
     print("| contexts | seconds of each time |\n|---|---|")
     taken = [both_ways(model, drawn(options, len(tokenizer)), options.k) for _ in range(options.repeat)]
     for name, way in (("computed", 0), ("from the cache", 1)):
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def drawn(options: argparse.Namespace, vocabulary: int) -> list[Row]:
-    """Rows of a context that no server has seen: drawn without a seed."""
+    """Rows with a new context: drawn without a seed, so that no server has it in its cache."""
     context, *own = (
         [random.randrange(vocabulary) for _ in range(count)]
         for count in (options.context, *[options.query + options.tokens] * options.rows)
@@ -58,9 +58,9 @@ def drawn(options: argparse.Namespace, vocabulary: int) -> list[Row]:
 
 
 def both_ways(model: ServedModel, rows: list[Row], k: int) -> tuple[float, float, float]:
-    """Seconds with contexts computed and from the cache, and how far the likeliest tokens are apart."""
+    """Seconds with contexts computed, seconds with contexts from the cache, and the mean difference in nats."""
     seconds, likeliest = [], []
-    # The cache first: it would have whole rows after the other way, and values of none of their tokens.
+    # The cache first: after the other way, it would hold complete rows, without values of their tokens.
     for model.tells_cached in (True, False):
         start = time.perf_counter()
         values = model.log_probs(rows, k)

@@ -1,4 +1,4 @@
-"""Seconds and memory of a training step as the context grows, side by side with a peer.
+"""Seconds and memory of a training step for contexts of several lengths, beside a peer.
 
     pip install -e '.[trl]'                   # the peer; not a dependency of opcd
     python benchmarks/step.py --peer trl --context-tokens 74 2000 8000
@@ -6,16 +6,18 @@
     python benchmarks/step.py --peer none --context-tokens 74 8000 --rounds 5
     python benchmarks/step.py --peer none --model SMALL --teacher LARGE --context-tokens 300 --new-tokens 160
 
-Both sides train the same model on the same queries with the same context: AdamW, a frozen copy of the starting weights
-as the teacher, the reverse KL over the whole vocabulary, and exactly --new-tokens sampled tokens a query. opcd computes
-in the type that the machine is fast in. The peers: trl is its SDFTTrainer with bfloat16 autocast over float32 master
-weights; plain is the least that a step needs in plain transformers, in the same type as opcd: `generate`, one forward
-pass of the teacher, forward and backward of the student with a dense loss, logits of the responses only, no optimizer.
-With --busy, each cell has a process beside it that keeps one core busy. Every cell is a process of its own; the two
-sides take turns in one run. With --rounds, all cells take turns so often. Seconds are the median of the steps after
---warm-up, memory is the peak of the process, model and libraries included, or on a GPU the most that its allocator had
-given out; of several rounds, the median of each and of the ratios within a round. "Over first" is opcd's step over its
-step behind the first context.
+Both sides train the same model on the same queries with the same context: AdamW, a frozen copy of the initial weights
+as the teacher, the reverse KL over the whole vocabulary, and exactly --new-tokens sampled tokens per query. opcd
+computes in the machine's fast type. Peers:
+
+* trl: TRL's SDFTTrainer with bfloat16 autocast over float32 master weights;
+* plain: the least that a step needs in plain transformers, in the same type as opcd: `generate`, one forward pass of
+  the teacher, forward and backward of the student with a dense loss, logits of the responses only, no optimizer.
+
+Every cell is a separate process, and the two sides take turns. With --busy, another process keeps one core busy. With
+--rounds, all cells are measured several times in turns. Seconds are the median of the steps after --warm-up. Memory is
+the peak of the process with model and libraries, or the peak of the allocator on a GPU. With several rounds, each
+figure is the median over rounds, ratios included. "Over first" is opcd's step over its step with the first context.
 """
 
 import argparse
@@ -39,19 +41,19 @@ PARTS = ("sync", "rollout", "teacher", "student", "loss", "optimizer")
 
 
 def text(words: int, seed: int) -> str:
-    """Words that no model knows by heart."""
+    """Random words."""
     draw = random.Random(seed)
     return " ".join(draw.choice(WORDS) for _ in range(words)) + "."
 
 
 def context_of(tokens: int, tokenizer: Any) -> str:
-    """A text of about that many tokens."""
+    """A text of about `tokens` tokens."""
     ids = tokenizer(text(2 * tokens, seed=0), add_special_tokens=False)["input_ids"][:tokens]
     return str(tokenizer.decode(ids))
 
 
 def logged_steps(distiller: Any, data: Any, folder: Path, steps: int) -> list[dict[str, str]]:
-    """Train so many steps; what each of them has logged."""
+    """Train `steps` steps. Returns the logged metrics of each."""
     from lightning import Trainer
     from lightning.pytorch.loggers import CSVLogger
 
@@ -74,10 +76,10 @@ def logged_steps(distiller: Any, data: Any, folder: Path, steps: int) -> list[di
 
 
 def opcd_side(options: argparse.Namespace) -> dict[str, Any]:
-    """Steps of opcd's Distiller."""
+    """Measure opcd's Distiller."""
     from opcd.accel import accelerator
 
-    accelerator("cpu")  # what both sides have: freed blocks stay in the process
+    accelerator("cpu")  # both sides keep freed blocks in the process
     from opcd.data import ContextQueryDataModule
     from opcd.losses import ReverseKL
     from opcd.models import ModelConfig, load_tokenizer
@@ -106,7 +108,7 @@ def opcd_side(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def trl_side(options: argparse.Namespace) -> dict[str, Any]:
-    """Steps of TRL's SDFTTrainer."""
+    """Measure TRL's SDFTTrainer."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -160,7 +162,7 @@ def trl_side(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plain_side(options: argparse.Namespace) -> dict[str, Any]:
-    """The parts of a step in plain transformers."""
+    """Measure the parts of a step in plain transformers."""
     import torch
 
     from opcd.accel.precision import fast_dtype
@@ -228,18 +230,22 @@ def busy() -> Iterator[None]:
 
 
 def measure(options: argparse.Namespace, side: str, context: int) -> dict[str, Any]:
-    """Run one cell in a process of its own."""
-    words = [sys.executable, "-W", "ignore", *sys.argv, "--side", side, "--context", str(context)]
+    """Run one cell in a separate process."""
     with busy() if options.busy else nullcontext():
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        return measured_apart("-W", "ignore", *sys.argv, "--side", side, "--context", str(context))
+
+
+def measured_apart(*words: str) -> dict[str, Any]:
+    """Run Python with these words in a separate process. Returns the JSON object on the last line of its output."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{side} with {context} context tokens failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def main() -> None:
-    """Run every cell and print the table, or a JSON object a line."""
+    """Run every cell, and print the table or one JSON object per line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=("trl", "plain", "none"), default="trl")
     parser.add_argument("--context-tokens", type=int, nargs="+", default=[74, 2000, 8000])
@@ -248,13 +254,17 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warm-up", type=int, default=2, help="first steps that are not counted")
+    parser.add_argument("--warm-up", type=int, default=2, help="number of first steps that are not counted")
     parser.add_argument("--rounds", type=int, default=1, help="how often every cell is measured")
     parser.add_argument(
-        "--gradient-checkpointing", nargs="?", const="both", choices=("both", "opcd"), help="on both sides, or on ours"
+        "--gradient-checkpointing",
+        nargs="?",
+        const="both",
+        choices=("both", "opcd"),
+        help="on both sides, or opcd's",
     )
-    parser.add_argument("--busy", action="store_true", help="with a process beside each cell that keeps a core busy")
-    parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
+    parser.add_argument("--busy", action="store_true", help="keep one core busy with another process")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -283,7 +293,7 @@ def main() -> None:
 
 
 def cell(options: argparse.Namespace, context: int) -> dict[str, Any]:
-    """Both sides with one context."""
+    """Measure both sides with one context."""
     ours = measure(options, "opcd", context)
     peer = measure(options, options.peer, context) if options.peer != "none" else {}
     ratio, memory_ratio = (ours[key] / peer[key] if peer else None for key in ("seconds", "peak_mib"))
@@ -297,7 +307,7 @@ def cell(options: argparse.Namespace, context: int) -> dict[str, Any]:
 
 
 def medians(found: list[Any]) -> Any:
-    """Of cells measured several times, the median of every figure."""
+    """The median of every figure of a cell over its rounds."""
     if isinstance(found[0], dict):
         return {key: medians([one[key] for one in found]) for key in found[0]}
     return found[0] if found[0] is None else statistics.median(found)

@@ -1,4 +1,4 @@
-"""A model so small that what surrounds it can be tried hundreds of times."""
+"""A tiny model for tests and drills that run hundreds of times."""
 
 from pathlib import Path
 

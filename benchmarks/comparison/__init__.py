@@ -1,1 +1,1 @@
-"""What benchmarks/run.py is made of: arms and jobs, results, figures, the page."""
+"""The parts of benchmarks/run.py: arms and jobs, results, figures, the page."""

@@ -17,13 +17,13 @@ from opcd.sweep.arm_checks import ConfigChecker
 from opcd.sweep.jobs import Job, fit_job
 from opcd.sweep.sweep_plan import Base, file_name, overrides
 
-SAMPLES = "samples"  # a task without a process of its own: the sample answers that every fit writes
+SAMPLES = "samples"  # a task that needs no `opcd evaluate`: the sample answers of every fit
 
 TOP_K = {"inner": {"class_path": "opcd.losses.ReverseKL"}, "k": 256, "support": "student"}
 BASE, IN_CONTEXT, TEACHER = "base", "in-context", "teacher with context"
 UNTRAINED = (BASE, IN_CONTEXT, TEACHER)
 
-# Who writes the responses, and the divergence: off-policy is the teacher with the context, OPCD the student without.
+# Rollout and divergence. Off-policy: the teacher with the context generates; OPCD: the student without the context.
 TRAINED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "off-policy, forward KL": ("TeacherRollout", "ForwardKL", {}),
     "off-policy, reverse KL": ("TeacherRollout", "ReverseKL", {}),
@@ -37,21 +37,21 @@ TRAINED: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @dataclass
 class Measure:
-    """What is measured of every arm."""
+    """A measure of every arm."""
 
     name: str
-    """A task of `opcd evaluate` (any of lm-eval's too, or with options.include_path one of a folder of yours), or
-    samples: the answers to data.val that every fit writes, right where they contain the reference."""
+    """A task of `opcd evaluate` (also any of lm-eval's, or one of your folder options.include_path), or `samples`: the
+    answers to data.val that every fit writes, which are right if they contain the reference."""
     metric: str
-    """The metric that the table shows, such as accuracy or prompt_level_strict_acc; each answer must have a score."""
+    """The metric in the table, such as accuracy or prompt_level_strict_acc; each answer must have a score."""
     title: str
-    """What the table calls it."""
+    """The title in the table."""
     data: str | None = None
-    """File or hub data set with the rows; null takes the task's own."""
+    """File or hub data set with the rows; null: the task's own rows."""
     games: dict[str, Any] = field(default_factory=dict)
-    """In place of data, for a game: opcd.games.GameSeeds, as class_path and init_args."""
+    """For a game, instead of data: opcd.games.GameSeeds, as class_path and init_args."""
     options: dict[str, Any] = field(default_factory=dict)
-    """More options of `opcd evaluate`: limit, greedy, samples, max_new_tokens, include_path, ..."""
+    """Other options of `opcd evaluate`: limit, greedy, samples, max_new_tokens, include_path, ..."""
 
 
 @dataclass
@@ -59,31 +59,31 @@ class Benchmark:
     """One comparison."""
 
     task: Measure
-    """What the context should teach."""
+    """The measure of what the context should teach."""
     forgetting: Measure
-    """What must not be lost."""
+    """The measure of what must not be forgotten."""
     base: Base = field(default_factory=Base)
     """The config of all fits."""
     sampling: dict[str, Any] = field(default_factory=dict)
-    """How rollouts draw: max_new_tokens, temperature, top_p, top_k."""
+    """Sampling of the rollouts: max_new_tokens, temperature, top_p, top_k."""
     around: str | None = None
     """class_path of a rollout that takes each arm's rollout as its `rollout`: opcd.games.GameRollout, for games."""
     arms: list[str] = field(default_factory=lambda: [*UNTRAINED, *TRAINED])
-    """Which arms, in the order of the table."""
+    """The arms, in the order of the table."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """A fit for each, with its own evaluations. Untrained arms are measured once, with the first."""
+    """One fit per seed, with its own evaluations. Untrained arms are measured once, with the first seed."""
     slurm: list[str] = field(default_factory=list)
     """Options of srun, for --launcher slurm."""
 
     @property
     def measures(self) -> dict[str, Measure]:
-        """By the key in the file, which is the key of their results too: both may be one task with other rows."""
+        """The measures by their key in the file and in the results. Both may be the same task with other rows."""
         return {"task": self.task, "forgetting": self.forgetting}
 
     def apply(
         self, student: str | None, teacher: str | None, task: str | None, forgetting: str | None, dotted: dict[str, Any]
     ) -> None:
-        """Put what the command line says over the file, and check what needs no parser."""
+        """Apply the options of the command line, and check everything that needs no parser."""
         named = {"model.student.name": student, "model.teacher.init_args.model.name": teacher}
         self.base.set |= {key: name for key, name in named.items() if name is not None} | dotted
         self.task.data = task or self.task.data
@@ -104,11 +104,11 @@ class Benchmark:
 
 
 class Plan:
-    """Jobs by arm and seed; making it checks every config.
+    """The jobs by arm and seed. The constructor checks every config.
 
     Args:
         benchmark: what to compare.
-        checker: of the base config.
+        checker: the checker of the base config.
         root: the folder of all results.
 
     Raises:
@@ -130,7 +130,7 @@ class Plan:
         self._check_evaluations()
 
     def jobs(self) -> list[Job]:
-        """All jobs: of each arm and seed first the fit, then what is measured of it."""
+        """All jobs: for each arm and seed first the fit, then its evaluations."""
         fits = [fit for seeds in zip(*self.fits.values(), strict=True) for fit in seeds]
         measures = [job for jobs in self.evaluations.values() for by_seed in jobs for job in by_seed.values()]
         of = {fit.name: [job for job in measures if fit.name in job.after] for fit in fits}
@@ -153,16 +153,16 @@ class Plan:
         return fit_job(f"{file_name(name)}/seed={seed}/fit", self.root, self.checker.words(settings), config)
 
     def _models(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `opcd evaluate` must know of the student and of the teacher."""
+        """The configs of the student and the teacher for `opcd evaluate`."""
         student = self.config["model"]["student"]
         teacher = (self.config["model"]["teacher"].get("init_args") or {}).get("model") or student
-        return self.config["model"]["student"], teacher
+        return student, teacher
 
     def _evaluations(self, name: str) -> list[dict[str, Job]]:
-        """A mapping key of the measure -> job for each seed."""
+        """Key of the measure -> job, for each seed."""
         measured = [key for key in self.measured if name != TEACHER or key == "task"]
         if name in TRAINED:
-            # The exported folder has its tokenizer and template with it.
+            # The exported folder contains tokenizer and template.
             own = {key: value for key, value in self.student.items() if key in ("chat_template_kwargs", "attention")}
             students = [own | {"name": str(self.root / fit.name / fit.proof)} for fit in self.fits[name]]
             return [
@@ -191,7 +191,7 @@ class Plan:
         return Job(name, words, config, "results.json", (fit.name,) if fit else (), (f"{measure.name}.jsonl",))
 
     def _check_evaluations(self) -> None:
-        """Parse what will be asked, and read rows and context once each with a model that is there already."""
+        """Parse all evaluations, and check each combination of rows, context and model with a model that exists now."""
         require_file(self.context, "data.context")
         for jobs in self.evaluations.values():
             for job in (job for by_seed in jobs for job in by_seed.values()):
@@ -213,7 +213,7 @@ class Plan:
                 _check_metric(key, measure, Evaluator(evaluation, parsed))
 
     def _refuse_trained(self, key: str, measured: str | GameSeeds | None) -> None:
-        """Games that are measured must not be those that are trained on."""
+        """Raise UserError if games of the measure are also in the training data."""
         train = self.config["data"]["train"]
         if not isinstance(train, dict) or not isinstance(measured, GameSeeds):
             return
@@ -225,10 +225,10 @@ class Plan:
 
 
 def _check_metric(key: str, measure: Measure, evaluator: Evaluator) -> None:
-    """Refuse a group of tasks, and a metric that an answer has no score for: the table compares question by question.
+    """Check that a measure is one task, and that each answer has a score for its metric.
 
     Raises:
-        UserError: names the metrics that there are.
+        UserError: the message names the metrics with scores.
     """
     if list(evaluator.answers) != [measure.name]:
         raise UserError(f"{key}.name: {measure.name} is a group of {len(evaluator.answers)} tasks; name one of them")

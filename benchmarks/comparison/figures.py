@@ -5,7 +5,7 @@ from opcd.results.plots import bars, curves, drawn, points
 
 
 def figures(outcome: Outcome) -> dict[str, str]:
-    """Caption -> SVG; a plot for which nothing was measured is left out."""
+    """Caption -> SVG. Plots without data are left out."""
     task, kept = outcome.measures.values()
     trained = [arm for arm in outcome.arms if arm.metrics]
     over_steps = {arm.name: [c for c in arm.curves if c] for arm in trained}
@@ -17,11 +17,11 @@ def figures(outcome: Outcome) -> dict[str, str]:
     both = {name: members for name, members in both.items() if members}
     plots = {}
     if over_steps:
-        plots["Accuracy over steps: the mean over seeds, and a band from the least to the greatest seed."] = drawn(
+        plots["Accuracy over steps: the mean over seeds, and a band from the smallest to the largest seed."] = drawn(
             lambda axes: curves(axes, over_steps), f"{task.title} over steps", "step", "share right", "accuracy"
         )
     if both:
-        plots["Accuracy against what was kept: up and to the right is better; small marks are seeds."] = drawn(
+        plots["Accuracy and retained ability: up and to the right is better; small marks are seeds."] = drawn(
             lambda axes: points(axes, both), "accuracy against forgetting", kept.title, task.title, "forgetting"
         )
     if any(curve for members in divergence.values() for curve in members):

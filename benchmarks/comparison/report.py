@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no network."""
+"""The report: one HTML file without external resources."""
 
 import datetime
 import shlex
@@ -17,7 +17,7 @@ SHOWN_QUESTIONS = 4
 
 
 def report(outcome: Outcome, plots: dict[str, str], command: str) -> str:
-    """The page as text."""
+    """The HTML text of the page."""
     return render(
         Path(__file__).parent / "report.html.j2",
         title=f"Context distillation: {outcome.plan.benchmark.task.title}",
@@ -37,7 +37,7 @@ def report(outcome: Outcome, plots: dict[str, str], command: str) -> str:
 
 
 def _samples(outcome: Outcome, key: str) -> dict[str, Any]:
-    """The first questions with the answer of every arm's first seed."""
+    """The first questions, with the answers of every arm's first seed."""
     first = {arm.name: arm.answers[key][0] for arm in outcome.arms if any(arm.answers.get(key, []))}
     questions = next(iter(first.values()), [])[:SHOWN_QUESTIONS]
     measure = outcome.measures[key]

@@ -1,4 +1,4 @@
-"""Answers and metrics of all arms, and the table in Markdown, CSV and JSON."""
+"""The answers and metrics of all arms, and the table in Markdown, CSV and JSON."""
 
 import csv
 import io
@@ -20,42 +20,42 @@ from opcd.sweep.jobs import JobFolder
 from opcd.sweep.summary import markdown_table
 from opcd.tasks.matching import right
 
-REFERENCES = ("off-policy, forward KL", BASE)  # the first that is there: what the other arms are compared with
+REFERENCES = ("off-policy, forward KL", BASE)  # other arms are compared with the first of these
 
 Answers = list[dict[str, Any]]
-"""Rows as `opcd evaluate` writes them."""
+"""Rows in the format of `opcd evaluate`."""
 
 
 @dataclass
 class Score:
-    """A measure of an arm."""
+    """The result of one measure of an arm."""
 
     seeds: list[float] = field(default_factory=list)
     """The metric of each seed that finished."""
     questions: int = 0
     mean: Metric | None = None
-    """Over seeds, with a 95 % interval over questions."""
+    """The mean over seeds, with a 95 % interval over questions."""
     spread: float | None = None
     """Sample standard deviation over seeds; None for one."""
     gap: Metric | None = None
-    """Minus the reference arm on the same questions, with the paired 95 % interval."""
+    """The difference to the reference arm on the same questions, with the paired 95 % interval."""
 
 
 @dataclass
 class ArmOutcome:
-    """All that is known of an arm."""
+    """All results of an arm."""
 
     name: str
     scores: dict[str, Score]
     """By key of the measure: task, forgetting."""
     answers: dict[str, list[Answers]]
-    """By key of the measure, a list a seed."""
+    """By key of the measure, one list per seed."""
     metrics: list[Series] = field(default_factory=list)
     """metrics.csv of each seed's fit."""
     curves: list[list[tuple[int, float]]] = field(default_factory=list)
-    """(step, the task's metric) of each seed, where it was measured on the way."""
+    """(step, the task's metric) of each seed, if it was measured during training."""
     seconds: list[float] = field(default_factory=list)
-    """Of each fit, start and sample answers included."""
+    """Seconds of each fit, with start-up and sample answers."""
     step_seconds: list[float] = field(default_factory=list)
     peak_mib: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class ArmOutcome:
 
 @dataclass
 class Outcome:
-    """A whole comparison."""
+    """The results of a comparison."""
 
     plan: Plan
     arms: list[ArmOutcome]
@@ -72,12 +72,12 @@ class Outcome:
 
     @property
     def measures(self) -> dict[str, Measure]:
-        """The task, then what must not be forgotten."""
+        """The measures `task` and `forgetting`."""
         return self.plan.benchmark.measures
 
 
 def collect(plan: Plan, engine: Engine) -> Outcome:
-    """Read what the finished jobs left."""
+    """Read the results of the finished jobs."""
     arms = [_arm(name, plan, engine) for name in plan.benchmark.arms]
     known = {arm.name: arm for arm in arms}
     reference = next((name for name in REFERENCES if name in known), None)
@@ -119,7 +119,7 @@ def _arm(name: str, plan: Plan, engine: Engine) -> ArmOutcome:
 
 
 def _samples(name: str, plan: Plan, engine: Engine) -> list[Answers]:
-    """Sample answers as rows of an evaluation: after training, or, of an untrained arm, before any."""
+    """Sample answers as rows of an evaluation: after training, or for an untrained arm before training."""
     every = [fit for fits in plan.fits.values() for fit in fits]
     fits = plan.fits[name] if name in TRAINED else every
     found = []
@@ -141,7 +141,7 @@ def _samples(name: str, plan: Plan, engine: Engine) -> list[Answers]:
 
 
 def _pooled(answers: list[Answers]) -> Answers:
-    """All seeds' answers as several samples of the same questions."""
+    """The answers of all seeds, as several samples of the same questions."""
     return [row | {"sample": (seed, row["sample"])} for seed, rows in enumerate(answers) for row in rows]
 
 
@@ -189,31 +189,31 @@ def _cells(arm: ArmOutcome, outcome: Outcome) -> list[str]:
 
 
 def interval(metric: Metric | None) -> str:
-    """In points, or a dash."""
+    """The interval in points, or a dash."""
     if metric is None or metric.low is None or metric.high is None:
         return "-"
     return f"{100 * metric.low:.1f} to {100 * metric.high:.1f}"
 
 
 def notes(outcome: Outcome) -> list[str]:
-    """How to read the table."""
+    """The notes below the table."""
     lines = [
         "Mean over seeds ± sample standard deviation over seeds. Untrained arms are measured once.",
-        "95 % intervals are over questions: Wilson's for the mean over seeds, which all answer the same; the "
-        "paired bootstrap's for differences on the same questions. They do not hold the spread over seeds.",
-        "Seconds of training are those of the whole `opcd fit` process, its start and sample answers included, with "
-        "whatever ran beside it.",
+        "95 % intervals are over questions: Wilson's for the mean over seeds, which answer the same questions, and the "
+        "paired bootstrap's for differences on the same questions. They do not include the spread over seeds.",
+        "Seconds of training are those of the whole `opcd fit` process with its start-up and sample answers, beside "
+        "any other jobs that ran at the same time.",
     ]
     for key, measure in outcome.measures.items():
         count = max((arm.scores[key].questions for arm in outcome.arms), default=0)
-        rule = "right where the answer contains the reference" if measure.name == SAMPLES else measure.metric
+        rule = "right if the answer contains the reference" if measure.name == SAMPLES else measure.metric
         rows = measure.games.get("init_args") or measure.data or ("data.val" if measure.name == SAMPLES else "the hub")
         lines.append(f"{measure.title}: {count} questions, {measure.name} ({rule}), rows of {rows}.")
     return lines
 
 
 def write_tables(out: Path, outcome: Outcome) -> str:
-    """Write table.md, table.csv and table.json; returns the Markdown."""
+    """Write table.md, table.csv and table.json. Returns the Markdown."""
     titles, rows = header(outcome), cells(outcome)
     markdown = markdown_table(titles, rows) + "\n" + "\n".join(f"- {line}" for line in notes(outcome)) + "\n"
     text = io.StringIO()

@@ -54,7 +54,7 @@ DRILLS = {
 
 
 def main() -> int:
-    """Run what the command line names; 1 if a drill fails."""
+    """Run the drills that the command line names. Returns 1 if one fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drills", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(DRILLS)} (default: all)")
     parser.add_argument("--runs", type=int, help="tries of each drill (default: its own number)")

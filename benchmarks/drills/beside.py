@@ -1,4 +1,4 @@
-"""What runs beside training: another run in the same folder, validation, samples, loggers, a progress bar."""
+"""Drills of what runs beside training: another run in the folder, validation, samples, loggers, a progress bar."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "teacher", "exact_
 
 
 def folder(runs: int, where: Path) -> Outcome:
-    """Two runs that go on from one folder, one after the other or at once: the second refuses, and names the first."""
+    """Resume two runs from one folder, one after the other or at once: the second fails and names the first."""
     fits, outcome = Fits(where), Outcome()
     for number in range(runs):
         root, at_once = where / f"both-{number}", number % 2 == 1
@@ -38,7 +38,7 @@ def _one_refused(first: Child, second: Child, codes: dict[Child, int], at_once: 
 
 
 def beside(runs: int, where: Path) -> Outcome:
-    """Weights, optimizer and generators are the same, whatever looks at the run."""
+    """Compare weights, optimizer and generators of runs with other callbacks and loggers: they are the same."""
     outcome = Outcome()
     samples = {"class_path": "opcd.callbacks.AnswerSamples", "init_args": {"queries": 2, "every_n_steps": 1}}
     variants: list[dict[str, Any]] = [
@@ -50,8 +50,7 @@ def beside(runs: int, where: Path) -> Outcome:
     settings = yaml.safe_load(fits.config.read_text())
     settings["data"]["val"] = settings["data"]["train"]
     fits.config.write_text(yaml.safe_dump(settings))
-    plain = fits.start(where / "plain")
-    assert plain.wait() == 0, plain.text
+    fits.finished(where / "plain")
     for number in range(runs):
         overlay = where / f"overlay-{number}.yaml"
         overlay.write_text(yaml.safe_dump({"trainer": variants[number % len(variants)]}))
@@ -67,7 +66,7 @@ def beside(runs: int, where: Path) -> Outcome:
 
 
 def secrets(runs: int, where: Path) -> Outcome:
-    """Tokens in the environment are in nothing that a run writes or prints."""
+    """Search all output and files of a run for secrets of the environment: there are none."""
     fits, outcome = Fits(where), Outcome()
     names = ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
     for number in range(runs):

@@ -1,4 +1,4 @@
-"""Runs of `opcd fit` on a tiny model, each in a process of its own that can be struck, and how two are compared."""
+"""Runs of `opcd fit` on a tiny model, each in a process that a drill can kill, and the comparison of two runs."""
 
 import csv
 import json
@@ -25,14 +25,14 @@ COMPARED = ("divergence", "gradient_norm", "response_tokens", "student_entropy",
 
 @dataclass
 class Outcome:
-    """How often a drill was tried and survived, and what was wrong where it was not."""
+    """The number of tries of a drill and of survivals, and the problems of the others."""
 
     tried: int = 0
     survived: int = 0
     problems: list[str] = field(default_factory=list)
 
     def add(self, problem: str | None) -> None:
-        """Count one try; None is survived."""
+        """Count one try; None means survived."""
         self.tried += 1
         self.survived += problem is None
         if problem is not None:
@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass(eq=False)
 class Child:
-    """A process of this one's, forked after everything is imported."""
+    """A child process, forked after all imports."""
 
     pid: int
     log: Path
@@ -49,7 +49,7 @@ class Child:
 
     @classmethod
     def start(cls, action: Callable[[], int], log: Path) -> "Child":
-        """Run `action` there, its output in `log`; its result is the exit code."""
+        """Run `action` in a child process, with its output in `log`; its result is the exit code."""
         log.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         pid = os.fork()
@@ -71,7 +71,7 @@ class Child:
             os._exit(code)
 
     def wait(self, seconds: float = 120) -> int:
-        """The exit code, -N where signal N ended it. It is killed when the time is up."""
+        """The exit code, or -N if signal N ended the process. The process is killed after `seconds`."""
         end = time.monotonic() + seconds
         while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -84,7 +84,7 @@ class Child:
         return self.code
 
     def wait_for(self, text: str, times: int = 1, seconds: float = 120) -> bool:
-        """Wait until the log has `text` so often; False where the process ends first."""
+        """Wait until the log contains `text` this many times; False if the process ends first."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.log.exists() and self.log.read_text(errors="replace").count(text) >= times:
@@ -97,13 +97,13 @@ class Child:
         return False
 
     def strike(self, number: int = signal.SIGKILL) -> None:
-        """Send it a signal, where it still runs."""
+        """Send a signal if the process still runs."""
         if self.code is None:
             os.kill(self.pid, number)
 
     @property
     def text(self) -> str:
-        """What it printed."""
+        """The output so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
@@ -118,7 +118,7 @@ class Fits:
     def __init__(self, folder: Path, **config: dict[str, Any]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        # In a process of its own, for a process that has computed must not fork.
+        # In a child process: a process that has computed with torch must not fork.
         model = Child.start(lambda: make_tiny(folder / "tiny", dropout=0.1) and 0, folder / "tiny.log")
         assert model.wait() == 0, model.text
         self.config = folder / "config.yaml"
@@ -128,7 +128,7 @@ class Fits:
         self.config.write_text(yaml.safe_dump(settings))
 
     def start(self, root: Path, *words: object, last: bool = True, before: Callable[[], None] | None = None) -> Child:
-        """`opcd fit` into `root`, with `last` going on from what is there; `before` runs first in its process."""
+        """Start `opcd fit` in `root`; `last` resumes from the last checkpoint, `before` runs first in the process."""
         name = f"{root.name}-{time.monotonic_ns()}.log"
         more = [str(word) for word in words]
         command = ["fit", "--config", str(self.config), "--trainer.default_root_dir", str(root)]
@@ -141,6 +141,12 @@ class Fits:
 
         return Child.start(action, self.folder / "logs" / name)
 
+    def finished(self, root: Path, *words: object) -> Child:
+        """A run in `root` that has succeeded."""
+        child = self.start(root, *words)
+        assert child.wait() == 0, child.text
+        return child
+
 
 def saving(every_n_steps: int, **arguments: Any) -> dict[str, Any]:
     """The trainer's section with a checkpoint every n steps."""
@@ -149,7 +155,7 @@ def saving(every_n_steps: int, **arguments: Any) -> dict[str, Any]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Dropout, a moving average, a mix of rollouts, drawn contexts and rows with their own: all that must go on."""
+    """A config with all kinds of state: dropout, moving average, mixed rollouts, drawn contexts, rows with contexts."""
     own = "Answer with a number, in one word, and never with more than that; the rule holds for every question"
     rows = [{"query": f"What is {n} + {n}?", **({"context": f"{own} {n}."} if n % 3 == 0 else {})} for n in range(ROWS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -169,11 +175,7 @@ def _config(folder: Path) -> dict[str, Any]:
             "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.LinearLR", "init_args": {"total_iters": STEPS}},
             "eval_sampling": {"max_new_tokens": 2},
         },
-        "data": {
-            "train": str(folder / "rows.jsonl"),
-            "context": str(folder / "contexts.json"),
-            "batch_size": BATCH,
-        },
+        "data": {"train": str(folder / "rows.jsonl"), "context": str(folder / "contexts.json"), "batch_size": BATCH},
         "trainer": {
             "max_steps": STEPS,
             "accelerator": "cpu",
@@ -185,14 +187,14 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def history(child: Child) -> tuple[int, list[str]]:
-    """The step that a run began at, and the responses of each step from there on."""
+    """The first step of a run, and the responses of each of its steps."""
     begun = re.findall(r"Restored all states from the checkpoint at .*step=(\d+)\.ckpt", child.text)
     lines = [line for line in child.text.splitlines() if line.startswith("RESPONSES") and line.endswith("]]")]
     return int(begun[-1]) if begun else 0, lines
 
 
 def metrics(root: Path) -> list[tuple[int, dict[str, str]]]:
-    """(step, what was measured, as written) of every step's line of all runs under `root`."""
+    """(step, metrics as written) of every training step of all runs under `root`."""
     found = []
     for file in sorted(root.glob("version_*/metrics.csv")):
         with file.open(newline="") as stream:
@@ -210,7 +212,7 @@ def last_checkpoint(root: Path, steps: int = STEPS) -> dict[str, Any]:
 
 
 def differences(one: object, other: object, path: str = "") -> list[str]:
-    """Where two checkpoints differ."""
+    """The paths of the values in which two checkpoints differ."""
     if isinstance(one, torch.Tensor):
         return [] if isinstance(other, torch.Tensor) and torch.equal(one, other) else [path]
     if isinstance(one, dict) and isinstance(other, dict):
@@ -222,7 +224,7 @@ def differences(one: object, other: object, path: str = "") -> list[str]:
 
 
 def unlike(whole: Path, of_whole: Child, root: Path, children: list[Child]) -> str | None:
-    """What the runs under `root` did otherwise than the unbroken one under `whole`; None where all is bit-equal."""
+    """The first difference between the runs under `root` and the uninterrupted one under `whole`; None if bit-equal."""
     _, all_responses = history(of_whole)
     for child in children:
         begun, responses = history(child)

@@ -1,8 +1,8 @@
-"""Folders and files that somebody else made, with something planted in each: runs, models, adapters, checkpoints, GGUF.
+"""A drill of foreign folders and files with planted faults: runs, models, adapters, checkpoints, GGUF.
 
-Each is opened by a command, with "y" on standard input for whoever would ask. It must be loaded or refused (exit code 0
-or 2, as the case says, with the words that the case names), in seconds, without a traceback; none of the planted code
-may run, and no file may appear or change.
+A command opens each, with "y" on standard input for possible questions. It must succeed or fail as the case says (exit
+code 0 or 2, with the words of the case), in seconds and without a traceback. No planted code may run, and no file may
+appear or change.
 """
 
 import contextlib
@@ -34,22 +34,22 @@ from opcd.checkpoints.checkpoint_files import write_checkpoint
 from opcd.cli.main import main
 
 SECONDS = 40
-"""After which a command has no end."""
+"""Time limit of a command, in CPU seconds."""
 LARGE = 10**12
 ODD: tuple[Any, ...] = ([], None, "x", -1, 0, LARGE, 1e308, True, {}, {"a": [[[]]]}, [1, "a"], "../..", "\0", 2**70)
-"""Values that no field of a model's files has."""
+"""Values that are wrong for every field of a model's files."""
 
 
 class Planted(NamedTuple):
-    """What lies in a copy of a good folder, and what is right."""
+    """A fault in a copy of a good folder, and the correct reaction."""
 
     kind: str
     what: str
     plant: Callable[[Path], Path]
-    """Changes the copy; returns what is opened."""
+    """Changes the copy, and returns the path to open."""
     codes: tuple[int, ...] = (2,)
     words: str = ""
-    """In the message."""
+    """Words of the message."""
     command: str = "chat"
 
 
@@ -61,7 +61,7 @@ class Payload:
 
 
 def hostile(runs: int, folder: Path) -> Outcome:
-    """Nothing of a folder runs, writes elsewhere, or ends in a traceback."""
+    """Check that no folder runs code, writes to other places, or causes a traceback."""
     folder.mkdir(parents=True, exist_ok=True)
     canary = (folder / "canary").resolve()
     good = _good(folder / "good")
@@ -79,7 +79,7 @@ def hostile(runs: int, folder: Path) -> Outcome:
 
 
 def _good(folder: Path) -> dict[str, Path]:
-    """One whole folder of each kind."""
+    """Create a good folder of each kind."""
     model = _model(folder / "model")
     kinds = {name: folder / name for name in ("model", "adapter", "run", "checkpoint", "gguf")}
     with warnings.catch_warnings():  # peft reads an attribute that transformers renames
@@ -106,7 +106,7 @@ def _good(folder: Path) -> dict[str, Path]:
 
 
 def _model(folder: Path) -> Path:
-    """A Llama of random weights with a byte-level BPE of 300 tokens."""
+    """Create a Llama with random weights and a byte-level BPE of 300 tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -129,7 +129,7 @@ def _model(folder: Path) -> Path:
 
 
 def planted(good: dict[str, Path]) -> Iterator[Planted]:
-    """Every input that was thought of."""
+    """All cases that were written by hand."""
     yield from _nothing(good)
     yield from _runs(good)
     yield from _models()
@@ -184,8 +184,9 @@ def _models() -> Iterator[Planted]:
     yield Planted("model", "code of a tokenizer", _tokenizer_code, (0, 2))
     yield Planted("model", "code for generation", _generation_code, (0,))
     yield Planted("model", "pickled weights", _pickled, (2,), "--pickled_weights")
-    yield Planted("model", "NaN in a norm", _nan, (2,), "model.norm.weight")
-    yield Planted("model", "a weight left out", _left_out, (2,), "model.norm.weight")
+    norm = "model.norm.weight"
+    yield Planted("model", "NaN in a norm", _weights(lambda weights: weights[norm][3].fill_(torch.nan)), (2,), norm)
+    yield Planted("model", "a weight left out", _weights(lambda weights: weights.pop(norm)), (2,), norm)
     yield Planted("model", "a pipe", _pipe, (2,), "config.json")
     yield Planted("model", "a file without end", _endless, (2,), "tokenizer.json")
     yield Planted("model", "weights elsewhere", _elsewhere, (2,), "weight_map")
@@ -309,33 +310,23 @@ def _ggufs() -> Iterator[Planted]:
         return _write(copy / "adapter_config.json", json.dumps(values), copy / "model.gguf")
 
     def number(name: bytes, value: int) -> Callable[[Path], Path]:
-        def plant(copy: Path) -> Path:
-            file = copy / "model.gguf"
-            data = bytearray(file.read_bytes())
+        def change(data: bytearray) -> None:
             at = data.index(name) + len(name) + 4
             data[at : at + 4] = value.to_bytes(4, "little")
-            file.write_bytes(data)
-            return file
 
-        return plant
+        return _gguf(change)
 
     def counted(at: int) -> Callable[[Path], Path]:
-        def plant(copy: Path) -> Path:
-            file = copy / "model.gguf"
-            data = bytearray(file.read_bytes())
+        def change(data: bytearray) -> None:
             data[at : at + 8] = (2**60).to_bytes(8, "little")
-            file.write_bytes(data)
-            return file
 
-        return plant
+        return _gguf(change)
 
     def cut(size: int) -> Callable[[Path], Path]:
-        def plant(copy: Path) -> Path:
-            file = copy / "model.gguf"
-            file.write_bytes(file.read_bytes()[:size])
-            return file
+        def change(data: bytearray) -> None:
+            del data[size:]
 
-        return plant
+        return _gguf(change)
 
     yield Planted("gguf", "code beside it", beside, (0,))
     yield Planted("gguf", "an adapter beside it", adapter, (0,))
@@ -348,7 +339,7 @@ def _ggufs() -> Iterator[Planted]:
 
 
 def at_random(good: dict[str, Path], runs: int) -> Iterator[Planted]:
-    """Fields of JSON files that are replaced, and bytes of a header that are changed."""
+    """Random cases: replaced fields of JSON files, and changed bytes of a GGUF header."""
     files = ("config.json", "generation_config.json", "tokenizer_config.json")
     places = [("model", file) for file in files] + [("adapter", "adapter_config.json")]
     for number in range(runs):
@@ -361,11 +352,21 @@ def at_random(good: dict[str, Path], runs: int) -> Iterator[Planted]:
 
 
 def _edited(number: int) -> Callable[[Path], Path]:
-    def plant(copy: Path) -> Path:
-        file, draw = copy / "model.gguf", random.Random(number)
-        data = bytearray(file.read_bytes())
+    def change(data: bytearray) -> None:
+        draw = random.Random(number)
         for _ in range(draw.randint(1, 6)):
             data[draw.randrange(draw.choice([32, 1000, 50_000]))] = draw.randrange(256)
+
+    return _gguf(change)
+
+
+def _gguf(change: Callable[[bytearray], None]) -> Callable[[Path], Path]:
+    """Change the bytes of model.gguf."""
+
+    def plant(copy: Path) -> Path:
+        file = copy / "model.gguf"
+        data = bytearray(file.read_bytes())
+        change(data)
         file.write_bytes(data)
         return file
 
@@ -373,7 +374,7 @@ def _edited(number: int) -> Callable[[Path], Path]:
 
 
 def _code(file: Path) -> None:
-    """Python that leaves a file where it runs."""
+    """Write Python code that leaves a file when it runs."""
     file.write_text("import os\nopen(os.environ['OPCD_DRILL_CANARY'], 'w').write(__file__)\n")
 
 
@@ -396,7 +397,7 @@ def _field(file: str, name: str, value: Any) -> Callable[[Path], Path]:
 
 
 def needs_code(copy: Path) -> Path:
-    """A model whose family transformers does not know, with the code that would load it."""
+    """Make the model one of an unknown family, with the code that would load it."""
     _code(copy / "modeling_evil.py")
     names = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
     _field("config.json", "auto_map", names)(copy)
@@ -422,18 +423,14 @@ def _pickled(copy: Path) -> Path:
     return copy
 
 
-def _nan(copy: Path) -> Path:
-    weights = load_file(copy / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    return copy
+def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], Path]:
+    def plant(copy: Path) -> Path:
+        weights = load_file(copy / "model.safetensors")
+        change(weights)
+        save_file(weights, copy / "model.safetensors", {"format": "pt"})
+        return copy
 
-
-def _left_out(copy: Path) -> Path:
-    weights = load_file(copy / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    return copy
+    return plant
 
 
 def _pipe(copy: Path) -> Path:
@@ -455,8 +452,8 @@ def _elsewhere(copy: Path) -> Path:
 
 
 def _judge(case: Planted, copy: Path, canary: Path) -> tuple[str | None, int | str, str]:
-    """What is wrong, the exit code, and what was said."""
-    shutil.rmtree(os.environ["OPCD_CACHE"], ignore_errors=True)  # else a file of the same hash is not read again
+    """The problem or None, the exit code, and the last line of the output."""
+    shutil.rmtree(os.environ["OPCD_CACHE"], ignore_errors=True)  # else the cache is used for a file of the same hash
     opened = case.plant(copy)
     before = _listed(copy)
     args = {
@@ -484,14 +481,14 @@ def _listed(folder: Path) -> list[tuple[str, int]]:
 
 
 def _run(args: list[str]) -> tuple[int | str, str]:
-    """A command in this process: its exit code, or the exception that it ended with, and what it printed."""
+    """Run a command in this process. Returns its exit code, or the name of its exception, and its output."""
     said = io.StringIO()
 
     def late(*_: object) -> None:
         raise TimeoutError(f"no end in {SECONDS} s")
 
     former = [signal.signal(kind, late) for kind in (signal.SIGALRM, signal.SIGPROF)]
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process alone: the machine may be busy
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # CPU time of this process: the machine may be busy
     signal.alarm(10 * SECONDS)
     try:
         with (

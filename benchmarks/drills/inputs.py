@@ -1,4 +1,4 @@
-"""Malformed files of rows, and files that were changed at random."""
+"""Drills of malformed files of rows, and of files with random changes."""
 
 import json
 import random
@@ -19,7 +19,7 @@ FIELDS = ("query", "context", "response")
 
 
 def bad_lines() -> Iterator[tuple[str, bytes, str]]:
-    """(what is wrong, the line, what its message must hold besides file and line)."""
+    """(what is wrong, the line, the words of its message besides file and line)."""
     wrong = {"a number": 7, "an object": {"a": 1}, "a boolean": True, "a blank": " ", "an empty text": ""}
     for field in FIELDS:
         for name, value in {**wrong, "a list": [1], "NUL": "a\0b", "half a pair": "a\ud800b"}.items():
@@ -80,7 +80,7 @@ def _bad_messages() -> Iterator[tuple[str, bytes, str]]:
 
 
 def good_files() -> Iterator[tuple[str, bytes, int]]:
-    """(what is odd, the file, how many rows it has): none of this is wrong."""
+    """(what is unusual, the file, its number of rows) of valid files."""
     row = GOOD.encode()
     yield "a BOM", b"\xef\xbb\xbf" + row, 1
     yield "CRLF", row + b"\r\n" + row + b"\r\n", 2
@@ -90,7 +90,7 @@ def good_files() -> Iterator[tuple[str, bytes, int]]:
 
 
 def inputs(runs: int, folder: Path) -> Outcome:
-    """Every bad line gives file, line and field, or is skipped and counted; every odd but good file is read."""
+    """Read bad lines, which give an error with file, line and field or are counted; and unusual valid files."""
     folder.mkdir(parents=True, exist_ok=True)
     outcome = Outcome()
     for _ in range(runs):
@@ -115,7 +115,7 @@ def _bad_line(folder: Path, what: str, line: bytes, expected: str) -> str | None
 
 
 def fuzz(runs: int, folder: Path) -> Outcome:
-    """Files made at random, and good ones with random bytes changed: read or refused, no row lost in silence."""
+    """Read random files, and valid ones with random changes: no row is lost without an error or a count."""
     folder.mkdir(parents=True, exist_ok=True)
     outcome, file = Outcome(), folder / "fuzz.jsonl"
 
@@ -172,7 +172,7 @@ def _changed() -> st.SearchStrategy[bytes]:
 
 
 def _read(file: Path, skip: bool = False) -> int | tuple[int, int] | str:
-    """How many rows; with `skip`, also how many were left out with a warning; or the message of a UserError."""
+    """The number of rows; with `skip`, also of those left out with a warning; or the message of an error."""
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

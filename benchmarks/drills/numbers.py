@@ -1,4 +1,4 @@
-"""Loss, teacher states and gradients that are not finite."""
+"""Drills of non-finite losses, teacher states and gradients."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ PLACES = ("loss", "teacher", "gradients")
 
 
 def numbers(runs: int, folder: Path) -> Outcome:
-    """No step is taken, weights, optimizer and teacher stay to the bit, the batch is kept; then stop or skip."""
+    """Check that there is no step, that no weight changes, that the batch is saved, and that the run stops or skips."""
     outcome = Outcome()
     modes: list[dict[str, Any]] = [{"action": "stop"}, {"action": "skip"}, {"action": "skip", "most_in_a_row": 2}]
     fits = [Fits(folder / str(number), model={"on_nonfinite": mode}) for number, mode in enumerate(modes)]
@@ -53,7 +53,7 @@ def _judged(child: Child, root: Path, mode: int, what: str) -> str | None:
 
 
 def _spoil(place: str, first: int, last: int, value: float) -> None:
-    """Put a value into what the steps `first` to `last` compute, counted from 0; and watch the weights in them."""
+    """Put a value into the computation of steps `first` to `last`, counted from 0, and print whether weights change."""
     begun = -1
     training_step, optimize = Distiller.training_step, Step.optimize
     measure, backward = Objective.__call__, Ranks.backward

@@ -1,4 +1,4 @@
-"""What happens to a checkpoint while it is saved, and on the disk: kill -9 at any point, a full disk, damaged files."""
+"""Drills of checkpoints: kill -9 at any point of a save, a full disk, damaged files."""
 
 import os
 import random
@@ -21,7 +21,7 @@ WORK_IS_DONE = 0
 
 
 def saves(runs: int, folder: Path) -> Outcome:
-    """kill -9 at points of a save of a real checkpoint: the new one or the one before can be loaded."""
+    """Kill a save of a real checkpoint at some point: the new checkpoint or the previous one can be loaded."""
     checkpoint, outcome = _a_checkpoint(folder), Outcome()
     counter = Child.start(lambda: _save(checkpoint, folder / "points", 10**9), folder / "points.log")
     assert counter.wait() == WORK_IS_DONE, counter.text
@@ -40,20 +40,18 @@ def saves(runs: int, folder: Path) -> Outcome:
 
 
 def _a_checkpoint(folder: Path) -> dict[str, Any]:
-    fits = Fits(folder)
-    child = fits.start(folder / "whole", "--trainer.max_steps", 2)
-    assert child.wait() == 0, child.text
+    Fits(folder).finished(folder / "whole", "--trainer.max_steps", 2)
     return last_checkpoint(folder / "whole", 2)
 
 
 def _at(checkpoint: dict[str, Any], step: int) -> dict[str, Any]:
-    """The checkpoint as of another step, so that each can be told from the others."""
+    """The checkpoint with the number and other weights of another step, so that checkpoints differ."""
     weights = {name: weight + step for name, weight in checkpoint["state_dict"].items()}
     return {**checkpoint, "global_step": step, "state_dict": weights}
 
 
 def _save(checkpoint: dict[str, Any], root: Path, point: int, again: bool = False, tmp: str = "/tmp") -> int:
-    """Save steps 1 and 2, then 3 (or 2 again), struck at `point`; then remove step 1. In a process of its own."""
+    """Save steps 1 and 2, then 3 (or 2 again), killed at `point`; then remove step 1. Runs in a child process."""
     os.environ["TMPDIR"], tempfile.tempdir = tmp, None
     folder, io = root / "version_0" / "checkpoints", SafeCheckpointIO()
     for step in (1, 2):
@@ -66,7 +64,7 @@ def _save(checkpoint: dict[str, Any], root: Path, point: int, again: bool = Fals
 
 
 def _strike_at(point: int) -> list[str]:
-    """Let this process kill itself at the `point`-th write, fsync, rename or removal from now on; those it passed."""
+    """Make this process kill itself at its `point`-th write, fsync, rename or removal. Returns the kinds so far."""
     passed: list[str] = []
 
     def struck(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +87,7 @@ def _after_kill(child: Child, root: Path, checkpoint: dict[str, Any], at: str) -
         return f"{at}: exit code {child.code}: {child.text[-300:]}"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # nothing is broken: what is not whole has no name
+            warnings.simplefilter("error")  # nothing is broken: incomplete files have no final name
             found = newest_whole(root)
         loaded = read_checkpoint(found) if found else {"global_step": 0}
     except Exception as error:
@@ -100,7 +98,7 @@ def _after_kill(child: Child, root: Path, checkpoint: dict[str, Any], at: str) -
 
 
 def disk(runs: int, folder: Path) -> Outcome:
-    """A disk that is full, before a third save of 24 MiB and in the middle of it: exit 2, or going on as configured."""
+    """Fill the disk before or during a third save of 24 MiB: the run exits with 2, or continues if so configured."""
     outcome = Outcome()
     for number in range(runs):
         go_on, within = number % 2 == 1, number % 4 > 1
@@ -112,13 +110,13 @@ def disk(runs: int, folder: Path) -> Outcome:
 
 
 def _believe_in_space() -> None:
-    """The disk is filled by somebody else after there was room."""
+    """Skip the check for space, as if another process filled the disk later."""
     files._check_space = lambda checkpoint, path: None
 
 
 @contextmanager
 def small_disk(folder: Path, mib: int) -> Iterator[Path]:
-    """A tmpfs of its own, which takes root."""
+    """A mounted tmpfs, which needs root."""
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder], check=True)
     try:
@@ -141,11 +139,9 @@ def _after_full_disk(child: Child, root: Path, go_on: bool) -> str | None:
 
 
 def damage(runs: int, folder: Path) -> Outcome:
-    """A bit flipped, an end cut off, a manifest gone: found, and the one before is taken."""
+    """Flip a bit or cut the end of a checkpoint or manifest: it is detected, and the previous one is used."""
     outcome = Outcome()
-    fits = Fits(folder)
-    child = fits.start(folder / "whole")
-    assert child.wait() == 0, child.text
+    Fits(folder).finished(folder / "whole")
     newest = newest_whole(folder / "whole")
     assert newest is not None and newest.name == f"step={STEPS}.ckpt"
     for number in range(runs):

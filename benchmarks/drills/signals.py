@@ -20,7 +20,7 @@ from opcd.modules import Distiller
 from opcd.modules.lm import decoding
 from opcd.modules.teachers.base import ModelTeacher
 
-# Where the signal comes, and about how often that place is passed in a run.
+# Place of the signal -> the function, and its approximate number of calls in a run.
 PLACES: dict[str, tuple[Any, str, int]] = {
     "rollout": (decoding, "draw", STEPS * 8),
     "teacher": (ModelTeacher, "score", STEPS),
@@ -28,15 +28,14 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "save": (files, "_write", STEPS // 2),
 }
 EVERY, ANSWER = 5, 6
-"""Steps between two evaluations, and most tokens of their answers, which come in one batch."""
+"""Steps between two evaluations, and the token limit of their answers, which are one batch."""
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 
 
 def signals(runs: int, folder: Path) -> Outcome:
-    """The exit code, a checkpoint within 10 seconds, and a resume that is bit-equal."""
+    """Check the exit code, a checkpoint within 10 seconds, and a bit-equal resume."""
     fits, outcome = Fits(folder), Outcome()
-    whole = fits.start(folder / "whole")
-    assert whole.wait() == 0, whole.text
+    whole = fits.finished(folder / "whole")
     for number in range(runs):
         place = list(PLACES)[number % len(PLACES)]
         told = list(CODES)[number % len(CODES)]
@@ -63,12 +62,12 @@ def _try(fits: Fits, whole: Child, root: Path, place: str, told: signal.Signals,
 
 
 def evaluations(runs: int, folder: Path) -> Outcome:
-    """SIGTERM and SIGINT in the answers of `LMEval`, the last ones too, and in a validation within training.
+    """Send SIGTERM and SIGINT in the answers of `LMEval`, also the last ones, and in a validation within training.
 
-    A resume that is bit-equal, and so are all answers and the divergences of the validations.
+    The resume, all answers and the divergences of validations are bit-equal.
     """
     for name in ("lm_eval.evaluator", "lm_eval.tasks", "math_verify"):
-        import_module(name)  # once, before the runs are forked
+        import_module(name)  # once, before the forks
     rows = [{"query": f"What is {n} + {n}? End with 'Answer: N'.", "reference": str(2 * n)} for n in range(4)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -78,8 +77,7 @@ def evaluations(runs: int, folder: Path) -> Outcome:
     trainer["callbacks"].append(callback)
     trainer |= {"limit_val_batches": 3, "val_check_interval": 4}
     fits, outcome = Fits(folder, trainer=trainer, data={"val": str(folder / "rows.jsonl")}), Outcome()
-    whole = fits.start(folder / "whole")
-    assert whole.wait() == 0, whole.text
+    whole = fits.finished(folder / "whole")
     last = STEPS // EVERY * ANSWER
     for number in range(runs):
         draw = random.Random(number)
@@ -104,7 +102,7 @@ def _within_evaluation(
     if resumed.wait() != 0:
         return f"{what}: the resumed run failed: {resumed.text[-400:]}"
     expected = measured(fits.folder / "whole")
-    if f"step={STEPS}.ckpt" in child.text:  # Lightning does not validate after the last step of a run that goes on
+    if f"step={STEPS}.ckpt" in child.text:  # Lightning does not validate after the last step of a resumed run
         expected = expected[:-1]
     if (found := measured(root)) != expected:
         return f"{what}: measured {found} and not {expected}"
@@ -115,12 +113,12 @@ def _within_evaluation(
         if (again := root / "version_1" / "eval" / file.name).read_text() != file.read_text():
             return f"{again}: other answers"
     known = unlike(fits.folder / "whole", whole, root, [child, resumed])
-    # Told within the last evaluation, the run was saved before it, and has no step left that saves again.
+    # A run that is interrupted in its last evaluation has been saved before, and no later step saves again.
     return None if known is not None and known.endswith("differs: /callbacks/LMEval(eval)/main") else known
 
 
 def measured(root: Path) -> list[dict[str, str]]:
-    """What evaluations and validations within training have logged, in its order, over all runs under `root`."""
+    """The logged metrics of evaluations and validations, in order, of all runs under `root`."""
     found = []
     for file in sorted(root.glob("version_*/metrics.csv")):
         for row in csv.DictReader(file.read_text().splitlines()):
@@ -130,7 +128,7 @@ def measured(root: Path) -> list[dict[str, str]]:
 
 
 def _send_within(owner: type, name: str, at: int, told: signal.Signals) -> None:
-    """Let this process send itself the signal at the `at`-th token that is drawn within a method."""
+    """Make this process send itself the signal at the `at`-th token that is drawn within a method."""
     method, draw, within, passed = getattr(owner, name), decoding.draw, False, 0
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +152,7 @@ def _send_within(owner: type, name: str, at: int, told: signal.Signals) -> None:
 
 
 def _send_at(place: str, at: int, told: signal.Signals) -> None:
-    """Let this process send itself the signal when it passes the place for the `at`-th time."""
+    """Make this process send itself the signal at the `at`-th call of the place's function."""
     owner, name, _ = PLACES[place]
     function: Callable[..., Any] = getattr(owner, name)
     passed = 0
@@ -171,10 +169,9 @@ def _send_at(place: str, at: int, told: signal.Signals) -> None:
 
 
 def requeue(runs: int, folder: Path) -> Outcome:
-    """SIGUSR1 under SLURM (its variables, and a `scontrol` of ours): saved, back in the queue, going on by itself."""
+    """Send SIGUSR1 under SLURM (its variables, and a fake `scontrol`): the run is saved, requeued and resumed."""
     fits, outcome = Fits(folder), Outcome()
-    whole = fits.start(folder / "whole")
-    assert whole.wait() == 0, whole.text
+    whole = fits.finished(folder / "whole")
     scontrol = folder / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(

@@ -1,4 +1,4 @@
-"""Text of rows and contexts that spells control tokens, under the tokenizers and templates of several families."""
+"""A drill of control tokens that are spelled in rows and contexts, with tokenizers of several model families."""
 
 import random
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from opcd.runtime.errors import UserError
 
 
 class Family(NamedTuple):
-    """How a family writes a conversation."""
+    """The tokens and the chat template of a model family."""
 
     special: list[str]
     added: list[str]
-    """In the vocabulary as one token each, but not special."""
+    """Single tokens of the vocabulary that are not special."""
     template: str
 
 
@@ -53,7 +53,7 @@ FAMILIES = {
 
 
 def smuggling(runs: int, folder: Path) -> Outcome:
-    """Every prompt has the control tokens of a harmless one, in their order, and says what the data says."""
+    """Check that every prompt has the control tokens of a harmless one, in order, and the text of the data."""
     outcome = Outcome()
     for name, tokenizer in _tokenizers():
         controls = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
@@ -76,7 +76,7 @@ def _tokenizers() -> Iterator[tuple[str, PreTrainedTokenizerBase]]:
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        text = [family.template, *family.special] * 9  # merges that come close to the control tokens
+        text = [family.template, *family.special] * 9  # merges that are close to the control tokens
         bpe.train_from_iterator(text, trainers.BpeTrainer(initial_alphabet=alphabet, vocab_size=600))
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=bpe, chat_template=family.template, clean_up_tokenization_spaces=False
@@ -109,7 +109,7 @@ def _attacks(controls: list[str], runs: int) -> Iterator[str]:
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list[int]]:
-    """Token ids of a conversation whose query, context or both hold the text, by view."""
+    """View -> token ids of a conversation with the text in its query, its context or both."""
     plain, attacked = (Example(query, None, None, None, 0, "rows.jsonl:1") for query in ("Say it.", f"Say {text}."))
     system, user = Views(tokenizer, tokenizer), Views(tokenizer, tokenizer, "user")
     return {

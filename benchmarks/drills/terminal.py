@@ -1,4 +1,4 @@
-"""What others have written reaches the terminal: control characters planted in each place, shown by each command."""
+"""A drill of control characters in foreign text: each place of such text, shown by each command."""
 
 import io
 import json
@@ -27,11 +27,11 @@ from opcd.modules import Distiller
 from opcd.runtime.output import CONTROL, Screen, plain
 
 PLANTED = "\x1b]52;c;cGxhbnRlZA==\x07\x1b[2J\x1b[8m\x9b2J\u202e\u2066\x08\x7f"
-"""To the clipboard, a clear screen, hidden text, the same with C1, text turned around, a step back."""
+"""Clipboard access, a cleared screen, hidden text, a C1 sequence, reversed text, backspaces."""
 MARK = r"\x1b]52;c;"
-"""What must be seen of it."""
+"""The part that must be visible, in escaped form."""
 OWN = re.compile(r"\x1b\[(?:[0-79;]|8[;0-9]|[1-7]8)*m|\x1b\[\d*[ABCDK]|\x1b\[2K|\x1b\[\?25[lh]|\r")
-"""What rich writes to a terminal by itself: colours, moves, the cursor; nothing that hides text."""
+"""Sequences that rich itself writes to a terminal: colours, moves, the cursor; none of them hides text."""
 PIECES = (
     "\x1b",
     "\x9b",
@@ -52,12 +52,12 @@ OPTIONS = "--trainer.max_steps 1 --trainer.accelerator cpu --trainer.precision 3
 
 
 class Case(NamedTuple):
-    """A place where something is planted, and a command that shows it.
+    """A place of planted text, and a command that shows it.
 
     Attributes:
-        code: what it exits with; None: that depends on the machine.
+        code: the exit code; None if it depends on the machine.
         page: a file that the command writes for people.
-        seen: whether it must show what was planted; a message may leave it out.
+        seen: whether the output must show the planted text; a message may omit it.
     """
 
     place: str
@@ -68,31 +68,31 @@ class Case(NamedTuple):
 
 
 class _Terminal(io.StringIO):
-    """A stream that says whether it is a terminal."""
+    """A stream with a fixed `isatty`."""
 
     def __init__(self, terminal: bool, text: str = "") -> None:
         super().__init__(text)
         self.terminal = terminal
 
     def isatty(self) -> bool:
-        """As it was made."""
+        """The fixed value."""
         return self.terminal
 
 
 class _Now:
-    """Standard error as it is now; a logger's handler keeps the stream that there was when its library was imported."""
+    """The current standard error, for handlers that keep the stream of the time of their import."""
 
     def write(self, text: str) -> int:
-        """Hand it on."""
+        """Write to the current standard error."""
         return sys.stderr.write(text)
 
     def flush(self) -> None:
-        """Hand on what is buffered."""
+        """Flush the current standard error."""
         sys.stderr.flush()
 
 
 def terminal(runs: int, folder: Path) -> Outcome:
-    """Nothing that was planted reaches standard output or error as it is, and all of it can be seen escaped."""
+    """Check that no planted control character reaches standard output or error, and that all are visible escaped."""
     outcome, draw = Outcome(), random.Random(0)
     table = Table("planted in", "command", "output", "reached it raw", "seen escaped")
     for number in range(runs):
@@ -103,19 +103,13 @@ def terminal(runs: int, folder: Path) -> Outcome:
             for case in _cases(where, text, address):
                 for is_terminal in (False, True):
                     reached, code = _shown(case, text, is_terminal, where)
-                    raw = sorted(
-                        {
-                            ascii(found)[1:-1]
-                            for found in CONTROL.findall(OWN.sub("", reached) if is_terminal else reached)
-                        }
-                    )
-                    problem = (
-                        f"{' '.join(raw)} reached it"
-                        if raw
-                        else None
-                        if MARK in reached or not case.seen
-                        else "it is not seen"
-                    )
+                    foreign = OWN.sub("", reached) if is_terminal else reached
+                    raw = sorted({ascii(found)[1:-1] for found in CONTROL.findall(foreign)})
+                    problem = None
+                    if raw:
+                        problem = f"{' '.join(raw)} reached it"
+                    elif case.seen and MARK not in reached:
+                        problem = "it is not seen"
                     if case.code not in (None, code):
                         problem = f"exit code {code}: {reached[-300:]!r}"
                     if case.page and code == 0 and CONTROL.search(case.page.read_text(encoding="utf-8")):
@@ -128,7 +122,7 @@ def terminal(runs: int, folder: Path) -> Outcome:
 
 
 def _shown(case: Case, text: str, is_terminal: bool, where: Path) -> tuple[str, int]:
-    """What a command writes to both streams together, and its exit code."""
+    """The output of a command on both streams, and its exit code."""
     out = _Terminal(is_terminal)
     if case.page:
         case.page.unlink(missing_ok=True)
@@ -161,14 +155,14 @@ def _shown(case: Case, text: str, is_terminal: bool, where: Path) -> tuple[str, 
 
 
 def _handlers() -> list[logging.StreamHandler[Any]]:
-    """What loggers print with."""
+    """The stream handlers of all loggers."""
     loggers = [logging.root, *(logging.getLogger(name) for name in sorted(logging.root.manager.loggerDict))]
     found = [handler for logger in loggers for handler in logger.handlers]
     return [handler for handler in found if type(handler) is logging.StreamHandler]
 
 
 def _cases(where: Path, text: str, address: str) -> Iterator[Case]:
-    """Every place and command."""
+    """All places and commands."""
     name = text.replace("/", "")
     tiny = make_tiny(where / "tiny")
     rows, context, out = where / "rows.jsonl", where / "context.txt", where / "runs"
@@ -193,7 +187,7 @@ def _cases(where: Path, text: str, address: str) -> Iterator[Case]:
 
 
 def _readers(where: Path, name: str, text: str, tiny: Path) -> Iterator[Case]:
-    """Commands that read what another run has left."""
+    """The commands that read files of another run."""
     yield Case("a question and an answer", ["chat", "--max_new_tokens", "2", str(tiny)], 0)
     yield Case("the name of a model", ["chat", str(where / name)], 2)
     yield Case("the name of a run", ["export", "--to", "hf", "--out", str(where / "o"), str(where / name)], 2)
@@ -225,7 +219,7 @@ def _readers(where: Path, name: str, text: str, tiny: Path) -> Iterator[Case]:
 
 @contextmanager
 def _server(text: str) -> Iterator[str]:
-    """The address of a server that answers everything with an error of these words."""
+    """The address of a server that answers every request with an error of this text."""
 
     class Handler(BaseHTTPRequestHandler):
         """One request."""

@@ -1,4 +1,4 @@
-"""A rollout that prints what it wrote, so that a drill can compare runs and strike within a step."""
+"""A rollout that prints its responses, so that a drill can compare runs and kill one within a step."""
 
 from contextlib import AbstractContextManager
 
@@ -7,25 +7,23 @@ from opcd.modules import Rollout, Student, Teacher, Trajectories
 
 
 class WatchedRollout(Rollout):
-    """Another rollout's responses, printed as `RESPONSES [[ids], ...]`, a line a batch of training.
+    """Another rollout whose responses are printed as `RESPONSES [[ids], ...]`, one line per training batch.
 
     Args:
-        rollout: who writes.
+        rollout: the rollout that generates.
     """
 
     def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
 
     def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
-        """As the other's."""
         return self.rollout.max_response_tokens(data, split)
 
     def active(self, student: Student) -> AbstractContextManager[None]:
-        """As the other's."""
         return self.rollout.active(student)
 
     def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
-        """As the other's, and printed."""
+        """Generate with the other rollout, and print the responses."""
         trajectories = self.rollout.generate(student, teacher, batch)
         if student.training:
             print("RESPONSES", [response.tolist() for response in trajectories.responses], flush=True)

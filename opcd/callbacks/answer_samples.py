@@ -1,6 +1,5 @@
-"""Answers to a few fixed queries: before training, every n steps, and at the end."""
+"""The student's answers to a few fixed queries: before training, every n steps, and at the end."""
 
-import json
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opcd.callbacks.log_folder import run_folder, still_there
+from opcd.callbacks.log_folder import append_rows, run_folder
 from opcd.data import Batch, ContextQueryDataModule
 from opcd.modules import Distiller
 from opcd.runtime.errors import UserError
-from opcd.runtime.files.disk import append_lines
 from opcd.runtime.output import Screen, plain
 from opcd.tasks.matching import right
 
@@ -22,22 +20,22 @@ FIELDS = ("step", "query", "reference", "context", "answer")
 
 
 class AnswerSamples(Callback):
-    """Logs the student's answers to the first validation queries (training queries where there are none).
+    """Logs the student's answers to the first validation queries, or training queries if there is no validation data.
 
     Every answer is a line of `samples.jsonl` in the run's folder: step, query, reference, context (whether the prompt
-    held it), answer. A table of before and after is printed at the end. An answer is called right where it contains
-    the reference as words or numbers of their own, in any case (`opcd.tasks.matching`); queries without a
-    reference are shown and not counted.
+    contained the context), answer. A table of before and after is printed at the end. An answer counts as right if it
+    contains the reference as separate words or numbers, in any case (`opcd.tasks.matching`). Queries without a
+    reference are shown but not counted.
 
     Args:
-        queries: how many queries.
-        every_n_steps: optimizer steps between two rounds; null asks before and after training only.
+        queries: number of queries.
+        every_n_steps: optimizer steps between two rounds of answers; null: before and after training only.
     """
 
     def __init__(self, queries: int = 6, every_n_steps: int | None = None) -> None:
         if queries < 1 or (every_n_steps is not None and every_n_steps < 1):
             raise ValueError(
-                f"AnswerSamples wants queries >= 1 and every_n_steps >= 1 or null, got {queries}, {every_n_steps}"
+                f"AnswerSamples needs queries >= 1 and every_n_steps >= 1 or null, got {queries}, {every_n_steps}"
             )
         self.queries, self.every_n_steps = queries, every_n_steps
         self.rows: list[dict[str, Any]] = []
@@ -45,23 +43,23 @@ class AnswerSamples(Callback):
         self._batch: Batch | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn where to write."""
+        """Find the file to write."""
         self._file = run_folder(trainer) / "samples.jsonl"
 
     def state_dict(self) -> dict[str, Any]:
-        """What was answered so far: a run that goes on began with a student that is no longer there."""
+        """The answers so far: a resumed run no longer has the student that training began with."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it for `on_fit_start`."""
+        """Keep the earlier answers for `on_fit_start`."""
         self._former = [{name: row[name] for name in FIELDS} for row in state_dict["rows"]]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the queries; take up what the run that this one goes on from was answered to the same."""
+        """Choose the queries; keep the answers of the run that is resumed if they are to the same queries."""
         datamodule = getattr(trainer, "datamodule", None)
         if not isinstance(datamodule, ContextQueryDataModule):
             raise UserError(
-                "AnswerSamples needs a ContextQueryDataModule: remove the callback or pass one to the trainer"
+                "AnswerSamples needs a ContextQueryDataModule: remove the callback, or pass one to the trainer"
             )
         split = "val" if datamodule.sources["val"] else "train"
         examples = datamodule.examples(split)[: self.queries]
@@ -73,35 +71,28 @@ class AnswerSamples(Callback):
         rank_zero_info(f"answers to the first {len(examples)} queries of data.{split} go to samples.jsonl")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask without and with the context; a run that goes on, only what the one before was kept from asking."""
+        """Ask without and with the context; a resumed run asks only if its checkpoint's step was due and not asked."""
         if not self.rows:
             self._ask(trainer, pl_module, context=False)
             self._ask(trainer, pl_module, context=True)
         else:
-            self._ask_where_due(trainer, pl_module)
+            self.on_train_batch_end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Ask without the context every n steps."""
-        self._ask_where_due(trainer, pl_module)
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask without the context once more."""
-        self._ask_last(trainer, pl_module)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, when the student is on the disk; ask where a run that went on had no step left."""
-        self._ask_last(trainer, pl_module)
-        if self.rows and trainer.is_global_zero:
-            print_table(self.rows, Screen(width=None if Screen().is_terminal else 140))
-
-    def _ask_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask without the context, unless this step has been asked."""
         if self.rows and self.rows[-1]["step"] != trainer.global_step:
             self._ask(trainer, pl_module, context=False)
 
-    def _ask_where_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and self.rows[-1]["step"] != step:
-            self._ask(trainer, pl_module, context=False)
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table after the export; a resumed run that had no step left asks here."""
+        self.on_train_end(trainer, pl_module)
+        if self.rows and trainer.is_global_zero:
+            print_table(self.rows, Screen(width=None if Screen().is_terminal else 140))
 
     def _ask(self, trainer: Trainer, pl_module: LightningModule, context: bool) -> None:
         assert isinstance(pl_module, Distiller) and self._batch is not None
@@ -115,19 +106,18 @@ class AnswerSamples(Callback):
 
     def _write(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
         if rows and trainer.is_global_zero:
-            still_there(self._file.parent)
-            append_lines(self._file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            append_rows(self._file, rows)
 
 
 def query_text(query: str | list[dict[str, str]]) -> str:
-    """The query as one string: a chat's messages, a line each."""
+    """The query as one string, with one line for each message of a chat."""
     return query if isinstance(query, str) else "\n".join(message["content"] for message in query)
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    """Before, after and with the context, side by side, with the counts of right answers."""
+    """Print the answers before, after and with the context side by side, with the counts of right answers."""
     first, last = (bound(row["step"] for row in rows) for bound in (min, max))
-    begin = "before" if first == 0 else f"at step {first}"  # of other queries than a run was begun with
+    begin = "before" if first == 0 else f"at step {first}"  # the run that is resumed had other queries
     columns = {
         f"without context, {begin}": [row for row in rows if row["step"] == first and not row["context"]],
         f"without context, after {last} steps": [row for row in rows if row["step"] == last and not row["context"]],
@@ -139,14 +129,12 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
         known = [row for row in answers if row["reference"] is not None]
         table.add_column(f"{title}: {sum(map(right, known))} of {len(known)} right" if known else title)
     for number, row in enumerate(columns[f"with context, {begin}"]):
-        table.add_row(_short(row["query"]), *(_marked(answers[number]) for answers in columns.values()))
+        beside = [answers[number] for answers in columns.values()]
+        marks = ["" if one["reference"] is None else "✓ " if right(one) else "✗ " for one in beside]
+        cells = [_short(one["answer"], mark) for one, mark in zip(beside, marks, strict=True)]
+        table.add_row(_short(row["query"]), *cells)
     console.print(table)
 
 
-def _marked(row: dict[str, Any]) -> Text:
-    mark = "" if row["reference"] is None else "✓ " if right(row) else "✗ "
-    return _short(row["answer"], mark)
-
-
 def _short(text: str, mark: str = "", limit: int = 240) -> Text:
-    return plain(mark + (text if len(text) <= limit else f"{text[:limit]} … (whole in samples.jsonl)"))
+    return plain(mark + (text if len(text) <= limit else f"{text[:limit]} … (in full in samples.jsonl)"))

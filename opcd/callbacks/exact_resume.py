@@ -1,4 +1,4 @@
-"""Exact resume: what a checkpoint of Lightning's leaves out."""
+"""Exact resume: the state that Lightning's checkpoints leave out."""
 
 import random
 from dataclasses import asdict
@@ -18,14 +18,14 @@ KEY = "exact_resume"
 
 
 class ExactResume(Callback):
-    """A run that goes on from a checkpoint takes the steps of one that was never stopped, bit for bit on a CPU.
+    """Makes a resumed run take the same steps as an uninterrupted one, bit for bit on a CPU.
 
     Adds to a checkpoint, for each rank: the states of the random-number generators of Python, NumPy, torch and the
-    rank's GPU (responses are drawn from torch's), and which contexts have been seen, for these are passed through the
-    teacher in another way. Where a checkpoint is saved within a step, all of it is as it was before the step.
+    rank's GPU (responses are drawn from torch's), and the contexts that the teacher has seen, because it computes those
+    differently. A checkpoint that is saved within a step holds the state before that step.
 
     Args:
-        config: the run's config; the checkpoint holds it, and one that was saved with another config is refused.
+        config: the run's config. It is saved in the checkpoint; a checkpoint of another config raises an error.
     """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
@@ -35,10 +35,10 @@ class ExactResume(Callback):
         self._aside: dict[str | None, Any] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Take up a restored state as late as can be, and keep that of the step's beginning."""
+        """Restore the state of the checkpoint as late as possible, and record the state before the step."""
         epochs: Any = trainer.fit_loop.epoch_progress
         if epochs.current.started == epochs.current.processed:
-            # Lightning leaves this out where it goes on at the end of an epoch, and counts wrongly the next time.
+            # Lightning omits this when it resumes at the end of an epoch, and then miscounts.
             epochs.increment_ready()
             epochs.increment_started()
         if self._restored is not None:
@@ -47,22 +47,22 @@ class ExactResume(Callback):
         self._before = _state(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training must not notice validation, which sees contexts too."""
+        """Set aside the seen contexts: validation must not change training."""
         if trainer.state.fn == "fit":
             assert isinstance(pl_module, Distiller)
             self._aside = _prefixes(pl_module)
             total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
-            total.ready = total.started = total.completed  # of one that begins anew (`_undo_validation`)
+            total.ready = total.started = total.completed  # for `_undo_validation`
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what validation has seen."""
+        """Restore the contexts that training has seen."""
         if self._aside is not None:
             assert isinstance(pl_module, Distiller)
             _set_prefixes(pl_module, self._aside)
             self._aside = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the states of all ranks: every rank must save."""
+        """Add the states of all ranks. Every rank must call this."""
         step = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         within = step["current"]["started"] > step["current"]["processed"]
         if within:
@@ -79,7 +79,7 @@ class ExactResume(Callback):
         if self.config is not None:
             assert isinstance(pl_module, Distiller)
             checkpoint["config"] = self.config
-            checkpoint["facts"] = asdict(facts_of(trainer, pl_module))  # for the card of a student exported from it
+            checkpoint["facts"] = asdict(facts_of(trainer, pl_module))  # for the model card of an export
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep this rank's state for the first step."""
@@ -93,14 +93,14 @@ class ExactResume(Callback):
         else:
             rank_zero_warn(
                 f"the checkpoint holds random-number states of {len(states)} ranks and there are {trainer.world_size}: "
-                "the run goes on, but not as it would have without the interruption"
+                "the run continues, but its steps differ from those of an uninterrupted run"
             )
 
 
 def _state(pl_module: LightningModule) -> dict[str, Any]:
-    """Plain values and tensors: a checkpoint is loaded with `weights_only=True`."""
+    """The state as plain values and tensors: a checkpoint is loaded with `weights_only=True`."""
     assert isinstance(pl_module, Distiller)
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - a library may draw from it
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - a library may use it
     on_gpu = pl_module.device.type == "cuda"
     return {
         "python": random.getstate(),
@@ -112,7 +112,7 @@ def _state(pl_module: LightningModule) -> dict[str, Any]:
 
 
 def _whole(pl_module: LightningModule, state: dict[str, Any]) -> dict[str, Any]:
-    """A state that can be set, found out while the checkpoint is restored; any error where it cannot."""
+    """A checked copy of a checkpoint's state: any error is raised now, and not in the first step."""
     assert isinstance(pl_module, Distiller)
     random.Random().setstate(state["python"])
     name, keys, *rest = state["numpy"]
@@ -134,7 +134,7 @@ def _set_state(pl_module: LightningModule, state: dict[str, Any]) -> None:
 
 
 def _prefixes(distiller: Distiller) -> dict[str | None, Any]:
-    """What each teacher's shared prefix has seen."""
+    """The state of each teacher's prefix cache."""
     return {name: part.prefix.state_dict() for name, part in distiller.teacher.parts.items()}
 
 
@@ -144,9 +144,9 @@ def _set_prefixes(distiller: Distiller, state: dict[str | None, Any]) -> None:
 
 
 def _undo_validation(progress: dict[str, Any]) -> None:
-    """Lightning's counters of a validation that was left, so that all of it is repeated: the means begin anew, too.
+    """Reset Lightning's counters of an interrupted validation, so that it is repeated from its first batch.
 
-    One batch that has begun is how Lightning knows of it.
+    One started batch tells Lightning that there is a validation to repeat.
     """
     done = progress["current"]["completed"]
     before = progress["total"]["completed"] - done
@@ -156,7 +156,7 @@ def _undo_validation(progress: dict[str, Any]) -> None:
 
 
 def _undo_batch(progress: dict[str, Any]) -> None:
-    """Lightning's counters of batches as they were before the batch that has begun."""
+    """Reset Lightning's batch counters to their values before the started batch."""
     for counts in (progress["total"], progress["current"]):
         counts["ready"] = counts["started"] = counts["completed"]
     progress["is_last_batch"] = False

@@ -1,4 +1,4 @@
-"""The trained student as a Hugging Face folder that plain `transformers` loads."""
+"""Export of the trained student as a Hugging Face folder that plain `transformers` loads."""
 
 import shlex
 import shutil
@@ -24,10 +24,10 @@ class ExportStudent(Callback):
     """Writes `student/` in the run's folder when training ends: safetensors, tokenizer, chat template, model card.
 
     Args:
-        dtype: type of the written weights; auto takes that of the model it was made from.
-        merge: a student with an adapter is written as one model that holds it, and compared with the student; where it
-            is not the same, the adapter is written and the run ends with an error. Off: as the adapter, for peft.
-        every_n_steps: write `student-step=N/` too, every so many optimizer steps; null writes at the end only.
+        dtype: type of the exported weights; `auto`: that of the model that the student was made from.
+        merge: merge the adapter into the exported model, and compare the result with the student. If they differ, the
+            adapter is exported instead and the run ends with an error. false: export the adapter, for peft.
+        every_n_steps: also write `student-step=N/` every n optimizer steps; null: at the end only.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class ExportStudent(Callback):
         every_n_steps: int | None = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"ExportStudent wants every_n_steps >= 1 or null, got {every_n_steps}")
+            raise ValueError(f"ExportStudent needs every_n_steps >= 1 or null, got {every_n_steps}")
         self.dtype, self.merge, self.every_n_steps = dtype, merge, every_n_steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn where to write."""
+        """Check the options and the folder to write."""
         self._folder = run_folder(trainer)
         assert isinstance(pl_module, Distiller)
         if self.merge and pl_module.adapter is None:
@@ -52,46 +52,42 @@ class ExportStudent(Callback):
             raise UserError("ExportStudent.dtype has no effect on an adapter; remove it, or set merge")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Write a folder of this step where one is due."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            why = self._write(trainer, pl_module, f"student-step={trainer.global_step}")
-            if why is not None:
-                rank_zero_warn(why)
+        """Write the folder of this step every n steps."""
+        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if due and (why := self._write(trainer, pl_module, f"student-step={trainer.global_step}")):
+            rank_zero_warn(why)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the trained student, also where a run that went on had no step left: it was killed before this."""
-        why = self._write(trainer, pl_module, "student")
-        if why is not None:
+        """Write the trained student, also in a resumed run that had no step left."""
+        if why := self._write(trainer, pl_module, "student"):
             raise UserError(why)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> str | None:
-        """Write beside the target first, then rename: the folder is whole or not there. Ranks wait for the writer.
-
-        Returns what went wrong with `merge`, on the rank that writes.
-        """
+        """Write the folder from rank 0; the other ranks wait. Returns the problem with `merge`, on rank 0."""
         assert isinstance(pl_module, Distiller)
-        student, why = self._whole(trainer, pl_module), None
+        student, why, dtype = pl_module.student, None, self._dtype(pl_module)
+        if student.is_sharded:  # every rank takes part in gathering a copy for rank 0
+            device = torch.device("cpu" if trainer.is_global_zero else "meta")
+            student = student.plain(dtype or student.model.dtype, device)
         if trainer.is_global_zero:
-            why = self._write_folder(trainer, pl_module, student, name)
-        trainer.strategy.barrier()  # a rank that ends early may have its launcher end the others
+            still_there(self._folder)
+            target = self._folder / name
+            with whole_folder(target, "ExportStudent") as scratch:
+                why = self._write_weights(pl_module, student, dtype, scratch)
+                adapter = pl_module.adapter is not None and (not self.merge or why is not None)
+                facts = facts_of(trainer, pl_module)
+                facts.write(scratch)
+                card = model_card(facts, adapter, shlex.join(["opcd", *sys.argv[1:]]))
+                (scratch / "README.md").write_text(card, encoding="utf-8")
+            rank_zero_info(f"student written to {target}")
+            why = why and f"ExportStudent.merge: {why}; {target} holds the adapter instead, which peft and opcd read"
+        trainer.strategy.barrier()  # when one rank ends early, its launcher may end the others
         return why
 
-    def _write_folder(self, trainer: Trainer, pl_module: Distiller, student: Student, name: str) -> str | None:
-        still_there(self._folder)
-        target = self._folder / name
-        with whole_folder(target, "ExportStudent") as scratch:
-            why = self._write_weights(pl_module, student, scratch)
-            adapter = pl_module.adapter is not None and (not self.merge or why is not None)
-            facts = facts_of(trainer, pl_module)
-            facts.write(scratch)
-            card = model_card(facts, adapter, shlex.join(["opcd", *sys.argv[1:]]))
-            (scratch / "README.md").write_text(card, encoding="utf-8")
-        rank_zero_info(f"student written to {target}")
-        return why and f"ExportStudent.merge: {why}; {target} holds the adapter instead, which peft and opcd read"
-
-    def _write_weights(self, distiller: Distiller, student: Student, folder: Path) -> str | None:
-        """Weights and tokenizer; where merging goes wrong, the adapter. Returns what went wrong."""
-        dtype = self._dtype(distiller)
+    def _write_weights(
+        self, distiller: Distiller, student: Student, dtype: torch.dtype | None, folder: Path
+    ) -> str | None:
+        """Write weights and tokenizer, or the adapter if merging fails. Returns the problem with merging."""
         if not self.merge:
             student.save(folder, dtype)
             return None
@@ -103,13 +99,6 @@ class ExportStudent(Callback):
             return str(error)
         return None
 
-    def _whole(self, trainer: Trainer, distiller: Distiller) -> Student:
-        """The student; where it is sharded, a copy on the CPU of the rank that writes, which all ranks make."""
-        if not distiller.student.is_sharded:
-            return distiller.student
-        dtype = self._dtype(distiller) or distiller.student.model.dtype
-        return distiller.student.plain(dtype, torch.device("cpu" if trainer.is_global_zero else "meta"))
-
     def _dtype(self, distiller: Distiller) -> torch.dtype | None:
         if self.dtype != "auto":
             return getattr(torch, self.dtype)  # type: ignore[no-any-return]
@@ -118,13 +107,16 @@ class ExportStudent(Callback):
 
 
 def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
-    """How the student stands now, and what it was made from."""
+    """The facts of the model card: the student's training so far, and its origin."""
     datamodule = getattr(trainer, "datamodule", None)
     data = datamodule if isinstance(datamodule, ContextQueryDataModule) else None
     base = distiller.student_config.name
     return Facts(
         base=base,
-        teacher={_label(name, part): _model(part, base) for name, part in distiller.teacher.parts.items()},
+        teacher={
+            f"{name}: {type(part).__name__}" if name else type(part).__name__: _teacher_model(part, base)
+            for name, part in distiller.teacher.parts.items()
+        },
         context=data.context if data else None,
         context_sha256=data.context_hash if data else None,
         data=str(data.sources["train"]) if data else None,
@@ -141,7 +133,7 @@ def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
 
 
 def _optimizer(trainer: Trainer) -> dict[str, Any]:
-    """The optimizer by its name, its rate as it was set, and the scheduler by its name."""
+    """The optimizer's name, its initial learning rate, and the scheduler's name."""
     if not trainer.optimizers:
         return {}
     group = trainer.optimizers[0].param_groups[0]
@@ -153,13 +145,8 @@ def _optimizer(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _label(name: str | None, teacher: Teacher) -> str:
-    """What a teacher is, with its name where there are several."""
-    return f"{name}: {type(teacher).__name__}" if name else type(teacher).__name__
-
-
-def _model(teacher: Teacher, base: str) -> str | None:
-    """The name of the model that taught; None where it is no other than the student at some time."""
+def _teacher_model(teacher: Teacher, base: str) -> str | None:
+    """The name of the teacher's model, or None if it is a version of the student."""
     if teacher.reader is not None:
         return teacher.reader.name
     return base if teacher.frozen and teacher.stands_alone else None

@@ -1,4 +1,4 @@
-"""One training in one folder, however often it was stopped: what the runs before have measured."""
+"""The measurements of earlier runs in the folder of a resumed run."""
 
 import csv
 import json
@@ -18,19 +18,19 @@ ANSWERS = re.compile(r"step=(\d+)-.+\.jsonl")
 
 
 class KeepHistory(Callback):
-    """Takes what was measured up to the checkpoint into the folder of a run that goes on from it.
+    """Copies the measurements up to the checkpoint into the folder of a run that resumes from it.
 
-    `metrics_before.csv` has the lines of `metrics.csv` before that step, `eval/` the answers of `LMEval` up to it, and
-    `resumed_from.json` names the run: `opcd report` then shows one training. (`AnswerSamples` keeps its own.) Nothing
-    is taken from a checkpoint that lies elsewhere than in the `checkpoints/` of a run.
+    `metrics_before.csv` has the lines of `metrics.csv` before that step, `eval/` has the answers of `LMEval` up to that
+    step, and `resumed_from.json` names the earlier run, so that `opcd report` shows one training. (`AnswerSamples`
+    keeps its own.) Nothing is copied if the checkpoint is outside the `checkpoints/` folder of a run.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn where to write."""
+        """Find the run's folder."""
         self._folder = run_folder(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take it over."""
+        """Copy the measurements of the run that the checkpoint belongs to."""
         former = Path(str(trainer.ckpt_path)).absolute().parent.parent
         own = self._folder.absolute()
         if trainer.state.fn != "fit" or not trainer.is_global_zero or former == own:
@@ -49,7 +49,7 @@ class KeepHistory(Callback):
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
-    """Whole lines of a table; of a run that was killed the last may be cut."""
+    """The complete lines of a table; a killed run may have cut the last one."""
     if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8", errors="replace") as stream:
@@ -58,9 +58,9 @@ def _rows(file: Path) -> list[dict[str, str]]:
 
 
 def _before(row: dict[str, str], step: int) -> bool:
-    """Whether a line was logged before a checkpoint of so many steps, the first of which is logged as 0.
+    """Whether a line was logged before the checkpoint of `step`; the first training step is logged as step 0.
 
-    What is measured between two steps (`LMEval`) is logged with the steps done, and was if the checkpoint is later.
+    `LMEval` logs the number of finished steps, so its line of the same number counts.
     """
     return int(row["step"]) < step or (int(row["step"]) == step and not row.get("train/divergence"))
 

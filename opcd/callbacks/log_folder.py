@@ -1,19 +1,21 @@
 """The folder of a run."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from opcd.runtime.files.disk import explained, whole
+from opcd.runtime.files.disk import append_lines, explained, whole
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder that the first logger writes to, or else `trainer.default_root_dir`; the same on all ranks.
+    """The absolute folder of the first logger, or else `trainer.default_root_dir`; the same on all ranks.
 
-    A collective call: every rank must make it, which `Callback.setup` is the place for. The path is from the root: the
-    working folder may be removed.
+    This is a collective call: every rank must make it, for example in `Callback.setup`.
     """
     folder = whole(Path(trainer.log_dir or trainer.default_root_dir))
     if trainer.is_global_zero:
@@ -22,23 +24,29 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def still_there(folder: Path) -> None:
-    """Make a run's folder anew where somebody has removed it, and say so.
+    """Create a run's folder again if somebody has removed it, with a warning.
 
     Raises:
-        DiskError: it cannot be made.
+        DiskError: the folder cannot be created.
     """
     if folder.is_dir():
         return
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     rank_zero_warn(
-        f"{folder} was removed while the run was at work: what had been written there is lost. The folder is made "
-        "anew, and the run goes on"
+        f"{folder} was removed while the run was writing to it: the files in it are lost. The folder is created again "
+        "and the run continues"
     )
 
 
+def append_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows as JSON lines to a file of the run's folder, which is created again if it was removed."""
+    still_there(file.parent)
+    append_lines(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 class RunLogger(CSVLogger):
-    """metrics.csv in the run's folder, also where somebody has removed the folder."""
+    """A CSVLogger that writes metrics.csv in the run's folder and creates the folder again if it was removed."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=1)
@@ -46,7 +54,7 @@ class RunLogger(CSVLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what is new."""
+        """Write the new lines."""
         still_there(self._folder)
         with explained(self._folder / "metrics.csv"):
             super().save()

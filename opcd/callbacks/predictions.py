@@ -1,28 +1,26 @@
-"""Answers of `opcd predict` as JSONL."""
+"""The answers of `opcd predict` as JSONL."""
 
-import json
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from opcd.callbacks.log_folder import run_folder, still_there
-from opcd.runtime.files.disk import append_lines
+from opcd.callbacks.log_folder import append_rows, run_folder
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Appends every batch to `predictions.jsonl` in the run's folder, one file a rank (`predictions-1.jsonl`, ...).
+    """Appends every batch to `predictions.jsonl` in the run's folder; other ranks write `predictions-1.jsonl`, ...
 
-    A line a query: source, query, reference, answer (without the context) and answer_with_context, null where there is
-    no context.
+    Each line is one query: source, query, reference, answer (without the context) and answer_with_context, which is
+    null if there is no context.
     """
 
     def __init__(self) -> None:
         super().__init__("batch")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn where to write."""
+        """Find the file to write."""
         rank = f"-{trainer.global_rank}" if trainer.global_rank else ""
         self._file = run_folder(trainer) / f"predictions{rank}.jsonl"
 
@@ -30,8 +28,7 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Write the rows of one batch."""
-        still_there(self._file.parent)
-        append_lines(self._file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction))
+        append_rows(self._file, prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the answers are."""

@@ -1,4 +1,4 @@
-"""A job that SLURM ends at its time limit, and starts again."""
+"""Requeueing of a job that SLURM ends at its time limit."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from opcd.runtime.interruption import Interrupted
 
 
 def started_again() -> bool:
-    """Whether this process belongs to a job that SLURM has put back into the queue."""
+    """Whether this process belongs to a job that SLURM has requeued."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
@@ -23,9 +23,9 @@ def requeue_signal(trainer: Trainer) -> signal.Signals:
 
 
 def requeue(trainer: Trainer, exception: BaseException) -> None:
-    """Put the job back into the queue, where it is that signal which ends the run, and this is its first process.
+    """Requeue the job from its first process if SLURM's signal before the time limit ended the run.
 
-    `SLURMEnvironment(auto_requeue=False)` among the trainer's plugins switches it off.
+    `SLURMEnvironment(auto_requeue=False)` among the trainer's plugins disables this.
     """
     if not isinstance(exception, Interrupted) or exception.number != requeue_signal(trainer):
         return

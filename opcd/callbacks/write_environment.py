@@ -1,4 +1,4 @@
-"""Where and by which command a run was made, for those who read it later."""
+"""A record of the command, the machine and the package versions of a run."""
 
 import json
 import shlex
@@ -16,10 +16,10 @@ PACKAGES = ("opcd", "torch", "transformers", "lightning", "peft", "bitsandbytes"
 
 
 class WriteEnvironment(Callback):
-    """Writes `environment.json` in the run's folder: the command, when it began, machine and versions of rank 0."""
+    """Writes `environment.json` in the run's folder: the command, its start time, and rank 0's machine and versions."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it before anything else is done."""
+        """Write the file."""
         folder = run_folder(trainer)
         if trainer.is_global_zero:
             known = {

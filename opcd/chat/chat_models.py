@@ -1,4 +1,4 @@
-"""Who answers in a chat: models, each with the context in its prompt or without."""
+"""The models that answer in a chat, each with or without the context in its prompt."""
 
 import re
 from collections.abc import Callable
@@ -23,17 +23,17 @@ from opcd.results.run_files import read_config
 from opcd.runtime.errors import UserError
 
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
-"""What chat templates leave out of earlier answers."""
+"""The part of an earlier answer that chat templates leave out."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What MODEL names.
+    """A model that the user named, and its origin.
 
     Attributes:
-        config: how to load it.
-        base: the model that it was made from, where that is known.
-        data: how the run placed the context, where it is a run's.
+        config: how to load the model.
+        base: the model that it was made from, or None if unknown.
+        data: the data section of the run's config, empty if the model is not a run's student.
     """
 
     config: ModelConfig
@@ -44,10 +44,11 @@ class Origin:
     def of(
         cls, name: str, key: str = "MODEL", trust_remote_code: bool = False, pickled_weights: bool = False
     ) -> "Origin":
-        """A run's folder is its student, made from its model.student; an adapter is made from its base.
+        """The origin of a name. A run's folder means its student, made from model.student; an adapter has its base.
 
         Raises:
-            UserError: the run has no student (yet), its config cannot be read, or it asks for what is not allowed here.
+            UserError: the run has no student yet, its config cannot be read, or it needs code or pickles that the user
+                has not allowed.
         """
         made = partial(ModelConfig, trust_remote_code=trust_remote_code, pickled_weights=pickled_weights)
         folder = Path(name).expanduser()
@@ -71,10 +72,10 @@ class Origin:
 
 
 def _student(folder: Path, key: str) -> Path:
-    """The student's folder itself, or that of a run.
+    """The student's folder, given that folder or its run.
 
     Raises:
-        UserError: there is none; names those that the run has written on the way.
+        UserError: there is no student; the message names the students of earlier steps.
     """
     if folder.name.startswith("student"):
         return folder
@@ -86,11 +87,11 @@ def _student(folder: Path, key: str) -> Path:
 
 
 class Source:
-    """A model whose tokenizer is read, and whose weights come with `load`.
+    """A model with its tokenizer; `load` loads the weights.
 
     Args:
-        config: how to load it.
-        key: what the user named it by, for messages.
+        config: how to load the model.
+        key: the option that names the model, for messages.
     """
 
     def __init__(self, config: ModelConfig, key: str) -> None:
@@ -99,57 +100,57 @@ class Source:
         self.student: Student | None = None
 
     def load(self, device: torch.device) -> None:
-        """Load the weights, once."""
+        """Load the weights if they are not loaded."""
         if self.student is None:
             model = load_model(self.config, key=self.key, device=device).to(device)  # type: ignore[arg-type]
             self.student = Student(model, self.tokenizer)
 
 
 class Speaker:
-    """A model that answers, with the context in its prompt or without.
+    """A model that answers, with or without the context in its prompt.
 
     Args:
-        title: what to call it.
-        source: the model; several speakers can have the same.
-        context: what stands in its prompts; None: nothing.
+        title: the name to show.
+        source: the model; several speakers can share one.
+        context: text in every prompt, or None.
         placement: the context's place, as in training.
         template: joins context and query, as in training.
 
     Raises:
-        UserError: the chat template does not fit.
+        UserError: the chat template does not support the prompts.
     """
 
     def __init__(
         self, title: str, source: Source, context: str | None, placement: Placement, template: str | None
     ) -> None:
         self.title, self.source, self.context = title, source, context
-        if context is None:  # where it would stand is not asked for: a template need not have a system role
+        if context is None:  # placement user makes no demand: a chat template need not have a system role
             placement, template = "raw" if placement == "raw" else "user", None
         kwargs = None if placement == "raw" else source.config.chat_template_kwargs
         keys = (source.key, source.key, "--")
         self.views = Views(source.tokenizer, source.tokenizer, placement, template, kwargs, kwargs, keys)
         self.prefix = PrefixCache()
         self.turns: list[Message] = []
-        """What was asked and answered before, where the conversation goes on."""
+        """The earlier questions and answers of the conversation."""
 
     @property
     def takes_turns(self) -> bool:
-        """Whether a prompt can hold what was said before: that takes a chat template."""
+        """Whether a prompt can contain earlier turns, which needs a chat template."""
         return self.views.placement != "raw"
 
     def answer(self, question: str, sampling: Sampling, show: Callable[[str], None], remember: bool = False) -> str:
-        """The answer; with every token `show` is given all that is written.
+        """The answer to a question.
 
         Args:
-            question: stands after `turns`.
+            question: the question, asked after `turns`.
             sampling: how tokens are drawn.
-            show: is given the text so far.
+            show: called with the text so far, after every token.
             remember: add question and answer to `turns`.
 
         Raises:
             UserError: the question does not fit the chat template or the model's window.
         """
-        assert self.source.student is not None, "load first"
+        assert self.source.student is not None, "call load first"
         asked: Message = {"role": "user", "content": question}
         query = [*self.turns, asked] if self.turns else question
         ids = prompt_ids(self.views, query, self.context, "the question")
@@ -162,7 +163,7 @@ class Speaker:
         written: list[int] = []
 
         def told(rows: Tensor, tokens: Tensor) -> None:
-            """Show a token more, but not half of a character."""
+            """Show the text with the new token, without an incomplete character."""
             written.extend(tokens.tolist())
             show(self._text(written).rstrip("\N{REPLACEMENT CHARACTER}"))
 

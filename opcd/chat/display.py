@@ -11,13 +11,13 @@ from opcd.modules.lm.generation import Sampling
 from opcd.runtime.output import plain, shown
 
 NARROW = 80
-"""Columns of a terminal that is too narrow for answers side by side."""
+"""Fewest columns of a terminal for answers side by side."""
 
 
 def show_answers(
     console: Console, speakers: Sequence[Speaker], question: str, sampling: Sampling, remember: bool = False
 ) -> None:
-    """Ask one speaker after the other, and show what they say while they say it; `remember`: as turns of one talk."""
+    """Ask one speaker after the other and stream the answers; `remember`: add the answers to the conversation."""
     beside = console.is_terminal and console.width >= NARROW and len(speakers) > 1
     (_beside if beside else _below)(console, speakers, question, sampling, remember)
 
@@ -28,7 +28,6 @@ def _beside(console: Console, speakers: Sequence[Speaker], question: str, sampli
         for speaker in speakers:
 
             def show(text: str, speaker: Speaker = speaker) -> None:
-                """Draw the table anew."""
                 answers[speaker] = text
                 live.update(_table(answers), refresh=True)
 
@@ -49,12 +48,10 @@ def _below(console: Console, speakers: Sequence[Speaker], question: str, samplin
         said = ""
 
         def show(text: str) -> None:
-            """Add what is new; a tokenizer may take back a space, which then waits for the next word."""
+            """Print the new text. A tokenizer may remove a space again; the space then comes with the next word."""
             nonlocal said
             if text.startswith(said):
-                console.file.write(
-                    shown(text[len(said) :])
-                )  # without rich, which would cut it into lines and widen its tabs
+                console.file.write(shown(text[len(said) :]))  # rich would break lines and expand tabs
                 console.file.flush()
                 said = text
 

@@ -1,6 +1,6 @@
-"""Evaluation with lm-eval: of the live student (`opcd.callbacks.LMEval`) and of any model (`opcd evaluate`).
+"""Evaluation with lm-eval: of the student in training (`opcd.callbacks.LMEval`) and of any model (`opcd evaluate`).
 
-Nothing here imports lm-eval before an evaluation is set up: `opcd` works without it.
+lm-eval is imported only when an evaluation is set up: `opcd` works without it.
 """
 
 from typing import TYPE_CHECKING

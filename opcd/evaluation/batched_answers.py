@@ -1,4 +1,4 @@
-"""Answers of a student to prompts, in batches, with or without a context in them."""
+"""A student's answers to prompts in batches, with or without a context, on one rank or several."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import psutil
+import torch
+import torch.distributed
 from accelerate.utils import find_executable_batch_size
+from transformers import PreTrainedModel
 
 from opcd.data import Example, Views
-from opcd.evaluation.batches import rows_that_fit
 from opcd.modules.answering import respond
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student
 
 Answers = TypeVar("Answers")
+MOST_ROWS = 256
+MEMORY_SHARE = 0.5
+"""Share of the free memory for one batch; the estimate leaves out the temporary memory of attention."""
 
 
 class Answer(str):
-    """An answer's text, with what the text does not show.
+    """The text of an answer, with facts that the text does not show.
 
     Attributes:
-        tokens: tokens that were generated, the end-of-sequence token included.
-        cut_off: whether the limit ended it.
+        tokens: number of generated tokens, the end-of-sequence token included.
+        cut_off: whether the token limit ended the answer.
     """
 
     tokens: int
@@ -33,15 +39,15 @@ class Answer(str):
 
 @dataclass
 class Answering:
-    """Who answers, and how.
+    """A student, and how it answers.
 
     Attributes:
         student: model and tokenizer.
-        views: what makes prompts of messages.
-        context: text that stands in every prompt, or None.
+        views: makes prompts of messages.
+        context: text in every prompt, or None.
         sampling: how tokens are drawn.
-        batch_size: prompts at once; "auto" takes what fits, and halves it when memory runs out all the same.
-        prefix: what keeps the keys and values of the context.
+        batch_size: prompts per batch; "auto" estimates what fits, and halves it when memory runs out.
+        prefix: the cache of the context's keys and values.
     """
 
     student: Student
@@ -52,29 +58,29 @@ class Answering:
     prefix: PrefixCache
 
     def in_batches(self, answer: Callable[..., Answers], longest: int, *args: Any) -> Answers:
-        """What `answer(batch_size, *args)` gives; `longest` is the number of tokens of the longest prompt."""
+        """The value of `answer(batch_size, *args)`; `longest` is the number of tokens of the longest prompt."""
         if self.batch_size != "auto":
             return answer(self.batch_size, *args)
-        first = rows_that_fit(self.student.model, longest + self.sampling.max_new_tokens)
+        first = _rows_that_fit(self.student.model, longest + self.sampling.max_new_tokens)
         found: Answers = find_executable_batch_size(answer, starting_batch_size=first)(*args)
         return found
 
     def batch(self, prompts: list[list[int]], until: Sequence[str] = ()) -> list[Answer]:
-        """An answer to each prompt of token ids, all at once.
+        """The answers to one batch of prompts.
 
         Args:
             prompts: token ids, the context's included.
-            until: texts before which an answer ends. Tokens after the first of them do not count.
+            until: stop strings. An answer ends before the first one, and later tokens do not count.
         """
         responses = respond(self.student, self.views, prompts, self.context, self.sampling, self.prefix)
         stops = [stop for stop in until if stop]
-        return [self._answer(response.tolist(), self.student.eos_ids, stops) for response in responses]
+        return [self._answer(response.tolist(), stops) for response in responses]
 
-    def _answer(self, ids: list[int], ends: set[int], stops: list[str]) -> Answer:
+    def _answer(self, ids: list[int], stops: list[str]) -> Answer:
         text = self._text(ids)
         found = [place for stop in stops if (place := text.find(stop)) >= 0]
         answer = Answer(text[: min(found, default=len(text))])
-        answer.tokens, answer.cut_off = len(ids), ids[-1] not in ends
+        answer.tokens, answer.cut_off = len(ids), ids[-1] not in self.student.eos_ids
         if found:
             counts = range(1, len(ids) + 1)
             enough = bisect_left(counts, True, key=lambda n: any(stop in self._text(ids[:n]) for stop in stops))
@@ -88,6 +94,36 @@ class Answering:
 def prompt_ids(
     views: Views, query: str | list[dict[str, str]], context: str | None, source: str = "a row"
 ) -> list[int]:
-    """Token ids of a query and the generation prompt, with the context where there is one."""
+    """Token ids of a query with the generation prompt, and with the context unless it is None."""
     example = Example(query, None, None, None, 0, source)
     return views.student_prompt(example) if context is None else views.teacher_prompt(example, context)
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's rank in its process group, and the number of ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def gather_on(target: int, part: Any) -> list[Any] | None:
+    """The objects of all ranks on the rank `target`, None on the others. Every rank must call this."""
+    rank, ranks = rank_and_ranks()
+    parts = [None] * ranks if rank == target else None
+    torch.distributed.gather_object(part, parts, dst=target)
+    return parts
+
+
+def _rows_that_fit(model: PreTrainedModel, tokens: int) -> int:
+    """Rows of `tokens` (prompt and answer) whose keys, values, activations and logits fit into half the free memory."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element = model.dtype.itemsize
+    cache = 2 * config.num_hidden_layers * heads * width * element
+    activations = 4 * (config.hidden_size + (getattr(config, "intermediate_size", None) or 4 * config.hidden_size))
+    # The cache counts twice: it grows by copying.
+    row = tokens * (2 * cache + activations * element) + 4 * config.vocab_size * 4
+    gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if gpu else psutil.virtual_memory().available
+    return max(1, min(MOST_ROWS, int(MEMORY_SHARE * free / row)))

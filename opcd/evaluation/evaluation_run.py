@@ -1,4 +1,4 @@
-"""One evaluation: tasks and prompts are read and checked when it is made, models are asked when it is called."""
+"""One evaluation: the constructor reads and checks tasks and prompts, a call asks a model."""
 
 import logging
 import random
@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from io import StringIO
 from typing import Any
 
@@ -13,12 +14,12 @@ import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
-from opcd.data import Views
+from opcd.data import Placement, Views
 from opcd.data.contexts import context_hash, read_context
-from opcd.evaluation.batched_answers import Answering, prompt_ids
+from opcd.evaluation.batched_answers import Answering, rank_and_ranks
 from opcd.evaluation.evaluation_config import Evaluation
-from opcd.evaluation.game_tasks import GameRows, game_rows, rank_and_ranks
-from opcd.evaluation.scores import Results, Row, TaskResult, summarise
+from opcd.evaluation.game_tasks import GameRows, game_rows
+from opcd.evaluation.scores import Results, TaskResult, summarise
 from opcd.evaluation.task_loading import KNOWN, TaskRows, load_tasks
 from opcd.evaluation.task_prompts import Prompts
 from opcd.evaluation.task_rows import Found, scored_rows, without_scores
@@ -31,23 +32,23 @@ from opcd.runtime.errors import UserError
 from opcd.runtime.extras import require
 
 EVERY_ANSWER = ("cut_off", "response_tokens")
-"""Metrics of every task that generates text: share of answers that the limit ended, and mean length in tokens."""
+"""Metrics of all tasks that generate text: share of answers that the token limit ended, and mean tokens."""
 DRAWING = ("temperature", "top_p", "top_k")
 NO_WINDOW = 2048
-"""Tokens of a model whose config states no window, as in lm-eval; texts that are scored whole are divided by it."""
+"""Window in tokens if the config has none, as in lm-eval: longer texts are scored in windows of this size."""
 
 Show = Callable[[str, int], None]
-"""Called with a task's name and a number of answers, when so many more are done."""
+"""A callback for progress: a task's name, and the number of answers since the last call."""
 
 
 class Evaluator:
-    """Asks a model the questions of an evaluation, and leaves model and generators as they were.
+    """Asks a model the questions of an evaluation, without an effect on the model or the random generators.
 
     Args:
-        evaluation: what to ask, and how.
-        model: the config of the model that will be asked; its weights are not loaded here.
-        key: its config key, for messages.
-        prefix: what stands before the keys of `evaluation` in messages.
+        evaluation: the tasks, and how answers are drawn.
+        model: the config of the model to ask. Its weights are not loaded here.
+        key: the config key of the model, for messages.
+        prefix: prefix of the keys of `evaluation` in messages.
 
     Raises:
         UserError: lm-eval is not installed, a task is unknown, a row or the context is wrong, the model has no chat
@@ -55,13 +56,15 @@ class Evaluator:
     """
 
     def __init__(self, evaluation: Evaluation, model: ModelConfig, key: str = "model", prefix: str = "") -> None:
-        _check_packages(evaluation)
+        if not all(isinstance(evaluation.data.get(name), GameSeeds) for name in evaluation.tasks):
+            for package in ("lm_eval", "math_verify"):
+                require("evaluation", package, "evaluation")
         self.evaluation, self.model, self.key, self.prefix = evaluation, model, key, prefix
         given = evaluation.context
         self.context = None if given is None else read_context(given, f"{prefix}context")
         with _quiet():
             self.tasks = load_tasks(evaluation, prefix)
-        _refuse_idle(evaluation, self.tasks, prefix)
+        self._refuse_unused_options()
         tokenizer, self._window = load_tokenizer(model, key), context_window(model, key)
         self._kwargs = {task.name: self._template_kwargs(task, tokenizer) for task in self.tasks}
         self._views = {task.name: self._make_views(task, tokenizer) for task in self.tasks}
@@ -72,30 +75,22 @@ class Evaluator:
         self._samplings = {task.name: self._sampling(task) for task in self.tasks}
 
     def __call__(self, student: Student, show: Show = lambda task, done: None) -> Results:
-        """Results of every task; none on ranks other than the first. Every rank of a process group must call it.
+        """The results of every task on rank 0, and none on the others. Every rank must call this.
 
         Args:
-            student: the model, whose weights answer in the type that they have.
-            show: told of the progress.
+            student: the model to ask, with weights of any type.
+            show: called with the progress.
         """
         results: Results = {}
         with generators_kept():
             for task in self.tasks:
-                prefix = PrefixCache(self.evaluation.shared_prefix)
-                numbers = range(self.evaluation.samples)
-                if isinstance(task, GameRows):
-                    rows = [row for number in numbers for row in self._played(task, number, student, prefix, show)]
-                    if rows:
-                        results[task.name] = self._game_result(task, rows)
-                    continue
-                passes = [self._asked(task, number, student, prefix, show) for number in numbers]
-                if found := [one for one in passes if one is not None]:
-                    results[task.name] = self._result(task, found)
+                if result := self._result(task, student, partial(show, task.name)):
+                    results[task.name] = result
         return results
 
     @property
     def answers(self) -> dict[str, int]:
-        """How many answers each task takes."""
+        """The number of answers of each task."""
         return {task.name: len(task) * self.evaluation.samples for task in self.tasks}
 
     def main_metric(self, task: str) -> str:
@@ -103,16 +98,16 @@ class Evaluator:
         return self._task(task).metrics[0]
 
     def row_metrics(self, task: str) -> list[str]:
-        """Metrics of a task that every answer has a score for."""
+        """The metrics of a task that every answer has a score for."""
         rows = self._task(task)
-        return [*rows.row_metrics, *(["cut_off"] if isinstance(rows, GameRows) or rows.generates else [])]
+        return [*rows.row_metrics, *(["cut_off"] if rows.generates else [])]
 
     def higher_is_better(self, task: str) -> bool:
-        """Whether more of a task's first metric is better."""
+        """Whether a larger value of a task's first metric is better."""
         return self._task(task).higher_is_better
 
     def settings(self) -> dict[str, Any]:
-        """What the results depend on, but for the model and the seed."""
+        """All settings that the results depend on, except the model and the seed."""
         evaluation = self.evaluation
         return {
             "limit": evaluation.limit,
@@ -134,34 +129,39 @@ class Evaluator:
         drawn = {name: getattr(sampling, name) for name in (*DRAWING, "max_new_tokens")}
         if isinstance(task, GameRows):
             return settings | drawn | chat
-        config = task.task.config
-        asked = {"num_fewshot": config.num_fewshot or 0, "apply_chat_template": self._prompts[task.name].chat}
-        known = {"file": task.file, "version": task.task.VERSION}
-        return (
-            settings
-            | (drawn if task.generates else {})
-            | (chat if asked["apply_chat_template"] else {})
-            | asked
-            | known
-        )
+        how = {"num_fewshot": task.task.config.num_fewshot or 0, "apply_chat_template": task.chat}
+        how |= {"file": task.file, "version": task.task.VERSION}
+        return settings | (drawn if task.generates else {}) | (chat if task.chat else {}) | how
 
-    def _answering(self, task: TaskRows | GameRows, student: Student, prefix: PrefixCache) -> Answering:
+    def _result(self, task: TaskRows | GameRows, student: Student, show: Callable[[int], None]) -> TaskResult | None:
+        """The result of a task on rank 0, None on the others."""
+        config, numbers = self.evaluation, range(self.evaluation.samples)
         views, sampling = self._views[task.name], self._samplings[task.name]
-        return Answering(student, views, self.context, sampling, self.evaluation.batch_size, prefix)
+        prefix = PrefixCache(config.shared_prefix)
+        answering = Answering(student, views, self.context, sampling, config.batch_size, prefix)
+        if isinstance(task, GameRows):
+            plays = [game_rows(task, number, answering, self._seed(task, number), show) for number in numbers]
+            rows = sorted((row for play in plays for row in play), key=lambda row: (row["index"], row["sample"]))
+            scored, others = [*task.metrics], {}
+        else:
+            passes = [found for number in numbers if (found := self._asked(task, number, answering, show))]
+            rows, scored = scored_rows(task, passes)
+            others = without_scores(task, passes, scored)
+        if not rows:
+            return None
+        measured = [row | {"response_tokens": row.get("tokens")} for row in rows]
+        metrics = summarise(measured, [*scored, *(EVERY_ANSWER if task.generates else ())]) | others
+        order = {name: metrics[name] for name in task.metrics if name in metrics}
+        return TaskResult(len(task), order | metrics, rows, self._task_settings(task))
 
-    def _played(self, task: GameRows, number: int, student: Student, prefix: PrefixCache, show: Show) -> list[Row]:
-        """One play of each game, scored; nothing on ranks other than the first."""
-        answering = self._answering(task, student, prefix)
-        return game_rows(task, number, answering, self._seed(task, number), lambda done: show(task.name, done))
-
-    def _asked(self, task: TaskRows, number: int, student: Student, prefix: PrefixCache, show: Show) -> Found | None:
-        """One answer to each question, scored; None on ranks other than the first."""
-        from lm_eval.evaluator import evaluate  # not simple_evaluate: that reports on the machine for 3 s each time
+    def _asked(self, task: TaskRows, number: int, answering: Answering, show: Callable[[int], None]) -> Found | None:
+        """One answer to each question, scored by lm-eval; None on ranks other than the first."""
+        from lm_eval.evaluator import evaluate  # simple_evaluate takes 3 s each time to report on the machine
 
         from opcd.evaluation.lm_eval_model import AnsweringModel
 
-        prompts, answering = self._prompts[task.name], self._answering(task, student, prefix)
-        model = AnsweringModel(answering, prompts, self._window or NO_WINDOW, lambda done: show(task.name, done))
+        prompts = self._prompts[task.name]
+        model = AnsweringModel(answering, prompts, self._window or NO_WINDOW, show)
         model.seed = self._seed(task, number)
         task.prepare()
         prompts.source = task.name
@@ -177,24 +177,12 @@ class Evaluator:
         return found
 
     def _seed(self, task: TaskRows | GameRows, number: int) -> int:
-        """Another one for each task, sample and rank; seeds the generators that a task's checks may draw from, too."""
+        """A seed for each task, sample and rank. Also seeds the generators that a task's scoring may use."""
         entropy = [self.evaluation.seed, zlib.crc32(task.name.encode()), number, rank_and_ranks()[0]]
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         return seed
-
-    def _result(self, task: TaskRows, passes: list[Found]) -> TaskResult:
-        rows, scored = scored_rows(task, passes)
-        metrics = summarise(_with_length(rows), [*scored, *(EVERY_ANSWER if task.generates else ())])
-        metrics |= without_scores(task, passes, scored)
-        order = {name: metrics[name] for name in task.metrics if name in metrics}
-        return TaskResult(len(task), order | metrics, rows, self._task_settings(task))
-
-    def _game_result(self, task: GameRows, rows: list[Row]) -> TaskResult:
-        rows = sorted(rows, key=lambda row: (row["index"], row["sample"]))
-        metrics = summarise(_with_length(rows), [*task.metrics, *EVERY_ANSWER])
-        return TaskResult(len(task), metrics, rows, self._task_settings(task))
 
     def _template_kwargs(self, task: TaskRows | GameRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         chosen = self.evaluation.chat_template_kwargs
@@ -204,24 +192,14 @@ class Evaluator:
         return kwargs
 
     def _make_views(self, task: TaskRows | GameRows, tokenizer: PreTrainedTokenizerBase) -> Views:
+        kwargs = self._kwargs[task.name] if task.chat else None
+        # Without a context, placement user makes no demand: a chat template need not have a system role.
+        placement: Placement = (self.evaluation.placement if self.context else "user") if task.chat else "raw"
         keys = (self.key, self.key, self.prefix)
-        if not self._is_chat(task):
-            return Views(tokenizer, tokenizer, "raw", self.evaluation.template, None, None, keys)
-        # Without a context its place is not asked for: a template need not have a system role.
-        placement = self.evaluation.placement if self.context else "user"
-        kwargs = self._kwargs[task.name]
         return Views(tokenizer, tokenizer, placement, self.evaluation.template, kwargs, kwargs, keys)
 
-    def _is_chat(self, task: TaskRows | GameRows) -> bool:
-        """Whether the task is asked through the chat template."""
-        if isinstance(task, GameRows):
-            return True
-        if (chosen := self.evaluation.apply_chat_template) is not None:
-            return chosen
-        return task.generates if task.chat is None else task.chat
-
     def _sampling(self, task: TaskRows | GameRows) -> Sampling:
-        """How the task is answered: as its YAML says, but for what the evaluation says."""
+        """The sampling of a task's answers: the evaluation's settings, then those of the task's YAML."""
         evaluation, given = self.evaluation, task.generation
         most = self._most_tokens(task)
         chosen = {name: getattr(evaluation, name) for name in DRAWING if getattr(evaluation, name) is not None}
@@ -238,22 +216,16 @@ class Evaluator:
         return Sampling(max_new_tokens=most, **own | chosen, options=options)
 
     def _most_tokens(self, task: TaskRows | GameRows) -> int:
-        """Most tokens of an answer. UserError where the longest prompt leaves no room for it."""
+        """The token limit of an answer. UserError if the longest prompt leaves no room for an answer."""
         window, chosen = self._window, self.evaluation.max_new_tokens
-        if isinstance(task, GameRows):
-            views = self._views[task.name]
-            longest = whole = task.longest_prompt(
-                lambda query, where: len(prompt_ids(views, query, self.context, where))
-            )
-        else:
-            longest, whole = task.longest_request(self._prompts[task.name])
-            if not task.generates:
-                if window is not None and whole > window:
-                    raise UserError(
-                        f"{self.key}.name: {self.model.name} takes {window} tokens, but the longest prompt of "
-                        f"{task.name}, with the text that is scored, has {whole}; shorten the context"
-                    )
-                return 1
+        longest, whole = task.longest_request(self._prompts[task.name])
+        if not task.generates:
+            if window is not None and whole > window:
+                raise UserError(
+                    f"{self.key}.name: {self.model.name} takes {window} tokens, but the longest prompt of "
+                    f"{task.name}, with the text that is scored, has {whole}; shorten the context"
+                )
+            return 1
         if window is None:
             return chosen or int(task.generation["max_gen_toks"])
         left = window - longest
@@ -264,11 +236,25 @@ class Evaluator:
             )
         return chosen or min(int(task.generation["max_gen_toks"]), left)
 
+    def _refuse_unused_options(self) -> None:
+        for task in self.tasks:
+            scored_alone = isinstance(task, TaskRows) and task.task.OUTPUT_TYPE == "loglikelihood_rolling"
+            if scored_alone and self.evaluation.context is not None:
+                raise UserError(
+                    f"{self.prefix}context has no effect on {task.name}, which scores texts without a prompt"
+                )
+        if any(task.generates for task in self.tasks):
+            return
+        for name in (*DRAWING, "greedy", "max_new_tokens"):
+            if getattr(self.evaluation, name) not in (None, False):
+                names = ", ".join(task.name for task in self.tasks)
+                raise UserError(f"{self.prefix}{name} has no effect: no text is generated for {names}; remove it")
+
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """A block after which all generators are as before, also where a signal or an error ends it."""
-    kept = isolate_rng()  # Lightning's own restores nothing then
+    """Restore the states of all random generators after the block, also after an error or a signal."""
+    kept = isolate_rng()  # by itself, it restores nothing after an error
     kept.__enter__()
     try:
         yield
@@ -276,36 +262,9 @@ def generators_kept() -> Iterator[None]:
         kept.__exit__(None, None, None)
 
 
-def _check_packages(evaluation: Evaluation) -> None:
-    if all(isinstance(evaluation.data.get(name), GameSeeds) for name in evaluation.tasks):
-        return
-    for package in ("lm_eval", "math_verify"):
-        require("evaluation", package, "evaluation")
-
-
-def _refuse_idle(evaluation: Evaluation, tasks: list[TaskRows | GameRows], prefix: str) -> None:
-    """Refuse options that no task of the evaluation reads."""
-    others = [task for task in tasks if isinstance(task, TaskRows)]
-    if evaluation.context is not None:
-        for task in others:
-            if task.task.OUTPUT_TYPE == "loglikelihood_rolling":
-                raise UserError(f"{prefix}context has no effect on {task.name}, which scores texts without a prompt")
-    if len(others) < len(tasks) or any(task.generates for task in others):
-        return
-    for name in (*DRAWING, "greedy", "max_new_tokens"):
-        if getattr(evaluation, name) not in (None, False):
-            names = ", ".join(task.name for task in tasks)
-            raise UserError(f"{prefix}{name} has no effect: no text is generated for {names}; remove it")
-
-
-def _with_length(rows: list[Row]) -> list[Row]:
-    """The rows with their length as a metric, where text was generated."""
-    return [row | ({"response_tokens": row["tokens"]} if "tokens" in row else {}) for row in rows]
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's log lines and progress bars, which tell of what is meant to be so; warnings come afterwards."""
+    """Hide lm-eval's log lines and progress bars, and issue warnings after the block."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

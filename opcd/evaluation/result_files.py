@@ -1,4 +1,4 @@
-"""Results as files and as a table."""
+"""The results of an evaluation as files and as a table."""
 
 import json
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ SUMMARY = "results.json"
 
 
 def refuse_results(folder: Path, key: str, tasks: Iterable[str]) -> None:
-    """UserError where a folder holds results or a file of their names, or cannot be written."""
+    """Raise UserError if a folder has files of the same names as the results, or cannot be written."""
     there = [name for name in (SUMMARY, *(f"{task}.jsonl" for task in tasks)) if (folder / name).exists()]
     if there:
         raise UserError(
@@ -35,11 +35,13 @@ def refuse_results(folder: Path, key: str, tasks: Iterable[str]) -> None:
 def write_results(
     folder: Path, results: Results, differences: dict[str, dict[str, Metric]], about: dict[str, Any]
 ) -> None:
-    """Write TASK.jsonl for every task, then results.json: where that one is, the results are whole.
+    """Write TASK.jsonl for every task, and results.json last: the results are complete if that file exists.
 
     Args:
-        differences: to other results, by task and metric; may be empty.
-        about: model, context, seed, settings and other facts of the evaluation, as they are.
+        folder: an existing folder.
+        results: the results by task.
+        differences: differences to other results, by task and metric; may be empty.
+        about: model, context, seed, settings and other facts, copied into results.json.
     """
     for name, result in results.items():
         write_rows(folder / f"{name}.jsonl", result.rows)
@@ -56,20 +58,20 @@ def write_results(
 
 
 def _plain(metrics: dict[str, Metric]) -> dict[str, Any]:
-    whole = {name: asdict(value) for name, value in metrics.items()}
+    """The metrics for JSON; there is a note only if there is something to say."""
     return {
-        name: {key: part for key, part in value.items() if part is not None or key != "note"}
-        for name, value in whole.items()
+        name: {key: part for key, part in asdict(metric).items() if part is not None or key != "note"}
+        for name, metric in metrics.items()
     }
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
-    """Write answers as JSONL, whole or not at all."""
+    """Write answers as JSONL, atomically."""
     write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def print_results(results: Results, differences: dict[str, dict[str, Metric]], console: Console) -> None:
-    """One table: a line a metric, with its interval, and the difference to other results where there is one."""
+    """Print a table of all metrics with intervals, and with differences to other results if there are any."""
     table = Table("task", "questions", "metric", "value", "95 % interval")
     if differences:
         table.add_column("difference (95 % interval)")

@@ -1,4 +1,4 @@
-"""Scores of single answers as metrics with intervals."""
+"""Metrics with intervals, from the scores of single answers."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from opcd.runtime.errors import UserError
 Row = dict[str, Any]
 """A question and one answer: index, sample, query, response, reference, a score for each metric, tokens.
 
-Where log-likelihoods are compared: choices and log_likelihoods, and no tokens."""
+If log-likelihoods are compared: choices and log_likelihoods instead of tokens."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A share or a mean, with the bounds of its 95 % interval where there is one; else the note may say why."""
+    """A share or a mean, with the bounds of its 95 % interval, or a note about why there is no interval."""
 
     value: float
     low: float | None = None
@@ -26,7 +26,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one task gave: questions, metrics by name, all answers, and the settings that drew them."""
+    """The result of one task: number of questions, metrics by name, all answers, and the settings of the draw."""
 
     n: int
     metrics: dict[str, Metric]
@@ -35,15 +35,15 @@ class TaskResult:
 
 
 Results = dict[str, TaskResult]
-"""By name of the task."""
+"""The results by task name."""
 
 
 def summarise(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Metric]:
-    """The metrics of a task's rows, the first of `names` being the main one.
+    """The metrics of a task's rows; the first of `names` is the main one.
 
-    A row's score is a bool or a number, or a list of them that count one by one (IFEval's instructions). A share with
-    one answer a question has Wilson's interval; all else has that of the bootstrap over questions, for the answers to
-    one question, and the instructions of one prompt, are not independent.
+    A row's score is a bool or a number, or a list of those that count one by one (IFEval's instructions). A share with
+    one answer per question has Wilson's interval. All other metrics have that of the bootstrap over questions, because
+    the answers to one question, and the instructions of one prompt, are not independent.
     """
     metrics = {name: _metric(_by_question(rows, name)) for name in names}
     if not names:
@@ -52,21 +52,21 @@ def summarise(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Metric]:
     samples = len(main[0])
     if samples > 1:
         metrics[f"avg@{samples}"] = metrics[names[0]]
-        for k in _ks(samples):
+        for k in sorted({2**power for power in range(samples.bit_length())} | {samples}):  # 1, 2, 4, ..., samples
             passed = [pass_at_k(sum(map(bool, scores)), samples, k) for scores in main]
             metrics[f"pass@{k}"] = Metric(sum(passed) / len(passed), *_bounds(passed, [1.0] * len(passed), (0.0, 1.0)))
     return metrics
 
 
 def difference(rows: Sequence[Row], others: Sequence[Row], name: str) -> Metric:
-    """`rows` minus `others` in a metric, with the paired bootstrap's interval over the questions.
+    """The difference of a metric, `rows` minus `others`, with the interval of a paired bootstrap over questions.
 
     Raises:
-        UserError: the two do not answer the same questions.
+        UserError: the two sides do not answer the same questions.
     """
     one, other = ({row["index"]: row["query"] for row in part} for part in (rows, others))
     if one != other:
-        raise UserError("a difference wants answers to the same questions on both sides (same rows, same limit)")
+        raise UserError("a difference needs answers to the same questions on both sides (same rows, same limit)")
     mine, theirs = _by_question(rows, name), _by_question(others, name)
     pairs = [(_values(a), _values(b)) for a, b in zip(mine, theirs, strict=True)]
     gaps = [sum(a) / len(a) - sum(b) / len(b) for a, b in pairs]
@@ -83,21 +83,19 @@ def _by_question(rows: Sequence[Row], name: str) -> list[list[Any]]:
     return [questions[index] for index in sorted(questions)]
 
 
-def _values(scores: list[Any]) -> list[float]:
+def _values(scores: list[Any]) -> list[Any]:
     """All scores of a question, lists flattened."""
-    return [float(value) for score in scores for value in (score if isinstance(score, list) else [score])]
+    return [value for score in scores for value in (score if isinstance(score, list) else [score])]
 
 
 def _are_rates(questions: list[list[Any]]) -> bool:
-    """Whether all scores are right or wrong, or fractions from 0 to 1; a whole number counts something."""
-    flat = [
-        value for scores in questions for score in scores for value in (score if isinstance(score, list) else [score])
-    ]
+    """Whether all scores are bools or fractions from 0 to 1; an int is a count."""
+    flat = [value for scores in questions for value in _values(scores)]
     return all(isinstance(value, bool) or (isinstance(value, float) and 0 <= value <= 1) for value in flat)
 
 
 def _metric(questions: list[list[Any]]) -> Metric:
-    """From the scores of each question's answers."""
+    """The metric of all questions, each with the scores of its answers."""
     values = [_values(scores) for scores in questions]
     sums, counts = [sum(part) for part in values], [len(part) for part in values]
     value = sum(sums) / sum(counts)
@@ -110,8 +108,3 @@ def _bounds(
     sums: Sequence[float], counts: Sequence[float], span: tuple[float, float] | None
 ) -> tuple[float | None, float | None]:
     return bootstrap(sums, counts, span) or (None, None)
-
-
-def _ks(samples: int) -> list[int]:
-    """1, 2, 4, ... and the number of samples."""
-    return sorted({2**power for power in range(samples.bit_length())} | {samples})

@@ -1,7 +1,7 @@
-"""Where tasks are defined: this package's folder, a folder of the user's, and lm-eval's own, by name.
+"""The definitions of tasks by name: in this package's folder, the user's folder, or lm-eval's own.
 
-lm-eval reads all of its 14,000 files before it knows one name, which takes 20 s on two cores. Here the files are
-searched for `task: NAME` (2 s), and lm-eval reads the folder that has it. Groups and tags need all of them.
+lm-eval reads all of its 14,000 files to find one name, which takes 20 s on two cores. Here the files are searched for
+`task: NAME` (2 s), and lm-eval reads only the folder with the match. Groups and tags need all files.
 """
 
 import re
@@ -15,9 +15,9 @@ from opcd.runtime.files.recipe_paths import elsewhere
 
 OWN = Path(__file__).parent.parent / "tasks"
 NAME = re.compile(r"^[\"']?(?:task|group|tag)[\"']?:[ \t]*[\"']?([^\s\"'#\[{]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
-"""A name at the top of a YAML file."""
+"""A name at the top level of a YAML file."""
 TAGS = re.compile(r"^[\"']?tag[\"']?:[ \t]*((?:\n[ \t]*- *[^\s#]+[ \t]*)+|\[[^\]]*\])", re.MULTILINE)
-"""Several of them."""
+"""A list of tags at the top level of a YAML file."""
 
 
 def own_tasks() -> list[str]:
@@ -26,13 +26,13 @@ def own_tasks() -> list[str]:
 
 
 def manager_for(name: str, include_path: str | None, prefix: str, metadata: dict[str, Any]) -> Any:
-    """lm-eval's TaskManager of a folder that defines a task: the user's first, then this package's, then lm-eval's.
+    """lm-eval's TaskManager of the folder that defines a task: the user's folder, this package's, or lm-eval's.
 
     Args:
-        name: of a task, a group or a tag.
+        name: name of a task, a group or a tag.
         include_path: the user's folder, or None.
-        prefix: what stands before config keys in messages.
-        metadata: what lm-eval passes to the function that makes the task's rows.
+        prefix: prefix of config keys in messages.
+        metadata: arguments that lm-eval passes to the function that makes the task's rows.
 
     Raises:
         UserError: there is no such task, or its file cannot be read.
@@ -59,7 +59,7 @@ def manager_for(name: str, include_path: str | None, prefix: str, metadata: dict
 
 
 def shown_file(file: str) -> str:
-    """A task's file for results: that of a package from the package's name on."""
+    """The path of a task's file for results: inside a package, it starts with the package's name."""
     for package in (OWN.parent, _lm_eval_folder().parent):
         if Path(file).is_relative_to(package):
             return str(Path(file).relative_to(package.parent))
@@ -83,10 +83,12 @@ def _lm_eval_folder() -> Path:
 
 @lru_cache(maxsize=4)
 def _names(folder: Path) -> dict[str, Path]:
-    """Names of tasks, groups and tags in the YAML files of a folder -> the first file that has it."""
+    """Name of a task, group or tag -> the first YAML file of a folder that has it."""
     names: dict[str, Path] = {}
     files = [file for file in folder.rglob("*") if file.suffix in ("", ".yaml") and file.is_file()]
-    for file in sorted(files, key=lambda file: (file.suffix == "", file)):  # without a suffix: what others include
+    for file in sorted(
+        files, key=lambda file: (file.suffix == "", file)
+    ):  # files without a suffix are included by others
         text = file.read_text(encoding="utf-8", errors="replace")
         tags = [name for tags in TAGS.findall(text) for name in re.findall(r"[^\s,\[\]\"'-][^\s,\[\]\"']*", tags)]
         for name in (*NAME.findall(text), *tags):
@@ -95,7 +97,7 @@ def _names(folder: Path) -> dict[str, Path]:
 
 
 def _refuse_unreadable(name: str, folder: Path, prefix: str) -> None:
-    """lm-eval passes over files that it cannot read."""
+    """Raise UserError for a task's file that cannot be read: lm-eval skips such files."""
     from lm_eval.tasks import TaskManager
 
     for file in sorted(folder.rglob("*.yaml")):
@@ -111,7 +113,7 @@ def _unknown(name: str, user: Path | None, prefix: str) -> str:
     own, theirs = own_tasks(), list(_names(_lm_eval_folder()))
     users = [] if user is None else list(_names(user))
     meant = did_you_mean(name, [*own, *users]) or did_you_mean(name, theirs)
-    folder = "those of a folder of yours, by include_path" if user is None else f"those of {user}"
+    folder = "those of your own folder, with include_path" if user is None else f"those of {user}"
     return (
         f"{prefix}tasks: no task {name!r}{meant}; there are {', '.join(own)}, all of lm-eval's, {folder}, "
         f"and games, whose {prefix}data.{name} is opcd.games.GameSeeds"

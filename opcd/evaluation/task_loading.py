@@ -10,17 +10,18 @@ from opcd.evaluation.game_tasks import GameRows
 from opcd.evaluation.task_index import manager_for, shown_file
 from opcd.evaluation.task_prompts import Prompts
 from opcd.games import GameSeeds
+from opcd.games.game_seeds import as_game
 from opcd.models.hub_access import hub_reachable
 from opcd.modules.lm.generation import OPTIONS
 from opcd.runtime.did_you_mean import did_you_mean
 from opcd.runtime.errors import UserError
 
 FEWSHOT_SEED = 1234
-"""lm-eval's own: the same examples stand before a question as there."""
+"""lm-eval's default, so that the same few-shot examples precede a question."""
 LOCAL = ("arrow", "csv", "json", "pandas", "parquet", "text")
-"""Data sets of the library `datasets` that are files of the user's."""
+"""Loaders of the library `datasets` that read the user's own files."""
 KNOWN = ("until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks")
-"""Settings of `generation_kwargs`, beside `Sampling.options`."""
+"""Settings of `generation_kwargs`, in addition to `Sampling.options`."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,16 @@ class TaskRows:
     """A task of lm-eval that has read its rows.
 
     Attributes:
-        name: its name.
+        name: the task's name.
         task: lm-eval's ConfigurableTask.
-        file: the YAML file that defines it.
+        file: the YAML file that defines the task.
         source: where the rows come from.
-        count: how many rows are asked.
-        metrics: names of its metrics, the main one first; with several filters, as METRIC,FILTER.
-        generation: how its YAML draws answers, in lm-eval's words; empty where nothing is generated.
-        thinking: false where the task is asked without thinking, by models that can switch it.
-        chat: whether its YAML says that a chat template is applied; None where it does not say.
+        count: number of rows to ask.
+        filters: names of lm-eval's filters of the answers.
+        metrics: names of the metrics, the main one first; METRIC,FILTER if there are several filters.
+        generation: how answers are drawn by default, in lm-eval's words; empty if nothing is generated.
+        thinking: false if models that can switch thinking off should do so.
+        chat: whether the chat template is applied.
     """
 
     name: str
@@ -44,22 +46,23 @@ class TaskRows:
     file: str
     source: str
     count: int
+    filters: list[str]
     metrics: list[str]
     generation: dict[str, Any]
     thinking: bool | None
-    chat: bool | None
+    chat: bool
 
     def __len__(self) -> int:
         return self.count
 
     @property
     def generates(self) -> bool:
-        """Whether answers are generated, and not log-likelihoods of given texts compared."""
+        """Whether answers are generated; if not, log-likelihoods of given texts are compared."""
         return bool(self.task.OUTPUT_TYPE == "generate_until")
 
     @property
     def row_metrics(self) -> list[str]:
-        """Its metrics whose value is the mean of a score that each row has."""
+        """The metrics whose value is the mean of a score of each row."""
         from lm_eval.api.metrics import mean
 
         from opcd.tasks.ifeval import share_of_instructions
@@ -69,11 +72,11 @@ class TaskRows:
 
     @property
     def higher_is_better(self) -> bool:
-        """Of the main metric."""
+        """Whether a larger value of the main metric is better."""
         return bool(self.task.higher_is_better().get(self.metrics[0].partition(",")[0], True))
 
     def prepare(self) -> None:
-        """Draw the examples before the questions from the beginning: every pass over the rows has the same."""
+        """Restart the draw of few-shot examples, so that every pass over the rows has the same ones."""
         self.task.set_fewshot_seed(FEWSHOT_SEED)
 
     def longest_request(self, prompts: Prompts) -> tuple[int, int]:
@@ -113,19 +116,20 @@ def load_tasks(evaluation: Evaluation, prefix: str = "") -> list[TaskRows | Game
 
     Args:
         evaluation: which tasks.
-        prefix: what stands before its keys in messages.
+        prefix: prefix of config keys in messages.
 
     Raises:
-        UserError: a task is unknown or of a kind that cannot be asked, its rows cannot be read, or rows are given that
-            no task reads.
+        UserError: a task is unknown or of an unsupported kind, its rows cannot be read, or no task reads some given
+            rows.
     """
     tasks: list[TaskRows | GameRows] = []
     for name in evaluation.tasks:
-        data = evaluation.data.get(name)
+        data, key = evaluation.data.get(name), f"{prefix}data.{name}"
         if isinstance(data, GameSeeds):
-            tasks.append(GameRows.of(name, data, evaluation.limit, f"{prefix}data.{name}"))
+            examples = [as_game(example) for example in data.examples(key)[: evaluation.limit]]
+            tasks.append(GameRows(name, str(data), examples))
         else:
-            tasks += _load(name, data, evaluation, prefix)
+            tasks += _load(name, data, key, evaluation, prefix)
     for name in evaluation.data.keys() - set(evaluation.tasks):
         raise UserError(f"{prefix}data.{name} has no effect: tasks are {', '.join(evaluation.tasks)}; remove it")
     names = [task.name for task in tasks]
@@ -134,15 +138,14 @@ def load_tasks(evaluation: Evaluation, prefix: str = "") -> list[TaskRows | Game
     return tasks
 
 
-def _load(name: str, data: str | None, evaluation: Evaluation, prefix: str) -> list[TaskRows]:
-    key = f"{prefix}data.{name}"
+def _load(name: str, data: str | None, key: str, evaluation: Evaluation, prefix: str) -> list[TaskRows]:
     metadata = {"key": key} | ({} if data is None else {"source": data})
     manager = manager_for(name, evaluation.include_path, prefix, metadata)
     about = manager.task_index[name].cfg or {}
     if data is not None and "custom_dataset" not in about:
         raise UserError(
-            f"{key} has no effect: {name} reads {about.get('dataset_path', 'a data set of its own')}; remove it, or "
-            f"write a task that includes {name} and reads rows of yours (docs/evaluation.md)"
+            f"{key} has no effect: {name} reads {about.get('dataset_path', 'its own data set')}; remove it, or "
+            f"write a task that includes {name} and reads your rows (docs/evaluation.md)"
         )
     with _explained(name, about, prefix):
         loaded = manager.load([name])["tasks"]
@@ -151,12 +154,13 @@ def _load(name: str, data: str | None, evaluation: Evaluation, prefix: str) -> l
 
 @contextmanager
 def _explained(name: str, about: dict[str, Any], prefix: str) -> Iterator[None]:
-    """Errors while lm-eval loads a task as a message: its data set is not there, or its file or code is wrong."""
+    """Turn an error while lm-eval loads a task into a message: no data set, or a wrong file or wrong code."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     own = "custom_dataset" in about
     if not own and not hub_reachable():
-        datasets.config.HF_HUB_OFFLINE = True  # what is in the cache is still read, and nothing is tried for 20 s
+        datasets.config.HF_HUB_OFFLINE = True  # read the cache, without 20 s of attempts to connect
     datasets.disable_progress_bars()
     try:
         yield
@@ -166,45 +170,42 @@ def _explained(name: str, about: dict[str, Any], prefix: str) -> Iterator[None]:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, ImportError):
             raise UserError(f"{prefix}tasks: {name} needs {error.name or 'a package'}: {why}") from error
-        if own or about.get("dataset_path") in LOCAL or not _about_data(error):
+        no_data = isinstance(error, ConnectionError | FileNotFoundError | DatasetsError)
+        no_data = no_data or "cache" in str(error) or "BuilderConfig" in str(error)
+        if own or about.get("dataset_path") in LOCAL or not no_data:
             raise UserError(f"{prefix}tasks: {name} cannot be loaded: {why}") from error
         data = "/".join(str(about[part]) for part in ("dataset_path", "dataset_name") if about.get(part)) or "its own"
         raise UserError(
             f"{prefix}tasks: {name} reads the data set {data}, which is not here ({why}). Run this once where the hub "
             f"can be reached and copy its cache ({datasets.config.HF_DATASETS_CACHE}), or write a task that includes "
-            f"{name} and reads a file of yours (docs/evaluation.md)"
+            f"{name} and reads your file (docs/evaluation.md)"
         ) from error
-
-
-def _about_data(error: Exception) -> bool:
-    from datasets.exceptions import DatasetsError
-
-    kinds = (ConnectionError, FileNotFoundError, DatasetsError)
-    return isinstance(error, kinds) or "cache" in str(error) or "BuilderConfig" in str(error)
 
 
 def _rows(task: Any, evaluation: Evaluation, prefix: str) -> TaskRows:
     name, config = task.task_name, task.config
-    _refuse_unknown_kind(name, task, prefix)
+    _refuse_unsupported(name, task, prefix)
     metadata = config.metadata or {}
     filters = [one["name"] for one in config.filter_list or [{"name": "none"}]]
     metrics = list(task.aggregation())
     split = config.test_split or config.validation_split
     source = "/".join(str(part) for part in (config.dataset_path, config.dataset_name) if part)
+    chat = (evaluation.apply_chat_template, metadata.get("chat_template"), task.OUTPUT_TYPE == "generate_until")
     return TaskRows(
         name=name,
         task=task,
         file=shown_file(metadata["config_source"]),
         source=metadata.get("source") or (f"{source}:{split}" if source else "custom_dataset"),
         count=min(len(task.eval_docs), evaluation.limit or len(task.eval_docs)),
+        filters=filters,
         metrics=metrics if len(filters) == 1 else [f"{metric},{one}" for one in filters for metric in metrics],
         generation=_generation(name, task, prefix),
         thinking=metadata.get("thinking"),
-        chat=metadata.get("chat_template"),
+        chat=next(answer for answer in chat if answer is not None),
     )
 
 
-def _refuse_unknown_kind(name: str, task: Any, prefix: str) -> None:
+def _refuse_unsupported(name: str, task: Any, prefix: str) -> None:
     from lm_eval.api.task import ConfigurableTask
 
     reasons = {
@@ -220,12 +221,12 @@ def _refuse_unknown_kind(name: str, task: Any, prefix: str) -> None:
         from lm_eval.api.registry import metric_registry
 
         for metric, function in task._metric_fn_list.items():
-            if function is None:  # lm-eval goes on, and fails when it scores
+            if function is None:  # lm-eval fails only when it scores
                 raise UserError(f"{prefix}tasks: {name}: no metric {metric!r}{did_you_mean(metric, metric_registry)}")
 
 
 def _generation(name: str, task: Any, prefix: str) -> dict[str, Any]:
-    """How its YAML draws answers, under one name each; lm-eval's defaults where it says nothing."""
+    """The `generation_kwargs` of a task under one name each, with lm-eval's defaults."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     if task.OUTPUT_TYPE != "generate_until":

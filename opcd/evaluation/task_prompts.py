@@ -1,4 +1,4 @@
-"""The prompts of one task, as the text that lm-eval handles and as the token ids that the model is given."""
+"""The prompts of one task: the text that lm-eval handles, and the token ids for the model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ Chat = list[dict[str, str]]
 
 
 class Prompts:
-    """Makes the prompts of one task.
+    """The prompts of one task.
 
-    With a chat template, text of a row that spells a control token stays text. Without one, the context stands before
-    the prompt.
+    With a chat template, text of a row never becomes a control token. Without one, the context precedes the prompt.
 
     Args:
-        views: what makes prompts of messages; with `placement: raw` where no chat template is applied.
-        tokenizer: the model's.
-        context: text that stands in every prompt, or None.
-        template: joins context and prompt where no chat template is applied.
+        views: makes prompts of messages; with `placement: raw`, no chat template is applied.
+        tokenizer: the model's tokenizer.
+        context: text in every prompt, or None.
+        template: joins context and prompt if no chat template is applied.
 
     Attributes:
         chat: whether the chat template is applied.
@@ -40,14 +39,15 @@ class Prompts:
         self._ids: dict[str, list[int]] = {}
         self._heads: dict[str, list[int] | None] = {}
         begins = tokenizer.bos_token_id
-        self._first: int = tokenizer.eos_token_id if begins is None else begins
+        self.first: int = tokenizer.eos_token_id if begins is None else begins
+        """The token that begins a text: BOS, or EOS if the tokenizer has no BOS."""
 
     def render(self, chat_history: Chat, add_generation_prompt: bool = True) -> str:
-        """The text of a chat: what lm-eval calls `apply_chat_template`.
+        """The text of a chat, for lm-eval's `apply_chat_template`.
 
         Args:
-            chat_history: messages; the last one is the assistant's where its answer begins with a given text.
-            add_generation_prompt: False where that is so.
+            chat_history: messages.
+            add_generation_prompt: False if the last message is the given beginning of the assistant's answer.
         """
         given = "" if add_generation_prompt else chat_history[-1]["content"]
         messages = chat_history if add_generation_prompt else chat_history[:-1]
@@ -58,36 +58,31 @@ class Prompts:
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, the context's included."""
-        if prompt not in self._ids:  # no chat: those are rendered, and their ids kept
+        if prompt not in self._ids:  # `render` stores those of a chat
             assert not self.chat
-            whole = bool(prompt or self.context)
-            self._ids[prompt] = prompt_ids(self.views, prompt, self.context) if whole else [self._first]
+            empty = not prompt and not self.context
+            self._ids[prompt] = [self.first] if empty else prompt_ids(self.views, prompt, self.context)
         return self._ids[prompt]
 
     def pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of a prompt and of a text that follows it, divided as lm-eval's HFLM does.
+        """Token ids of a prompt and of its continuation, divided as in lm-eval's HFLM.
 
-        Both are encoded as one text and divided after the tokens that the prompt alone has; white space at its end
-        goes to the continuation. An empty prompt is the token that begins a text.
+        Both are encoded as one text, which is divided after as many tokens as the prompt alone has. White space at the
+        end of the prompt belongs to the continuation. An empty prompt is the token that begins a text.
 
         Raises:
             UserError: the continuation is empty.
         """
         head, tail = self._divided(prompt, continuation)
-        if not tail:  # both together have no more tokens than the prompt; lm-eval's HFLM fails here
+        if not tail:  # the continuation only extends the last token; lm-eval's HFLM fails here
             head, tail = self.ids(prompt), self._text.data(continuation)
         if not tail:
             raise UserError(f"{self.source}: a text that is scored is empty")
         return head, tail
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of a text that is scored whole, without prompt and context."""
+        """Token ids of a text that is scored as a whole, without prompt and context."""
         return self._text.data(text, add_special_tokens=True)
-
-    @property
-    def first(self) -> int:
-        """The token that begins a text: BOS, or EOS where the tokenizer has none."""
-        return self._first
 
     def _divided(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
         if self.chat and prompt:
@@ -95,25 +90,20 @@ class Prompts:
             if head is None or self._text.holds_control(continuation):
                 return self._ids[prompt], self._text.data(continuation)
             return head, self._text.trusted(prompt + continuation)[len(head) :]
-        whole = self._with_context(prompt)
-        if not whole:
+        text = prompt
+        if self.context is not None and not self.chat:  # an empty prompt of a chat is lm-eval's unconditional question
+            fields = {"{context}": self.context, "{query}": prompt}
+            text = "".join(fields.get(piece, piece) for piece in self._pieces)
+        if not text:
             tail = self._text.data(continuation)
-            return ([self._first], tail) if tail[:1] != [self._first] else (tail[:1], tail[1:])
-        head = self._text.data(whole.rstrip(), add_special_tokens=True)
-        tail = self._text.data(whole + continuation, add_special_tokens=True)[len(head) :]
-        return head or [self._first], tail
+            return ([self.first], tail) if tail[:1] != [self.first] else (tail[:1], tail[1:])
+        head = self._text.data(text.rstrip(), add_special_tokens=True)
+        tail = self._text.data(text + continuation, add_special_tokens=True)[len(head) :]
+        return head or [self.first], tail
 
     def _head(self, prompt: str) -> list[int] | None:
-        """Ids of a chat's text without white space at its end; None where they would hold a control token that a row
-        spells."""
+        """Ids of a chat's text without white space at its end; None if text of a row would become a control token."""
         if prompt not in self._heads:
             same = self._text.trusted(prompt) == self._ids[prompt]
             self._heads[prompt] = self._text.trusted(prompt.rstrip()) if same else None
         return self._heads[prompt]
-
-    def _with_context(self, prompt: str) -> str:
-        """The prompt as one text; in a chat an empty one has no context: what lm-eval asks then is unconditional."""
-        if self.context is None or self.chat:
-            return prompt
-        fields = {"{context}": self.context, "{query}": prompt}
-        return "".join(fields.get(piece, piece) for piece in self._pieces)

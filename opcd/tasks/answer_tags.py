@@ -1,16 +1,16 @@
-"""The system-prompt experiments of the paper: answers in <answer> tags, medical questions and safety.
+"""The paper's system-prompt experiments: medical questions and safety, with answers in <answer> tags.
 
-The data sets (`ytz20/sys_medmcqa_*`, `ytz20/sys_safety_*`) could not be looked at here. From the paper's code
-(microsoft/LMOps, opcd/) a row is taken to hold `content` (chat messages, or text) and `answer` (a letter A to D; yes or
-no). What is assumed: there is nothing else to the prompt, and the row itself asks for the tags where the system prompt
-does not. Rows of the project's own shape ({"query", "reference"}) are read as well.
+The data sets (`ytz20/sys_medmcqa_*`, `ytz20/sys_safety_*`) were not available to this project. According to the paper's
+code (microsoft/LMOps, opcd/), a row has `content` (chat messages, or text) and `answer` (a letter A to D; yes or no).
+This module assumes that the prompt has no other parts, and that the row asks for the tags if the system prompt does
+not. Rows of this project's own form ({"query", "reference"}) are read as well.
 
-The last tags count, as there. One thing differs: that code takes the first letter from A to D anywhere inside the tags,
-so that "The answer is B" reads as A (of "answer"); here it must stand alone.
+The last tags count, as in the paper's code. One thing differs: that code takes the first letter from A to D anywhere in
+the tags, so that "The answer is B" reads as A (of "answer"). Here the letter must stand alone.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from opcd.data import Example, parse_row, read_rows
@@ -22,29 +22,29 @@ LETTER = re.compile(r"\(([A-Da-d])\)|(?<![A-Za-z])([A-D])(?![A-Za-z'])|^\s*([a-d
 
 
 TAGGED = 'a row is {{"content", "answer"}} (the answer: {answer}), or {{"query", "reference"}}'
-"""The rows of these tasks, for messages."""
+"""The row format of these tasks, for messages."""
 
 
 def medmcqa(source: str, key: str = "source", **_: Any) -> dict[str, Any]:
-    """Rows whose answer is a letter."""
+    """The rows of a file or a hub data set whose answers are letters."""
     accepted = TAGGED.format(answer="A to D")
     return question_docs(_examples(source, key, accepted), _as_letter, accepted)
 
 
 def safety(source: str, key: str = "source", **_: Any) -> dict[str, Any]:
-    """Rows whose answer is yes or no."""
+    """The rows of a file or a hub data set whose answers are yes or no."""
     accepted = TAGGED.format(answer="yes or no")
     return question_docs(_examples(source, key, accepted), _as_yes_no, accepted)
 
 
 def letter_results(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
     """Whether the letter is right, and whether there is one in tags."""
-    return _results(doc, results, tagged_letter)
+    return _results(doc, tagged_letter(results[0]))
 
 
 def yes_no_results(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
-    """Whether yes or no is right, and whether one of them stands in tags."""
-    return _results(doc, results, tagged_yes_no)
+    """Whether yes or no is right, and whether one of them is in tags."""
+    return _results(doc, tagged_yes_no(results[0]))
 
 
 def tagged_letter(response: str) -> str | None:
@@ -54,17 +54,16 @@ def tagged_letter(response: str) -> str | None:
 
 
 def tagged_yes_no(response: str) -> str | None:
-    """What stands in the last tags, where it is yes or no."""
+    """The text in the last tags if it is yes or no, in lower case."""
     return _as_yes_no(_tagged(response))
 
 
-def _results(doc: dict[str, Any], results: list[str], read: Callable[[str], str | None]) -> dict[str, bool]:
-    answer = read(results[0])
+def _results(doc: dict[str, Any], answer: str | None) -> dict[str, bool]:
     return {"accuracy": answer == doc["reference"], "answered": answer is not None}
 
 
 def _tagged(response: str) -> str:
-    """What stands in the last tags; of several that open, the first one counts. Each tag is looked for once."""
+    """The text in the last tags, in linear time. If several tags open before one closes, the first one counts."""
     inside, place = "", 0
     while (opening := OPENING.search(response, place)) and (closing := CLOSING.search(response, opening.end())):
         inside, place = response[opening.end() : closing.start()], closing.end()

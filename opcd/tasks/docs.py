@@ -7,22 +7,21 @@ from opcd.data import Example
 from opcd.runtime.errors import UserError
 
 QUESTIONS = 'a row is {"query", "reference"} or {"prompt", "reward_model": {"ground_truth"}} (DAPO-Math-17k)'
-"""The rows of a task whose questions have one answer, for messages."""
-NO_CHECK: Callable[[str], str | None] = lambda reference: reference  # noqa: E731
+"""The row format of tasks whose questions have one answer, for messages."""
 
 
 def question_docs(
-    examples: Iterable[Example], check: Callable[[str], str | None] = NO_CHECK, accepted: str = QUESTIONS
+    examples: Iterable[Example], check: Callable[[str], str | None] = str, accepted: str = QUESTIONS
 ) -> dict[str, Any]:
-    """The split `test`: query, system (the system message of the row, or nothing), reference and source of each row.
+    """The split `test`: query, system (the row's system message, or ""), reference and source of each row.
 
     Args:
         examples: the rows.
-        check: the reference as the task compares it, or None where it is none that the task knows.
-        accepted: what rows look like, for messages.
+        check: returns a reference in the form that the task compares, or None for an unknown one; default: unchanged.
+        accepted: the row format, for messages.
 
     Raises:
-        UserError: a row has no answer, a wrong one, or more than one message of the user's.
+        UserError: a row has no answer, a wrong one, or more than one user message.
     """
     from datasets import Dataset
 

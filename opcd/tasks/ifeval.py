@@ -1,4 +1,4 @@
-"""IFEval: lm-eval's checks on rows from a file or the hub, without a download at scoring time."""
+"""IFEval: lm-eval's checks on rows from a file or the hub, without a download during scoring."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def dataset(source: str, key: str = "source", **_: Any) -> dict[str, Any]:
     """The rows of a file or a hub data set.
 
     Raises:
-        UserError: a row lacks a field, or names an instruction that lm-eval does not check.
+        UserError: a row has a missing field, or an instruction that lm-eval cannot check.
     """
     from datasets import Dataset
 
@@ -32,7 +32,7 @@ def dataset(source: str, key: str = "source", **_: Any) -> dict[str, Any]:
                 )
         unknown = [name for name in row["instruction_id_list"] if name not in known]
         if unknown or not row["instruction_id_list"] or len(row["kwargs"]) != len(row["instruction_id_list"]):
-            why = f"unknown instruction {unknown[0]!r}" if unknown else "it wants one kwargs an instruction"
+            why = f"unknown instruction {unknown[0]!r}" if unknown else "each instruction needs one kwargs"
             raise UserError(f"{where}: no answer to this row can be checked: {why}")
         docs.append({**{name: row[name] for name in FIELDS}, "source": where})
     if not docs:
@@ -48,18 +48,18 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
 
 
 def share_of_instructions(items: list[list[bool]]) -> float:
-    """Share of all instructions that are followed, as lm-eval aggregates it."""
+    """The share of all instructions that are followed, as lm-eval computes it."""
     from lm_eval.tasks.ifeval import utils
 
     return float(utils.agg_inst_level_acc(items))
 
 
 def _instructions() -> set[str]:
-    provide_punkt()  # before lm-eval's module is imported: it tries a download, and says that it worked when it did not
+    provide_punkt()  # first: lm-eval's module tries a download when imported, and reports success even if it fails
     try:
         from langdetect import DetectorFactory
         from lm_eval.tasks.ifeval import instructions_registry
     except ImportError as error:
         raise UserError(f"ifeval needs {error.name}: {install_hint('evaluation')}") from error
-    DetectorFactory.seed = 0  # its guesses of a language are drawn: another seed at every call otherwise
+    DetectorFactory.seed = 0  # langdetect guesses at random, with a new seed at each call by default
     return set(instructions_registry.INSTRUCTION_DICT)

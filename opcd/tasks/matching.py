@@ -1,6 +1,6 @@
-"""Whether an answer is right: it holds the reference, as words or numbers of their own.
+"""The rule for a right answer: it contains the reference as separate words or numbers.
 
-`opcd fit`'s table of samples, reports, sweeps, benchmarks and the task `contains` count with this one rule.
+The table of `opcd fit`, reports, sweeps, benchmarks and the task `contains` use this rule.
 """
 
 import re
@@ -12,28 +12,28 @@ MONTHS = (
     "jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec"
 )
 BEFORE = re.compile(r"(\w|\w[-\u2011\u2013/]|\d[.,:])\Z")
-"""What makes the words behind it a part of something: twenty-one, 10/5, 2.5, 1,005, 5:30."""
+"""Text before a match that makes the match a part of something longer: twenty-one, 10/5, 2.5, 1,005, 5:30."""
 AFTER = re.compile(r"\w|[-\u2011\u2013/]\w|['\u2019](?!s\b)\w|[.,:]\d")
-"""The same before other text; "Martha's" holds Martha."""
+"""Text after a match that does so; "Martha's" contains Martha."""
 NUMBER = re.compile(r"\d[\d.,:]*")
 NUMBER_BEFORE = re.compile(rf"[-\u2212\u2013]\Z|\d[ \u00a0\u202f]\Z|\b({MONTHS})\.?\s+\Z", re.IGNORECASE)
-"""What makes a number behind it part of another one, or of a date: -5, 10 000, May 1."""
+"""Text before a number that makes it a part of another number or of a date: -5, 10 000, May 1."""
 NUMBER_AFTER = re.compile(
     rf"[ \u00a0\u202f]\d{{3}}(?!\d)|\s+(hundred|thousand|million|billion|trillion|dozen)\b|"
     rf"\s+(of\s+)?({MONTHS})\b",
     re.IGNORECASE,
 )
 NEAR = 16
-"""Characters before a match that decide; the longest month is shorter."""
+"""Characters before and after a match that are checked; the longest month is shorter."""
 
 
 def right(row: dict[str, Any]) -> bool:
-    """Whether a row's `answer` holds its `reference`; one without a reference is not right."""
+    """Whether a row's `answer` contains its `reference`; False without a reference."""
     return row["reference"] is not None and holds(row["answer"], row["reference"])
 
 
 def holds(answer: str, reference: str) -> bool:
-    """Whether the answer holds the reference, in any case and with any white space, but not as a part of another.
+    """Whether the answer contains the reference, in any case and with any white space, but not inside something longer.
 
     The reference 5 is not in 50, 5:30, 1,005 or -5, and 1 is not in "1 May", while "1 May" is.
     """

