@@ -11,10 +11,9 @@ from accelerate.utils import find_executable_batch_size
 
 from opcd.data import Example, Views
 from opcd.evaluation.batches import rows_that_fit
-from opcd.modules.answering import respond
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.prefix.prefix_cache import PrefixCache
-from opcd.modules.student import Student
+from opcd.modules.student import Student, respond
 
 Answers = TypeVar("Answers")
 
