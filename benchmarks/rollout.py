@@ -19,7 +19,7 @@ from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import ColocatedVLLM, FrozenTeacher, Sampling, StudentRollout, VLLMRollout
 from opcd.modules.lm.hidden_states import HiddenStates, head_of, last_hidden
-from opcd.modules.rollout_mismatch import RolloutMismatch
+from opcd.modules.objective import rollout_log_ratios
 from opcd.modules.rollouts.base import Rollout
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories
@@ -78,8 +78,10 @@ def gap(student: Student, written: Trajectories, options: argparse.Namespace) ->
     """The mean gap over all tokens, if the rollout has log-probabilities."""
     model = student.plain(getattr(torch, options.dtype)).model.eval()
     states = HiddenStates(last_hidden(model, written.student_prompts, written.responses), head_of(model))
-    drift = RolloutMismatch.of(states, written)
-    return "0 (the same weights)" if drift is None else f"{float(drift.gap.mean()):.4f}"
+    if (found := rollout_log_ratios(states, written)) is None:
+        return "0 (the same weights)"
+    log_ratios, known = found
+    return f"{float(log_ratios[known].abs().mean()):.4f}"
 
 
 if __name__ == "__main__":

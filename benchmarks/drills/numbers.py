@@ -14,8 +14,7 @@ from benchmarks.drills.fits import STEPS, Child, Fits, Outcome
 from opcd.modules import Distiller, FrozenTeacher
 from opcd.modules.lm.hidden_states import HiddenStates
 from opcd.modules.objective import Objective
-from opcd.modules.step.ranks import Ranks
-from opcd.modules.step.runner import Step
+from opcd.modules.step.runner import Ranks, Step
 
 PLACES = ("loss", "teacher", "gradients")
 

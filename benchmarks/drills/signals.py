@@ -17,12 +17,12 @@ from benchmarks.drills.fits import STEPS, Child, Fits, Outcome, metrics, saving,
 from opcd.checkpoints import checkpoint_files as files
 from opcd.evaluation import Evaluator
 from opcd.modules import Distiller
-from opcd.modules.lm import decoding
+from opcd.modules.lm import generation
 from opcd.modules.teachers.base import ModelTeacher
 
 # Place of the signal -> the function, and its approximate number of calls in a run.
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "rollout": (decoding, "draw", STEPS * 8),
+    "rollout": (generation, "draw", STEPS * 8),
     "teacher": (ModelTeacher, "score", STEPS),
     "backward": (Distiller, "_backward", STEPS),
     "save": (files, "_write", STEPS // 2),
@@ -129,7 +129,7 @@ def measured(root: Path) -> list[dict[str, str]]:
 
 def _send_within(owner: type, name: str, at: int, told: signal.Signals) -> None:
     """Make this process send itself the signal at the `at`-th token that is drawn within a method."""
-    method, draw, within, passed = getattr(owner, name), decoding.draw, False, 0
+    method, draw, within, passed = getattr(owner, name), generation.draw, False, 0
 
     def called(*args: Any, **kwargs: Any) -> Any:
         nonlocal within
@@ -148,7 +148,7 @@ def _send_within(owner: type, name: str, at: int, told: signal.Signals) -> None:
         return draw(*args, **kwargs)
 
     setattr(owner, name, called)
-    decoding.draw = drawing
+    generation.draw = drawing
 
 
 def _send_at(place: str, at: int, told: signal.Signals) -> None:

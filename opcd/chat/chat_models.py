@@ -15,10 +15,9 @@ from opcd.data.example import Message
 from opcd.evaluation.batched_answers import prompt_ids
 from opcd.models import ModelConfig, base_of, context_window, load_model, load_tokenizer, saved_model_config
 from opcd.models.model_folder import explain
-from opcd.modules.answering import respond
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.prefix.prefix_cache import PrefixCache
-from opcd.modules.student import Student
+from opcd.modules.student import Student, respond
 from opcd.results.run_files import read_config
 from opcd.runtime.errors import UserError
 

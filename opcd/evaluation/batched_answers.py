@@ -14,10 +14,9 @@ from accelerate.utils import find_executable_batch_size
 from transformers import PreTrainedModel
 
 from opcd.data import Example, Views
-from opcd.modules.answering import respond
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.prefix.prefix_cache import PrefixCache
-from opcd.modules.student import Student
+from opcd.modules.student import Student, respond
 
 Answers = TypeVar("Answers")
 MOST_ROWS = 256

@@ -12,10 +12,9 @@ from opcd.evaluation.batched_answers import prompt_ids
 from opcd.experience.experience_config import Experience, StageName
 from opcd.experience.problems import Writer, Written
 from opcd.models import ModelConfig, context_window, load_model, load_tokenizer
-from opcd.modules.answering import respond
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.prefix.prefix_cache import PrefixCache
-from opcd.modules.student import Student
+from opcd.modules.student import Student, respond
 from opcd.runtime.errors import UserError
 
 STAGES: tuple[StageName, ...] = ("solve", "extract", "select")

@@ -2,11 +2,11 @@
 
 How a step works:
     1. the rollout writes y for every query of the batch, by default the student without the context: y ~ p_S(. | x)
-    2. the teacher, which sees the context, gives its states for every token of y: p_T(. | c, x, y<t)
-    3. the student gives its own: p_S(. | x, y<t)
+    2. the teacher, which sees the context, computes its states for every token of y: p_T(. | c, x, y<t)
+    3. the student computes its own states: p_S(. | x, y<t)
     4. the loss compares the two token by token, by default KL(p_S || p_T) over the whole vocabulary, without logits in
-       memory, and its gradient goes through p_S only
-    5. one optimizer step follows, however the batch was cut into micro-batches
+       memory; its gradient goes through p_S only
+    5. one optimizer step follows, whatever the number of micro-batches
 
     opcd fit --config configs/quickstart.yaml
 """
@@ -25,15 +25,14 @@ from opcd.data import Batch
 from opcd.losses import Loss, ReverseKL
 from opcd.models import ModelConfig
 from opcd.modules.lm.adapters import Lora, trainable
-from opcd.modules.lm.generation import Sampling, computing_dtype, eval_mode, own_precision
+from opcd.modules.lm.generation import Sampling, computing_dtype
 from opcd.modules.objective import Objective
 from opcd.modules.prefix.prefix_cache import Mode, PrefixCache
 from opcd.modules.rollouts.base import Rollout
 from opcd.modules.rollouts.student_rollout import StudentRollout
-from opcd.modules.step.metrics import SHOWN, UNEVEN, TokenMeans
-from opcd.modules.step.nonfinite import BadSteps, OnNonfinite
-from opcd.modules.step.ranks import Ranks, is_sharded
-from opcd.modules.step.runner import Step, StepRunner
+from opcd.modules.step.failures import BadSteps, OnNonfinite
+from opcd.modules.step.metrics import UNEVEN
+from opcd.modules.step.runner import Ranks, Step, StepRunner, is_sharded
 from opcd.modules.student import Student
 from opcd.modules.teachers.base import Teacher
 from opcd.modules.teachers.model_teachers import FrozenTeacher
@@ -54,27 +53,27 @@ class Distiller(LightningModule):
     Args:
         student: the model that is trained, float32 master weights by default.
         teacher: the model that sees the context; FrozenTeacher (the student's own starting weights) if null.
-        loss: what is compared at every token of the response, in nats; ReverseKL if null.
-        rollout: who writes the responses; StudentRollout (the student, without the context) if null.
-        adapter: train this in place of the student's own weights, which stay as they are; null trains all of them.
+        loss: the divergence at every token of the response, in nats; ReverseKL if null.
+        rollout: what writes the responses; StudentRollout (the student, without the context) if null.
+        adapter: train this adapter and freeze the student's own weights; null trains the weights themselves.
         optimizer: any torch optimizer, over the student's trainable weights. Default: the AdamW of the paper's code.
-        lr_scheduler: any torch scheduler that waits for no metric, stepped after every optimizer step; null keeps the
-            rate constant.
+        lr_scheduler: any torch scheduler that needs no metric, stepped after every optimizer step; null keeps the
+            learning rate constant.
         temperature: divides the logits of both models inside the loss; the rollout's sampling has its own.
-        reduction: sequence averages every response over its own tokens first, then over responses (the paper);
-            token averages over all tokens of the step. Micro-batches and ranks do not change either.
-        max_nats: clip a token's divergence from above, in nats; its gradient is then zero. null clips nothing.
+        reduction: sequence averages each response over its own tokens, then over the responses (the paper);
+            token averages over all tokens of the step. Both are independent of micro-batches and ranks.
+        max_nats: clip a token's divergence from above, in nats; its gradient is then zero. null: no clipping.
         micro_batch_tokens: most tokens (rows x longest row) in one forward and backward pass of a model.
-        shrink_on_oom: where memory does not suffice, repeat the gradients in micro-batches of half the tokens
-            and stay there; on one rank only. Off: the run ends, and the message names what to lower.
+        shrink_on_oom: on out-of-memory, retry the step with half the micro-batch size and keep it (single rank only).
+            If false, the run ends with a message that names what to lower.
         gradient_checkpointing: recompute the student's activations in the backward pass: less memory, more time.
-        shared_prefix: keys and values of a context are computed once for all rows, and what the student's rows of a
-            pass begin with once for that pass (a sharded student's stay whole): auto compares with the full pass
-            first and falls back with one message; always does neither; never runs every row whole.
-        prefix_memory_mib: most MiB of keys and values that are kept; the least recently used context goes first.
-        gradient_clip_val: most norm of the gradient of a step; null clips nothing.
-        on_nonfinite: what happens where loss, teacher or gradients are not finite; the optimizer never steps then.
-        eval_sampling: how answers are drawn that are shown or written (predict, samples); greedy by default.
+        shared_prefix: prefix caching. The teacher's keys and values of a context are computed once for all rows; the
+            tokens that all student rows of a pass begin with, once per pass (not for a sharded student). auto: compare
+            with the full forward pass first, fall back with a warning; always: do not compare; never: off.
+        prefix_memory_mib: most MiB of keys and values that are cached; the least recently used context is dropped.
+        gradient_clip_val: largest norm of a step's gradient; null: no clipping.
+        on_nonfinite: what happens if the loss, the teacher or the gradients are not finite. The optimizer never steps.
+        eval_sampling: sampling of answers that are shown or written (predict, samples); greedy by default.
     """
 
     def __init__(
@@ -124,13 +123,13 @@ class Distiller(LightningModule):
         self.runner, self.bad_steps = StepRunner(), BadSteps(on_nonfinite)
 
     def setup(self, stage: str) -> None:
-        """Check what can be known before a model is loaded."""
+        """Check the run before a model is loaded."""
         validate(Run.of(self, self.trainer, getattr(self.trainer, "datamodule", None), stage))
         if str(self.trainer.precision).startswith("bf16"):
             warn_if_emulated("trainer.precision", torch.bfloat16, self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
-        """Load the student and, but for predictions, the teacher; each once."""
+        """Load the student and, except for predictions, the teacher; each once."""
         first = not hasattr(self, "student")
         if first:
             device = self.trainer.strategy.root_device
@@ -138,7 +137,7 @@ class Distiller(LightningModule):
             self.student.share_beginnings(self.answering.mode)
         if self.trainer.state.fn == "fit" and not trainable(self.student):
             raise UserError(
-                f"model.student.name: {self.student_config.name} is an adapter, whose weights are trained no further; "
+                f"model.student.name: {self.student_config.name} is an adapter, which cannot be trained further; "
                 f"merge it first: opcd export {self.student_config.name} --to merged --out FOLDER, and train FOLDER"
             )
         if self.trainer.state.fn != "predict" and not self._taught:  # in a notebook, predict may come before fit
@@ -151,15 +150,15 @@ class Distiller(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: a checkpoint is for training that goes on (`UserError`)."""
+        """Raise a UserError: a checkpoint is for resuming a training."""
         raise UserError(
-            "a checkpoint holds what training goes on from: Trainer.fit(..., ckpt_path=...), opcd fit --ckpt_path. The "
+            "a checkpoint is for resuming a training: Trainer.fit(..., ckpt_path=...), opcd fit --ckpt_path. The "
             "trained model is the folder student/ of its run, for transformers' from_pretrained or model.student.name; "
-            "opcd export RUN --to hf --out FOLDER writes one out of a checkpoint"
+            "opcd export RUN --to hf --out FOLDER writes a checkpoint's model"
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over the student's trainable weights, and the scheduler if there is one."""
+        """The optimizer over the student's trainable weights, and the scheduler, if set."""
         optimizer = self.optimizer(p for p in self.student.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
@@ -173,11 +172,13 @@ class Distiller(LightningModule):
         return [optimizer], [scheduler]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One optimizer step on one batch of queries; a validation takes the same way without a gradient."""
+        """Take one optimizer step on one batch of queries; a validation runs the same lines without gradients."""
         with self.runner.step(self, batch, batch_idx) as step:
-            with step.active(self.rollout):  # it has this step's weights
+            with step.active(self.rollout):  # with this step's weights
                 rollouts = step.generate(self.rollout)  # y ~ p_S(. | x), without gradient
-            weights = token_weights(rollouts.lengths, self.reduction, step.all_sum)  # their sum over the step is 1
+            weights = token_weights(
+                rollouts.lengths, self.reduction, step.all_sum
+            )  # the tokens' sum to 1 over the step
             with step.session(self.teacher, rollouts):
                 step.accumulate(self.losses, rollouts, weights)
             step.optimize(rollouts)
@@ -190,79 +191,71 @@ class Distiller(LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure the divergence on rollouts of held-out queries."""
+        """Measure the divergence on responses to held-out queries."""
         self.training_step(batch, batch_idx)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As `validation_step`, on the test queries."""
+        """Measure the divergence on responses to the test queries."""
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the divergence of all batches, and of several teachers that of each."""
+        """Log the divergence over all batches, and that of each teacher if there are several."""
         self._log_held_out("val")
 
     def on_test_epoch_end(self) -> None:
-        """As `on_validation_epoch_end`."""
+        """Log the same for the test queries."""
         self._log_held_out("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """A row a query: the student's answer without the context, and with it where there is one (else null)."""
+        """One row per query: the student's answer without the context, and with the context (null if there is none)."""
         answers = self.answers(batch, context=False)
-        there = [row for row, context in enumerate(batch.contexts) if context is not None]
-        informed: dict[int, str] = {}
-        if there:
-            informed = dict(zip(there, self.answers(batch.select(there), context=True), strict=True))
+        informed = [row for row, context in enumerate(batch.contexts) if context is not None]
+        with_context = self.answers(batch.select(informed), context=True) if informed else []
+        found = dict(zip(informed, with_context, strict=True))
         return [
             {
                 "source": example.source,
                 "query": example.query,
                 "reference": example.reference,
                 "answer": answer,
-                "answer_with_context": informed.get(number),
+                "answer_with_context": found.get(number),
             }
             for number, (example, answer) in enumerate(zip(batch.examples, answers, strict=True))
         ]
 
     def answers(self, batch: Batch, context: bool, what: str = "answers") -> list[str]:
-        """The student's answers as `eval_sampling` draws them, with the context in the prompt or without.
+        """The student's answers, drawn with `eval_sampling`, with the context in the prompt or without.
 
-        `what` they are is shown while they are written.
-
-        They compute in the trainer's precision, whoever asks: a callback is outside of Lightning's autocast.
+        `what` is their name in the progress display.
         """
-        with self.trainer.precision_plugin.forward_context():
-            return self._answers(batch, context, what + " with the context" * context)
-
-    def _answers(self, batch: Batch, context: bool, what: str) -> list[str]:
-        student, tokens = self.student, 0
+        student, tokens, what = self.student, 0, what + " with the context" * context
 
         def told(rows: Tensor, _: Tensor) -> None:
-            """Count what is done: an answer that has ended gets no more tokens."""
+            """Show the progress: an answer that has ended gets no more tokens."""
             nonlocal tokens
             tokens += 1
             most = self.eval_sampling.max_new_tokens
             doing(what, f"{len(batch) - len(rows)}/{len(batch)}, {tokens} of at most {most} tokens")
 
         doing(what, f"0/{len(batch)}")
-        if student.is_sharded:
-            student = student.plain(computing_dtype(self.trainer.precision, student.model.dtype))
-        if not context:
-            return student.answer(batch.student_prompts, self.eval_sampling, told=told)
-        model = student.model
-        with torch.no_grad(), eval_mode(model), own_precision(model):
+        with self.trainer.precision_plugin.forward_context():  # a callback is outside of Lightning's autocast
+            if student.is_sharded:
+                student = student.plain(computing_dtype(self.trainer.precision, student.model.dtype))
+            if not context:
+                return student.answer(batch.student_prompts, self.eval_sampling, told=told)
             self.answering.use(self.student.version)
-            prefixes = self.answering.encoded(model, batch.teacher_prefixes, batch.teacher_prompts)
-        return student.answer(batch.teacher_prompts, self.eval_sampling, prefixes, told)
+            prefixes = self.answering.encoded(student.model, batch.teacher_prefixes, batch.teacher_prompts)
+            return student.answer(batch.teacher_prompts, self.eval_sampling, prefixes, told)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the teacher's state where it cannot be loaded again; a frozen teacher stays out."""
+        """Add the state of a teacher that cannot be loaded again."""
         accelerator(self.device).trim()  # Lightning builds the file in memory: a copy of weights and optimizer
         if state := self.teacher.state_dict():
             checkpoint["teacher"] = state
         checkpoint["bad_steps"] = [self.bad_steps.total, self.bad_steps.in_a_row]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the teacher its state back, and let the student take float64 weights as they are (`64-true`).
+        """Restore the teacher's state, and keep the student's float64 weights (`64-true`).
 
         Raises:
             UserError: the weights are of another student.
@@ -273,15 +266,7 @@ class Distiller(LightningModule):
         self.bad_steps.total, self.bad_steps.in_a_row = checkpoint.get("bad_steps", (0, 0))
         if "teacher" in checkpoint:
             self.teacher.load_state_dict(checkpoint["teacher"])
-        self.student.count_step()  # its weights are others now
-
-    def log_step(self, logged: dict[str, float], means: TokenMeans, rows: int) -> None:
-        """Log what a step has measured: `logged` by whole names, and of `means` what some ranks may lack."""
-        all_sum, several = Ranks(self.trainer, self.device).all_sum, self.trainer.world_size > 1
-        logged = logged | {"train/bad_steps": self.bad_steps.total}
-        logged |= {f"train/{name}": value for name, value in means.over_ranks(self.uneven, all_sum).items()}
-        for name, value in logged.items():
-            self.log(name, value, prog_bar=name in SHOWN, batch_size=rows, sync_dist=several)
+        self.student.count_step()  # its weights have changed
 
     def _log_held_out(self, split: str) -> None:
         self.runner.finish()

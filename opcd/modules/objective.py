@@ -1,7 +1,8 @@
-"""What is compared at every response token, and what is measured beside it."""
+"""The comparison of student and teacher at every response token, and the statistics that are measured with it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,6 @@ from torch import Tensor
 from opcd.losses import Loss, chunked, clip_nats, top1_agreement
 from opcd.losses import log_probs as measure
 from opcd.modules.lm.hidden_states import HiddenStates, Routed, TeacherOutput
-from opcd.modules.rollout_mismatch import RolloutMismatch
 from opcd.modules.trajectories import Trajectories
 
 
@@ -20,9 +20,9 @@ class Objective:
     Attributes:
         loss: what is compared at one token.
         temperature: divides the logits of both models.
-        max_nats: clips a token's divergence from above, with a gradient of zero; None clips nothing.
-        importance_clip: a token that p_B wrote counts by min(p_S(y) / p_B(y), importance_clip); None: all count the
-            same.
+        max_nats: clips a token's divergence from above, with a gradient of zero; None: no clipping.
+        importance_clip: weigh a token by min(p_S(y) / p_B(y), importance_clip), where p_B is the policy that wrote it;
+            None: all tokens have the same weight.
     """
 
     loss: Loss
@@ -33,19 +33,21 @@ class Objective:
     def __call__(
         self, student: HiddenStates, teacher: TeacherOutput, trajectories: Trajectories, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Nats of every response token (`divergence`), with gradient, and statistics without: each [N].
+        """The `divergence` of every response token in nats, with gradient, and statistics without: each [N].
 
-        Of several teachers, also the `divergence/<name>` of each one's n tokens, [n], where it has any.
-        With `weights` [N], what each token counts in the step, also the `loss`, a scalar with gradient, and, where the
-        policy that wrote the tokens has said their log-probabilities, `rollout_logprob_gap` in nats.
+        With several teachers, also the `divergence/<name>` [n] of each teacher that has tokens here.
+        With `weights` [N], the weight of each token in the step, also the `loss`, a scalar with gradient, and, where
+        the rollout gave log-probabilities, `rollout_logprob_gap` in nats.
         """
         if weights is None:
             return self._values(student, teacher, trajectories, None)
-        mismatch = RolloutMismatch.of(student, trajectories)
-        if mismatch is not None and self.importance_clip is not None:
-            weights = weights * mismatch.importance(self.importance_clip)
+        gap: dict[str, Tensor] = {}
+        if (found := rollout_log_ratios(student, trajectories)) is not None:
+            log_ratios, known = found
+            gap["rollout_logprob_gap"] = log_ratios[known].abs()
+            if self.importance_clip is not None:
+                weights = weights * log_ratios.exp().clamp(max=self.importance_clip)
         values = self._values(student, teacher, trajectories, weights)
-        gap = {} if mismatch is None else {"rollout_logprob_gap": mismatch.gap}
         return values | gap | {"loss": (values["divergence"] * weights).sum()}
 
     def _values(
@@ -53,18 +55,28 @@ class Objective:
     ) -> dict[str, Tensor]:
         if isinstance(teacher, Routed):
             return self._routed(student, teacher, trajectories, weights)
-        known = {"weights": weights, "temperature": self.temperature}
+        terms: Callable[..., dict[str, Tensor]]
+        sides: tuple[Any, ...] = (student.hidden, student.head)
         if isinstance(teacher, HiddenStates):
-            sides = (student.hidden, student.head, teacher.hidden, teacher.head)
-            tokens = torch.cat(trajectories.responses).to(student.hidden.device)
-            return _named(self._terms, lambda terms: chunked(terms, *sides, (tokens,), **known))  # type: ignore[arg-type]
-        rows, side = teacher.rows, (student.hidden, student.head)
-        return _named(self._recorded_terms, lambda terms: chunked(terms, *side, per_token=rows, **known))  # type: ignore[arg-type]
+            terms, sides = self._terms, (*sides, teacher.hidden, teacher.head)
+            per_token: tuple[Tensor, ...] = (torch.cat(trajectories.responses).to(student.hidden.device),)
+        else:
+            terms, per_token = self._recorded_terms, teacher.rows
+        names: list[str] = []
+
+        def values(*chunk: Tensor) -> tuple[Tensor, ...]:
+            """The terms of a chunk as a tuple, which `chunked` wants; their names are the same in every chunk."""
+            found = terms(*chunk)
+            names[:] = found
+            return tuple(found.values())
+
+        results = chunked(values, *sides, per_token=per_token, weights=weights, temperature=self.temperature)
+        return dict(zip(names, results, strict=True))
 
     def _routed(
         self, student: HiddenStates, teacher: Routed, trajectories: Trajectories, weights: Tensor | None
     ) -> dict[str, Tensor]:
-        """Each row's tokens against its own teacher, put back into the order of the rows."""
+        """Compare each row's tokens with its own teacher, and restore the order of the rows."""
         by_row = torch.arange(len(student.hidden), device=student.hidden.device).split(trajectories.lengths.tolist())
         found, places = {}, []
         for name, (rows, target) in teacher.parts.items():
@@ -74,11 +86,11 @@ class Objective:
             found[name] = self._values(own, target, trajectories.select(rows), share)
             places.append(tokens)
         order, parts = torch.cat(places).argsort(), list(found.values())
-        whole = {name: torch.cat([values[name] for values in parts])[order] for name in parts[0]}
-        return whole | {f"divergence/{name}": values["divergence"] for name, values in found.items()}
+        joined = {name: torch.cat([values[name] for values in parts])[order] for name in parts[0]}
+        return joined | {f"divergence/{name}": values["divergence"] for name, values in found.items()}
 
     def _terms(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Everything for one chunk, from the log-probabilities [n, V] and the tokens [n]."""
+        """All values of one chunk, from the log-probabilities [n, V] of both models and the tokens [n]."""
         return self._clipped(self.loss.values(student, teacher, tokens)) | {
             "student_entropy": measure.entropy(student),
             "teacher_entropy": measure.entropy(teacher),
@@ -86,7 +98,7 @@ class Objective:
         }
 
     def _recorded_terms(self, student: Tensor, tokens: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
-        """The same from the teacher's recorded tokens and their log-probabilities, [n, k] each; [n] of the sampled."""
+        """The same from recorded tokens and their log-probabilities: [n, k] each, or [n] of the sampled tokens."""
         values = self._clipped(self.loss.values_of_record(student, tokens, log_probs))
         values["student_entropy"] = measure.entropy(student)
         if tokens.dim() > 1:
@@ -95,24 +107,29 @@ class Objective:
         return values
 
     def _clipped(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The divergence clipped, and whether it was, where there is a limit."""
+        """Clip the divergence at `max_nats`, if set, and add which tokens were `clipped`."""
         if self.max_nats is None:
             return values
-        whole = values["divergence"]
-        clipped = {"divergence": clip_nats(whole, self.max_nats), "clipped": (whole > self.max_nats).float()}
+        exact = values["divergence"]
+        clipped = {"divergence": clip_nats(exact, self.max_nats), "clipped": (exact > self.max_nats).float()}
         return clipped | {name: value for name, value in values.items() if name != "divergence"}
 
 
-def _named(
-    terms: Callable[..., dict[str, Tensor]], run: Callable[[Callable[..., tuple[Tensor, ...]]], tuple[Tensor, ...]]
-) -> dict[str, Tensor]:
-    """What `run` makes of a function that gives values by name, where it knows tuples alone (`opcd.losses.chunked`)."""
-    names: list[str] = []
+@torch.no_grad()
+def rollout_log_ratios(student: HiddenStates, trajectories: Trajectories) -> tuple[Tensor, Tensor] | None:
+    """log p_S(y) - log p_B(y) in nats of the plain softmax, [N]; p_B is the policy that wrote the tokens.
 
-    def values(*sides: Tensor) -> tuple[Tensor, ...]:
-        """Of a chunk; their names are the same in all."""
-        found = terms(*sides)
-        names[:] = found
-        return tuple(found.values())
-
-    return dict(zip(names, run(values), strict=True))
+    The second tensor says where p_B is known, [N] bool; the ratio is 0 elsewhere. None if no row has log-probabilities.
+    """
+    if all(log_probs is None for log_probs in trajectories.log_probs):
+        return None
+    device = student.hidden.device
+    (own,) = chunked(
+        lambda log_p, y: (log_p.gather(-1, y[:, None])[:, 0].clone(),),
+        *(student.hidden.detach(), student.head),
+        per_token=(torch.cat(trajectories.responses).to(device),),
+    )
+    pairs = [(row.log_probs, row.response) for row in trajectories.rows]
+    known = torch.cat([torch.full(y.shape, given is not None) for given, y in pairs]).to(device)
+    theirs = torch.cat([torch.zeros(len(y), device=y.device) if given is None else given for given, y in pairs])
+    return torch.where(known, own - theirs.to(own), 0), known

@@ -12,19 +12,19 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opcd.accel import accelerator
+from opcd.data import Views
 from opcd.models import ModelConfig, load_model, load_tokenizer
 from opcd.modules.distributed.sharding import blank_copy, fill, shard
 from opcd.modules.lm.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
-from opcd.modules.lm.decoding import Told
-from opcd.modules.lm.generation import EncodedPrefix, Sampling, generate
+from opcd.modules.lm.generation import EncodedPrefix, Sampling, Told, generate
 from opcd.modules.lm.hidden_states import HiddenStates, check_head, head_of
-from opcd.modules.prefix.prefix_cache import Mode
+from opcd.modules.prefix.prefix_cache import Mode, PrefixCache
 from opcd.modules.prefix.student_prefix import StudentPrefix
 from opcd.modules.trajectories import Trajectories
 
 
 class Student(nn.Module):
-    """A causal language model that answers without the context and learns.
+    """A causal language model that is trained to answer without the context.
 
     Args:
         model: float32 master weights for mixed precision (the default of `Student.load`).
@@ -37,8 +37,8 @@ class Student(nn.Module):
         self.tokenizer = tokenizer
         self.share_beginnings("never")
         self._steps = 0
-        self._structure: tuple[PreTrainedModel, ...] = ()  # within a tuple it is no part of this module
-        if has_adapter(model):  # frozen weights are no part of a checkpoint: they can be loaded again
+        self._structure: tuple[PreTrainedModel, ...] = ()  # a tuple hides it from nn.Module
+        if has_adapter(model):  # a checkpoint leaves out frozen weights, which can be loaded again
             self.register_state_dict_post_hook(_only_trainable)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_post_hook(_frozen_may_be_missing)  # type: ignore[no-untyped-call]
 
@@ -50,10 +50,10 @@ class Student(nn.Module):
         adapter: Lora | None = None,
         device: torch.device | str = "cpu",
     ) -> "Student":
-        """Load as `config` says, on the CPU.
+        """Load the model of `config` on the CPU.
 
-        Weights of type `auto` are float32; under an adapter, which leaves them frozen, of the type that `device`, where
-        the student will run, computes fastest in. UserError where the model cannot be loaded.
+        Weights of type `auto` are float32. With an adapter they are frozen, and have the fastest type of `device`,
+        where the student will run. UserError if the model cannot be loaded.
         """
         model = load_model(config, None if adapter else torch.float32, "model.student", device)
         keep_differentiable(model)
@@ -62,16 +62,16 @@ class Student(nn.Module):
         if adapter is not None:
             add_lora(model, adapter)
         if gradient_checkpointing:
-            # Its name of before transformers 5.20, which vLLM still wants, is deprecated.
+            # transformers 5.20 renamed the method; vLLM needs an older release.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
             accelerator(device).prepare_recomputation(model)
-        # Training mode is what Lightning expects to find, and what dropout and gradient checkpointing act in.
+        # Lightning expects training mode; dropout and gradient checkpointing need it.
         return cls(model.train(), load_tokenizer(config, "model.student"))
 
     @property
     def eos_ids(self) -> set[int]:
-        """Token ids that end a response: those of the generation config and the tokenizer's own."""
+        """Token ids that end a response: those of the generation config and the tokenizer's."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return {int(i) for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
@@ -82,22 +82,22 @@ class Student(nn.Module):
         return int(self.tokenizer.pad_token_id)
 
     def share_beginnings(self, mode: Mode) -> None:
-        """Whether `score` computes once what all rows of a pass begin with; see `StudentPrefix`."""
+        """Set whether `score` computes the common prefix of a pass's rows once; see `StudentPrefix`."""
         self._rows = StudentPrefix(mode)
 
     def shard(self, mesh: DeviceMesh, low: torch.dtype | None) -> None:
-        """Leave each rank its part of the weights; see `distributed.sharding.shard`. Only `score` runs them then."""
-        self.share_beginnings("never")  # to compare would be a pass more on ranks whose rows share something
+        """Keep only this rank's part of the weights; see `distributed.sharding.shard`. Then only `score` runs them."""
+        self.share_beginnings("never")  # the comparison would be one more pass on some ranks
         self._structure = (blank_copy(self.model, device=torch.device("meta")),)
         shard(self, self.model, mesh, low)
 
     @property
     def version(self) -> tuple[int, int]:
-        """Equal for equal weights: optimizer steps, and writes in place that torch knows of."""
+        """Equal for equal weights: the optimizer steps, and the in-place writes that torch counts."""
         return self._steps, sum(weight._version for weight in self.model.parameters())
 
     def count_step(self) -> None:
-        """Note that the weights have changed in a way that torch may not know of."""
+        """Note a change of the weights that torch may not count."""
         self._steps += 1
 
     @property
@@ -106,12 +106,12 @@ class Student(nn.Module):
         return bool(self._structure)
 
     def reshard(self) -> None:
-        """Give back what a pass without a backward pass has left gathered."""
+        """Free the weights that a forward pass without a backward pass has left gathered."""
         if self.is_sharded:
             FSDPModule.reshard(self)  # type: ignore[arg-type]
 
     def blank_copy(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
-        """A whole model like the student's, by default on its device, whose weights are not filled."""
+        """An unsharded copy of the model with uninitialized weights, by default on its device."""
         device = device or self.model.device
         source = self._structure[0] if self.is_sharded else self.model  # FSDP's modules cannot be copied
         copied = blank_copy(source, dtype, device)
@@ -119,10 +119,9 @@ class Student(nn.Module):
         return copied
 
     def plain(self, dtype: torch.dtype, device: torch.device | None = None) -> "Student":
-        """A student that generates by itself: this one where it is whole and of that type, else a copy.
+        """A student with unsharded weights of type `dtype`: this one if it has them, else a copy.
 
-        Where the weights are sharded, every rank must ask at the same time. One that is content with `meta` as the
-        device keeps nothing.
+        If the weights are sharded, every rank must call this. On the device `meta` a rank keeps no weights.
         """
         if not self.is_sharded and self.model.dtype == dtype:
             return self
@@ -146,15 +145,15 @@ class Student(nn.Module):
         prefixes: list[EncodedPrefix] | None = None,
         told: Told | None = None,
     ) -> list[str]:
-        """Generated text, without special tokens, for each prompt of token ids; the rest as for `generate`."""
+        """Generated text, without special tokens, for each prompt of token ids; arguments as for `generate`."""
         responses = generate(self.model, prompts, sampling, self.eos_ids, self.pad_id, prefixes, told)
         return [str(self.tokenizer.decode(response, skip_special_tokens=True)).strip() for response in responses]
 
     def save(self, folder: Path, dtype: torch.dtype | None = None, merge: bool = False) -> None:
-        """Write a folder that plain `transformers` loads: weights (in `dtype`, or as they are), tokenizer, template.
+        """Write a folder that `transformers` loads: weights (in `dtype`, or in their own type), tokenizer, template.
 
-        A student with an adapter is written as the adapter, in its own type, for peft; or, with `merge`, as a model
-        whose weights hold it.
+        Of a student with an adapter, only the adapter is written, in its own type, for peft. With `merge`, a model is
+        written whose weights contain the adapter.
         """
         if merge:
             return Student(merged(self.model, dtype or self.model.dtype), self.tokenizer).save(folder, dtype)
@@ -169,7 +168,7 @@ class Student(nn.Module):
             casts.setdefault(weight.data_ptr(), weight.to(dtype) if weight.is_floating_point() else weight)
         weights = {name: casts[weight.data_ptr()] for name, weight in self.model.state_dict().items()}
         self.model.save_pretrained(folder, state_dict=weights)
-        self.model.config.dtype = dtype  # `save_pretrained` has written the type of the model, not of `weights`
+        self.model.config.dtype = dtype  # `save_pretrained` has written the model's type, not that of `weights`
         try:
             self.model.config.save_pretrained(folder)
         finally:
@@ -180,18 +179,14 @@ class Student(nn.Module):
 
 @contextmanager
 def _without_kept_casts(model: PreTrainedModel) -> Iterator[None]:
-    """Where activations are computed twice to save memory, so are the low-precision casts of each layer's weights."""
+    """With gradient checkpointing, do not cache autocast's copies of the weights either."""
     device = model.device.type
-    if not (_recomputes(model) and torch.is_autocast_enabled(device)):
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if not (recomputes and torch.is_autocast_enabled(device)):
         yield
         return
     with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
         yield
-
-
-def _recomputes(model: PreTrainedModel) -> bool:
-    """Whether gradient checkpointing is on."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _only_trainable(student: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -203,3 +198,33 @@ def _only_trainable(student: nn.Module, state: dict[str, Any], prefix: str, meta
 def _frozen_may_be_missing(student: nn.Module, found: Any) -> None:
     learnt = tuple(trainable(student))
     found.missing_keys[:] = [name for name in found.missing_keys if name.endswith(learnt)]
+
+
+def respond(
+    student: Student,
+    views: Views,
+    prompts: list[list[int]],
+    context: str | None,
+    sampling: Sampling,
+    prefix: PrefixCache,
+    told: Told | None = None,
+) -> list[Tensor]:
+    """Generate one response [R] of token ids per prompt, outside training.
+
+    Args:
+        student: model and tokenizer.
+        views: what encoded the prompts.
+        prompts: their token ids, the context's included.
+        context: the context in all prompts, or None.
+        sampling: how tokens are drawn, from torch's default generator.
+        prefix: the cache of the context's keys and values.
+        told: called for each new token.
+    """
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    prefixes = None
+    if context is not None:
+        shared = torch.tensor(views.teacher_prefix(context))
+        # The first row twice: then a single row uses the cache as it would beside others.
+        found = prefix.encoded(student.model, [shared] * (len(rows) + 1), [*rows, rows[0]])
+        prefixes = found[:-1] if found else None
+    return generate(student.model, rows, sampling, student.eos_ids, student.pad_id, prefixes, told)

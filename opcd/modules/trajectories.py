@@ -1,4 +1,4 @@
-"""Responses with the prompts of both views, and how they are cut into micro-batches."""
+"""Responses with the prompts of both views, their micro-batches, and their weights in the loss."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from opcd.runtime.errors import UserError
 Reduction = Literal["token", "sequence"]
 
 PASS = 256
-"""Tokens that one more pass is taken to cost (an estimate): weights are cast, and gradients added up, once a pass."""
+"""The estimated cost of one more pass, in tokens: each pass casts weights and adds up gradients."""
 
 
 @dataclass
 class Trajectory:
-    """A response, and the prompts that it follows.
+    """A response and its prompts.
 
     Attributes:
         student_prompt: [P] token ids: the query without the context.
         teacher_prompt: [Q] token ids: the query with the context.
-        teacher_prefix: [P] token ids that the teacher prompts of one context have in common at their beginning
-            (`Views.teacher_prefix`).
+        teacher_prefix: [P] token ids that all teacher prompts with this context begin with (`Views.teacher_prefix`).
         response: [R] token ids, R >= 1. It ends with its first end-of-sequence token or at the length limit, so every
             token of it counts.
-        ended: whether it ended by itself.
-        log_probs: [R]: log p(y) in nats of each token under the policy that wrote it, at temperature 1; None where that
-            is not known.
-        teacher: the name of the teacher that scores it; None where there is only one.
+        ended: whether it ends with an end-of-sequence token.
+        log_probs: [R]: log p(y) in nats of each token under the policy that wrote it, at temperature 1; None if
+            unknown.
+        teacher: the name of the teacher that scores it; None if there is only one.
     """
 
     student_prompt: Tensor
@@ -46,16 +45,16 @@ class Trajectory:
 
     @property
     def tokens(self) -> int:
-        """Of the student's prompt and the response."""
+        """The number of tokens of the student's prompt and the response."""
         return len(self.student_prompt) + len(self.response)
 
 
 @dataclass
 class Trajectories(Prompts):
-    """The responses of a step, or of a micro-batch of it.
+    """The responses of a step, or of one of its micro-batches.
 
     Attributes:
-        rows: B of them.
+        rows: B trajectories.
     """
 
     rows: list[Trajectory]
@@ -68,12 +67,12 @@ class Trajectories(Prompts):
         eos_ids: set[int],
         log_probs: Sequence[Tensor | None] | None = None,
     ) -> Trajectories:
-        """Join a batch with a response an example; what follows a response's first end-of-sequence token is cut.
+        """Join a batch with one response per example; tokens after the first end-of-sequence token are cut.
 
-        Responses and log-probabilities come to the prompts' device: an engine or a file gives them on the CPU.
+        Responses and log-probabilities are moved to the prompts' device.
 
         Raises:
-            UserError: a response has no token at all, so that there is nothing to compare.
+            UserError: a response has no token.
         """
         rows = []
         for row, response, scores in zip(batch.rows, responses, log_probs or [None] * len(responses), strict=True):
@@ -92,37 +91,37 @@ class Trajectories(Prompts):
 
     @property
     def responses(self) -> list[Tensor]:
-        """Of each row, [R]."""
+        """The response of each row, [R]."""
         return [row.response for row in self.rows]
 
     @property
     def ended(self) -> list[bool]:
-        """Of each row."""
+        """Whether each response ends with an end-of-sequence token."""
         return [row.ended for row in self.rows]
 
     @property
     def log_probs(self) -> list[Tensor | None]:
-        """Of each row, [R]."""
+        """The log-probabilities of each response, [R]."""
         return [row.log_probs for row in self.rows]
 
     @property
     def teachers(self) -> list[str | None]:
-        """Of each row."""
+        """The teacher of each row."""
         return [row.teacher for row in self.rows]
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each response, [B] int64."""
+        """The number of tokens of each response, [B] int64."""
         return torch.tensor([len(response) for response in self.responses])
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest student row."""
+        """The number of tokens of the longest student row."""
         return max(row.tokens for row in self.rows)
 
     @property
     def empty(self) -> int:
-        """How many responses are an end-of-sequence token and nothing else."""
+        """How many responses consist of an end-of-sequence token only."""
         return sum(len(row.response) == 1 and row.ended for row in self.rows)
 
     def select(self, rows: list[int]) -> Trajectories:
@@ -130,15 +129,15 @@ class Trajectories(Prompts):
         return Trajectories([self.rows[row] for row in rows])
 
     def micro_batches(self, max_tokens: int) -> list[list[int]]:
-        """Rows of each micro-batch: neighbours in length, so that little is padding, and at most `max_tokens`.
+        """The rows of each micro-batch: of similar length, for little padding, and at most `max_tokens` tokens.
 
-        Counted is rows x longest student row; a single row that is longer than that is a micro-batch of its own.
+        The size of a micro-batch is rows x longest student row; a single longer row is a micro-batch of its own.
         """
         return length_groups([row.tokens for row in self.rows], max_tokens)
 
 
 def first_sequence(response: Tensor, eos_ids: set[int]) -> Tensor:
-    """The tokens up to and with the first end-of-sequence token: [R] -> [<= R]."""
+    """Cut a response after its first end-of-sequence token: [R] -> [<= R]."""
     for position, token in enumerate(response.tolist()):
         if token in eos_ids:
             return response[: position + 1]
@@ -146,12 +145,12 @@ def first_sequence(response: Tensor, eos_ids: set[int]) -> Tensor:
 
 
 def length_groups(sizes: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices of `sizes` in groups of neighbouring sizes, each at most `max_tokens` with its padding.
+    """Split the indices of `sizes` into groups of neighbouring sizes, each at most `max_tokens` with its padding.
 
-    Of all such splits, the one with the fewest tokens, padding included, where each group counts `PASS` more.
+    Of all such splits, this is the one with the fewest tokens, padding included, plus `PASS` per group.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    cheapest = [(0, 0)]  # tokens of the n longest rows, and the place where their last group begins
+    cheapest = [(0, 0)]  # for the n longest rows: the cost, and where their last group begins
     for end in range(1, len(order) + 1):
         padded = {start: sizes[order[start]] * (end - start) for start in range(end)}
         fits = [start for start in padded if padded[start] <= max_tokens or start == end - 1]
@@ -166,11 +165,11 @@ def length_groups(sizes: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def token_weights(lengths: Tensor, reduction: Reduction, all_sum: Callable[[Tensor], Tensor]) -> Tensor:
-    """Weight of one token of each response in the loss of a whole optimizer step, [B] float64.
+    """The weight of one token of each response in the loss of an optimizer step, [B] float64.
 
     token: 1 / (tokens of all ranks). sequence: 1 / (responses of all ranks x tokens of its own response), the
-    formula of arXiv:2602.12275. `all_sum` adds a tensor up over the ranks. The weights do not depend on how the
-    responses are split into micro-batches or ranks.
+    formula of arXiv:2602.12275. `all_sum` adds up a tensor over the ranks. The weights do not depend on the split into
+    micro-batches or ranks.
     """
     counts = all_sum(torch.tensor([float(lengths.sum()), float(len(lengths))], dtype=torch.float64))
     if reduction == "token":

@@ -1,6 +1,6 @@
-"""What a run is refused for before a model is loaded: the same for `fit`, `record`, `sweep` and `doctor --plan`.
+"""The checks of a run before a model is loaded: the same in `fit`, `record`, `sweep` and `doctor --plan`.
 
-`validate` asks the components (`Teacher.check`, `Rollout.check`, `Engine.check`) what only they know; the rest is here.
+`validate` calls the checks of the components (`Teacher.check`, `Rollout.check`, `Engine.check`); the others are here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.data.readers import STAGES
 from opcd.losses import Loss
 from opcd.models import base_of, context_window, own_quantization, resolve
-from opcd.modules.distributed.fsdp_strategy import SHARDED, FSDP2Strategy, check_configured, check_strategy
+from opcd.modules.distributed.fsdp_strategy import (
+    SHARDED,
+    SHARDED_NAMES,
+    FSDP2Strategy,
+    check_configured,
+    check_strategy,
+)
 from opcd.modules.lm.adapters import second_adapter
 from opcd.modules.rollouts.base import Rollout
 from opcd.modules.teachers.base import Reader, Teacher
@@ -37,13 +43,13 @@ class Run:
 
     Attributes:
         distiller: with its teacher, rollout and loss.
-        data: its data module, set up for the stage; None: there is another, or none.
+        data: its data module, set up for the stage; None if there is none of this class.
         stage: fit, validate, test or predict.
-        ranks: processes that train together.
-        sharded: whether they hold the student in parts.
+        ranks: number of processes that train together.
+        sharded: whether the student is sharded across them.
         precision: the trainer's.
-        strategy: the trainer's; None where there is no trainer.
-        connect: whether servers and engines are asked if they are there.
+        strategy: the trainer's; None if there is no trainer.
+        connect: whether to contact servers and engines.
     """
 
     distiller: Distiller
@@ -57,7 +63,7 @@ class Run:
 
     @classmethod
     def of(cls, distiller: Distiller, trainer: Trainer, data: object, stage: str) -> Run:
-        """That of a trainer; only training shards, for whoever answers needs whole weights."""
+        """The run of a trainer; the student is sharded in training only, because generation needs all weights."""
         strategy = trainer.strategy
         sharded = isinstance(strategy, FSDP2Strategy) and stage == "fit"
         rows = data if isinstance(data, ContextQueryDataModule) else None
@@ -67,41 +73,35 @@ class Run:
     def configured(
         cls, distiller: Distiller, trainer: Any, data: ContextQueryDataModule | None, connect: bool = True
     ) -> Run:
-        """That of a trainer's config, whose devices may be elsewhere."""
-        ranks, sharded = configured_ranks(trainer)
+        """The run of a trainer's config, which may be for another machine."""
+        check_configured(trainer.strategy)
+        name = str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2].lower()
+        sharded, devices = name in SHARDED_NAMES, trainer.devices
+        if not sharded and name not in ("auto", "singledevicestrategy") and not name.startswith("ddp"):
+            raise UserError(f"trainer.strategy: {name} is not supported; use ddp, or {SHARDED}")
+        if str(devices) in ("auto", "-1"):
+            devices = max(1, torch.cuda.device_count()) if str(trainer.accelerator) in ("auto", "gpu", "cuda") else 1
+        ranks = (len(devices) if isinstance(devices, list) else int(devices)) * int(trainer.num_nodes)
         return cls(distiller, data, "fit", ranks, sharded, str(trainer.precision), connect=connect)
 
 
-def configured_ranks(trainer: Any) -> tuple[int, bool]:
-    """The number of ranks of a trainer's config, and whether the student is sharded over them."""
-    devices, strategy = trainer.devices, trainer.strategy
-    check_configured(strategy)
-    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2].lower()
-    sharded = name in (SHARDED, FSDP2Strategy.__name__.lower())
-    if not sharded and name not in ("auto", "singledevicestrategy") and not name.startswith("ddp"):
-        raise UserError(f"trainer.strategy: {name} is not known here; use ddp, or {SHARDED}")
-    if str(devices) in ("auto", "-1"):
-        devices = max(1, torch.cuda.device_count()) if str(trainer.accelerator) in ("auto", "gpu", "cuda") else 1
-    return (len(devices) if isinstance(devices, list) else int(devices)) * int(trainer.num_nodes), sharded
-
-
 def validate(run: Run) -> None:
-    """Refuse what can be known to fail, or to be wrong.
+    """Check a run.
 
     Raises:
-        UserError: says what, where in the config, and what to do.
+        UserError: the run would fail or be wrong; the message names the problem, the config key and what to do.
     """
     distiller, predicts = run.distiller, run.stage == "predict"
     if run.precision.startswith("16"):
-        raise UserError("trainer.precision: float16 needs loss scaling, which is not here; use bf16-mixed or 32-true")
+        raise UserError("trainer.precision: float16 needs loss scaling, which opcd lacks; use bf16-mixed or 32-true")
     if run.strategy is not None:
         check_strategy(run.strategy)
     if distiller.shrink_on_oom and run.ranks > 1:
-        raise UserError("model.shrink_on_oom is for one rank, others would wait for it; remove it")
+        raise UserError("model.shrink_on_oom is for one rank, because it would block the others; remove it")
     _check_adapter(run)
     if run.sharded:
         _check_shards(run)
-    if not predicts:  # no teacher is there, and nobody writes
+    if not predicts:  # `predict` has no teacher and no rollout
         check_loss(distiller.objective.loss, distiller.teacher)
         for part in distiller.rollout.parts:
             part.check(run)
@@ -112,14 +112,14 @@ def validate(run: Run) -> None:
 
 
 def check_positive(**values: float | None) -> None:
-    """Refuse settings that are given and no finite number greater than 0 (``ValueError``)."""
+    """Raise a ValueError for settings that are not finite numbers greater than 0; None is allowed."""
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"model.{name} must be a finite number greater than 0, got {value}")
 
 
 def check_scheduler(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
-    """Refuse a scheduler that waits for a metric, or whose arguments are wrong (``ValueError``)."""
+    """Raise a ValueError for a scheduler that needs a metric, or that has wrong arguments."""
     if lr_scheduler is None:
         return
     stepped = optimizer([torch.nn.Parameter(torch.zeros(1, 1))])
@@ -129,14 +129,14 @@ def check_scheduler(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCalla
         raise ValueError(f"model.lr_scheduler: {error}") from error
     if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ValueError(
-            f"model.lr_scheduler: {type(made).__name__} waits for a metric, and the rate is changed after every step "
-            "here; take one that follows the steps, such as torch.optim.lr_scheduler.LinearLR, CosineAnnealingLR or "
-            "OneCycleLR (warm-up, then a decay by cosine)"
+            f"model.lr_scheduler: {type(made).__name__} waits for a metric, but the scheduler runs after every step; "
+            "use one that counts steps, such as torch.optim.lr_scheduler.LinearLR, CosineAnnealingLR or OneCycleLR "
+            "(warm-up, then cosine decay)"
         )
 
 
 def check_weights(found: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str) -> None:
-    """Refuse the weights of a checkpoint that are not the student's (UserError)."""
+    """Raise a UserError if the weights of a checkpoint are not the student's."""
     missing, unknown = [name for name in own if name not in found], [name for name in found if name not in own]
     other = [name for name in own if name in found and found[name].shape != own[name].shape]
     shapes = [f"{name} is {list(found[name].shape)} and not {list(own[name].shape)}" for name in other]
@@ -149,35 +149,31 @@ def check_weights(found: Mapping[str, Tensor], own: Mapping[str, Tensor], path: 
 
 
 def check_loss(loss: Loss, teacher: Teacher) -> None:
-    """Refuse a loss that needs more of the teacher than it provides (UserError)."""
+    """Raise a UserError for a loss that needs more of the teacher than it provides."""
+    losses = {"topk": "TopK with support: teacher", "token": "SampledReverseKL"}
     for part in teacher.parts.values():
         if "distribution" not in part.provides and loss.needs not in part.provides:
             raise UserError(
-                f"model.loss: {type(part).__name__} gives log-probabilities of a few tokens a position, and {loss!r} "
-                f"needs the whole distribution; use {_what_serves(part)}"
+                f"model.loss: {type(part).__name__} gives log-probabilities of a few tokens a position, but {loss!r} "
+                f"needs the whole distribution; use {' or '.join(losses[known] for known in part.provides)}"
             )
 
 
-def _what_serves(teacher: Teacher) -> str:
-    losses = {"topk": "TopK with support: teacher", "token": "SampledReverseKL"}
-    return " or ".join(losses[known] for known in teacher.provides)
-
-
 def check_on_policy(loss: Loss, rollout: Rollout, temperature: float) -> None:
-    """Refuse rollouts that would bias a loss of sampled tokens (ValueError): no draws of the student's distribution."""
+    """Raise a ValueError for a loss of sampled tokens whose tokens are not drawn from the student's distribution."""
     if not loss.on_policy:
         return
     name = type(loss).__name__
     if getattr(loss, "importance_clip", None) is not None:
         raise ValueError(
-            "model.loss: importance_clip has no effect here, the rollout gives the weights (VLLMRollout has "
-            "importance_clip); remove it"
+            "model.loss: importance_clip has no effect on a Distiller's loss, because the rollout gives the weights; "
+            "remove it (VLLMRollout has importance_clip)"
         )
     for part in rollout.parts:
         if part.writer != "student":
             raise ValueError(
-                f"model.loss: {name} needs tokens that the student has sampled, and {type(part).__name__} takes "
-                "others; use StudentRollout or VLLMRollout, or ReverseKL, which looks at the whole distribution"
+                f"model.loss: {name} needs tokens that the student has sampled, but {type(part).__name__} takes "
+                "others; use StudentRollout or VLLMRollout, or ReverseKL, which uses the whole distribution"
             )
         sampling = part.sampling
         if sampling is None or sampling.temperature != temperature or sampling.is_cut:
@@ -190,7 +186,7 @@ def check_on_policy(loss: Loss, rollout: Rollout, temperature: float) -> None:
 
 
 def check_data(run: Run, data: ContextQueryDataModule) -> None:
-    """Refuse prompts that leave no room for a response in a model's window, and names of other teachers."""
+    """Raise a UserError for prompts without room for a response in a model's window, or names of other teachers."""
     distiller, predicts = run.distiller, run.stage == "predict"
     if not predicts:
         _check_names(data, distiller.teacher)
@@ -218,7 +214,7 @@ def _check_window(reader: Reader, split: str, prompt: int, new: int) -> None:
 
 
 def _check_names(data: ContextQueryDataModule, teacher: Teacher) -> None:
-    """Refuse a data module that knows of other teachers than there are; the command line links the two."""
+    """Compare the teachers of the data module with those of the model; the command line links the two."""
     known = data.teacher.models if isinstance(data.teacher, TeacherModels) else {None: data.teacher}
     if known.keys() != teacher.parts.keys():
         raise UserError(
@@ -228,7 +224,7 @@ def _check_names(data: ContextQueryDataModule, teacher: Teacher) -> None:
 
 
 def _check_adapter(run: Run) -> None:
-    """Refuse what needs an adapter without one, and an adapter over another or without its library."""
+    """Check the student's adapter: present if needed, not over another adapter, with its library."""
     student, adapter = run.distiller.student_config, run.distiller.adapter
     if adapter is not None:
         require("adapters", "peft", "model.adapter")
@@ -245,7 +241,7 @@ def _check_adapter(run: Run) -> None:
 
 
 def _check_shards(run: Run) -> None:
-    """Refuse what a sharded student cannot be trained with."""
+    """Check the options that a sharded student does not support."""
     distiller = run.distiller
     optimizer = type(distiller.optimizer([torch.nn.Parameter(torch.zeros(1, 1))]))
     if optimizer.__module__.startswith("bitsandbytes"):
@@ -256,7 +252,7 @@ def _check_shards(run: Run) -> None:
     if distiller.adapter is not None:
         raise UserError(
             f"trainer.strategy: {SHARDED} is for a student whose own weights are trained: an adapter's gradients and "
-            "moments are small, and its base is needed whole on every rank that generates; use ddp with model.adapter"
+            "moments are small, and every rank needs the full base to generate; use ddp with model.adapter"
         )
     if distiller.shrink_on_oom:
         raise UserError(f"model.shrink_on_oom does not work under {SHARDED}; remove it")

@@ -90,7 +90,7 @@ def test_a_damaged_record(opcd, words, recorded):
     data[-1] ^= 1
     shard.write_bytes(data)
     code, output = opcd("fit", *from_record(words, recorded))
-    assert code == 2 and "is not what was written" in output
+    assert code == 2 and "is damaged (its SHA-256 differs)" in output
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_damaged_record(opcd, words, recorded):
         (("--model.loss", "ForwardKL"), "use TopK with support: teacher"),
         (("--model.loss", TOP.replace("16", "17")), "use k=16"),
         (("--model.rollout", "StudentRollout"), "use TeacherRollout"),
-        (("--model.rollout.init_args.sampling", "{max_new_tokens: 5, temperature: 0.0}"), "must be the record's"),
+        (("--model.rollout.init_args.sampling", "{max_new_tokens: 5, temperature: 0.0}"), "must be that of the record"),
         (("--data.placement", "user"), "a prompt is not in"),
     ],
 )

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from lightning import Callback, Trainer, seed_everything
+from lightning import Callback, seed_everything
 
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, FrozenTeacher, MixedRollout, Sampling, StudentRollout, TeacherRollout
+from tests.helpers.training import trainer
 
 CURVE = [
     *(10.0038376, 9.6676197, 9.6269550, 9.6587782, 9.6154728, 9.3343210, 9.3533916),
@@ -32,17 +33,6 @@ def test_the_losses_of_20_steps(tmp_path, tiny, tiny_teacher, rows, context):
     seed_everything(0, verbose=False)
     greedy = Sampling(max_new_tokens=8, temperature=0.0)  # no draw may hang on the last bit of a probability
     losses = Losses()
-    trainer = Trainer(
-        max_steps=20,
-        accelerator="cpu",
-        precision="32-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=[losses],
-    )
     student = ModelConfig(tiny, dtype="float32")
     distiller = Distiller(
         student=student,
@@ -52,5 +42,5 @@ def test_the_losses_of_20_steps(tmp_path, tiny, tiny_teacher, rows, context):
         micro_batch_tokens=256,
     )
     data = ContextQueryDataModule(train=str(rows), context=str(context), batch_size=4, student=student)
-    trainer.fit(distiller, datamodule=data)
+    trainer(tmp_path, 20, precision="32-true", callbacks=[losses]).fit(distiller, datamodule=data)
     assert losses.values == pytest.approx(CURVE, rel=1e-5)

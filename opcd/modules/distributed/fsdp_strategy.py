@@ -1,4 +1,4 @@
-"""Several ranks: DDP as Lightning has it, and FSDP2 (torch's `fully_shard`) with the checkpoints that DDP has."""
+"""FSDP2 (torch's `fully_shard`) with checkpoints like DDP's, and the check of `trainer.strategy`."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -22,19 +22,19 @@ from opcd.modules.distributed.sharding import full_tensor, part_of
 from opcd.runtime.errors import UserError
 
 SHARDED = "fsdp2"
-"""What `trainer.strategy` says for `FSDP2Strategy`."""
+"""The name of `FSDP2Strategy` in `trainer.strategy`."""
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Weights, gradients and moments of a student lie in parts, one on each rank; a layer is gathered when it computes.
+    """Shards weights, gradients and moments of a student across the ranks; a layer is gathered when it computes.
 
-    A checkpoint is one file with whole tensors, as one process or DDP writes it: a run may go on with another number of
-    ranks, and under another strategy. `trainer.strategy: fsdp2` is this class.
+    A checkpoint is one file with full tensors, as one process or DDP writes it: a run can be resumed with another
+    number of ranks, and under another strategy. `trainer.strategy: fsdp2` is this class.
 
     Args:
         data_parallel_size: auto, or the number of all ranks.
-        tensor_parallel_size: 1: layers are not cut.
-        process_group_backend: as torch names it; null chooses by device.
+        tensor_parallel_size: 1: there is no tensor parallelism.
+        process_group_backend: torch's name of the backend; null chooses by device.
         timeout: how long a rank waits for the others.
 
     Raises:
@@ -50,17 +50,17 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         if tensor_parallel_size not in ("auto", 1):
             raise ValueError(
-                f"trainer.strategy: tensor_parallel_size is {tensor_parallel_size}, and there is no tensor parallelism "
-                "here; set it to 1: the weights are sharded over all ranks"
+                f"trainer.strategy: tensor_parallel_size is {tensor_parallel_size}, but tensor parallelism is not "
+                "supported; set it to 1: the weights are sharded across all ranks"
             )
         super().__init__(data_parallel_size, 1, False, process_group_backend, timeout)
 
     def setup_environment(self) -> None:
-        """Join the other ranks, all of which hold a part."""
+        """Join the other ranks, each of which holds a shard (UserError for another `data_parallel_size`)."""
         ranks = self.num_nodes * self.num_processes
         if self._data_parallel_size not in ("auto", ranks):
             raise UserError(
-                f"trainer.strategy: data_parallel_size is {self._data_parallel_size}, and there are {ranks} ranks; "
+                f"trainer.strategy: data_parallel_size is {self._data_parallel_size}, but there are {ranks} ranks; "
                 "leave it at auto"
             )
         self._data_parallel_size = ranks
@@ -68,32 +68,32 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning gives the optimizer's state back, as it does under DDP."""
+        """Let Lightning restore the optimizer's state, as under DDP."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors on the CPU of rank 0; nothing on the others, which must ask too."""
+        """Full tensors on the CPU of rank 0; nothing on the other ranks, which must call this too."""
         assert self.model is not None
         return self._collected(self.model.state_dict(keep_vars=True))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As `lightning_module_state_dict`, in the form of an optimizer that is alone."""
+        """The same of the optimizer, in the form of a single process."""
         own = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return self._collected(own.state_dict())
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """The whole file, verified, on the CPU of every rank."""
+        """The file, verified, on the CPU of every rank."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this rank's part of the weights."""
+        """Load this rank's shard of the weights."""
         assert self.model is not None
         own = self.model.state_dict()
         parts = {name: part_of(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
         self.model.load_state_dict(parts, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's part of what the optimizer keeps of each weight."""
+        """Load this rank's shard of the optimizer's state."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             owners = [weight for group in optimizer.param_groups for weight in group["params"]]
             state = {
@@ -103,11 +103,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
     def _collected(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The same with whole tensors, one of them at a time; tied weights stay one."""
+        """The state with full tensors, gathered one at a time; tied weights stay tied."""
         found: dict[int, Tensor | None] = {}
 
         def collected(value: Any) -> Any:
-            """A leaf of the state."""
+            """A leaf of the state, gathered."""
             if not isinstance(value, Tensor):
                 return value
             if id(value) not in found:
@@ -119,26 +119,24 @@ class FSDP2Strategy(ModelParallelStrategy):
         return everything if self.is_global_zero else {}
 
 
+SHARDED_NAMES = (SHARDED, FSDP2Strategy.__name__.lower())
 StrategyRegistry.register(SHARDED, FSDP2Strategy, description="FSDP2: fully_shard over all ranks")
 
 
 def check_configured(strategy: Any) -> None:
-    """Refuse a `trainer.strategy` of a config, a name or a class with its arguments, that no run works under.
+    """Check the `trainer.strategy` of a config, a name or a class with its arguments.
 
     Raises:
         UserError: it is FSDP's first version, DeepSpeed, or Lightning's own FSDP2.
     """
-    name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
-    last = str(name).rpartition(".")[2].lower()
-    if last.startswith(("fsdp", "deepspeed", "modelparallel")) and last not in (
-        SHARDED,
-        FSDP2Strategy.__name__.lower(),
-    ):
-        raise UserError(_refused(str(name).rpartition(".")[2]))
+    path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
+    name = str(path).rpartition(".")[2]
+    if name.lower().startswith(("fsdp", "deepspeed", "modelparallel")) and name.lower() not in SHARDED_NAMES:
+        raise UserError(_refused(name))
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse a strategy that the training step does not work under (UserError)."""
+    """Raise a UserError for a strategy that the training step does not support."""
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
         raise UserError(_refused(type(strategy).__name__))
 

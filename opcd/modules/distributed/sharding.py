@@ -1,4 +1,4 @@
-"""Weights of which each rank holds a part (FSDP2, torch's `fully_shard`), and whole copies of models."""
+"""Sharded weights (FSDP2, torch's `fully_shard`), and unsharded copies of models."""
 
 import copy
 from collections.abc import Iterator
@@ -15,20 +15,20 @@ from opcd.runtime.errors import UserError
 
 
 def shard(root: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, low: torch.dtype | None) -> None:
-    """Leave each rank of `mesh` its part of the weights of `root`, of their gradients and of what an optimizer keeps.
+    """Shard the weights of `root`, their gradients and the optimizer's state across the ranks of `mesh`.
 
-    A decoder layer of `model` is gathered for its own pass, and once more for its gradient; embeddings, final norm and
-    head from the call of `root` to the end of the backward pass, because the loss reads the head between the two.
+    A decoder layer of `model` is gathered for its forward pass, and again for its backward pass; embeddings, final norm
+    and head from the call of `root` to the end of the backward pass, because the loss reads the head in between.
 
     Args:
         root: holds the model; its call is the forward pass.
         model: a causal language model on the CPU.
         mesh: all ranks, in one dimension.
-        low: the type that layers are gathered in where autocast computes in it; their gradients add up in float32.
-            What autograd keeps of a weight is then the weight itself, which goes after the layer's pass, and no cast.
+        low: the type in which layers are gathered, if autocast computes in it; gradients are summed in float32. Then
+            autograd keeps the gathered weight, which is freed after the layer's pass, and no cast of it.
 
     Raises:
-        UserError: the family does not say which modules are its layers.
+        UserError: the model does not name its layers.
     """
     layers = _layers(model, "trainer.strategy", "use ddp")
     # The residual stream stays in float32, as under autocast alone.
@@ -38,20 +38,20 @@ def shard(root: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, low: torch.
     fully_shard(root, mesh=mesh, reshard_after_forward=False)
 
 
-class InParts:
-    """A frozen model whose layers lie in parts on the ranks, each of which makes as many passes as it has to.
+class ShardedTeacher:
+    """A frozen model whose layers are sharded across ranks that may need different numbers of passes.
 
-    A layer is gathered for its pass and let go after it, and that takes all ranks: before each pass they say whether
-    one of them has another to make, and a rank that has none only gives its parts. Embedding, final norm and head stay
-    whole.
+    A layer is gathered for its pass and freed after it, which needs all ranks. Before each pass the ranks agree whether
+    any of them has another pass; a rank without one only sends its shards. Embedding, final norm and head are not
+    sharded.
 
     Args:
         model: a causal language model.
-        device: where its parts lie.
+        device: of the shards.
         key: the model's config key, for messages.
 
     Raises:
-        UserError: the family does not say which modules are its layers.
+        UserError: the model does not name its layers.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, key: str) -> None:
@@ -65,7 +65,7 @@ class InParts:
 
     @contextmanager
     def passes(self) -> Iterator[None]:
-        """Around all passes that this rank has to make; every rank must enter as often."""
+        """Within, this rank runs all its passes; every rank must enter equally often."""
         yield
         while self._another(False):
             for layer in self._layers:
@@ -76,7 +76,7 @@ class InParts:
         self._another(True)
 
     def _another(self, mine: bool) -> bool:
-        """Whether any rank has another pass to make."""
+        """Whether any rank has another pass."""
         vote = torch.tensor(float(mine), device=self._device)
         torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX, self._group)
         return bool(vote)
@@ -86,17 +86,17 @@ def _layers(model: PreTrainedModel, key: str, instead: str) -> list[nn.Module]:
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
-        raise UserError(f"{key}: {type(model).__name__} does not say which modules are its layers; {instead}")
+        raise UserError(f"{key}: {type(model).__name__} does not name the modules that are its layers; {instead}")
     return layers
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each rank may hold a part: every rank must ask, in the same order."""
+    """The full tensor of one that may be sharded; every rank must call this, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor: Tensor, owner: Tensor | None) -> Tensor:
-    """What this rank holds of a whole tensor that has the shape of `owner`, if that lies in parts; else all of it."""
+    """This rank's shard of a full tensor, if `owner` has the same shape and is sharded; else the full tensor."""
     if not isinstance(owner, DTensor) or tensor.shape != owner.shape:
         return tensor
     # Every rank has the tensor: nothing is sent.
@@ -106,7 +106,7 @@ def part_of(tensor: Tensor, owner: Tensor | None) -> Tensor:
 def blank_copy(
     model: PreTrainedModel, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> PreTrainedModel:
-    """A copy whose weights are not filled. Its buffers keep their type: rotary frequencies stay in float32."""
+    """A copy with uninitialized weights. Its buffers keep their type: rotary frequencies stay in float32."""
     weights: dict[int, object] = {
         id(weight): nn.Parameter(torch.empty_like(weight, dtype=dtype, device=device), weight.requires_grad)
         for weight in model.parameters()
@@ -116,10 +116,10 @@ def blank_copy(
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Overwrite the weights of a copy with those of `source`; where they lie in parts, every rank must take part."""
+    """Overwrite the weights of a copy with those of `source`; if they are sharded, every rank must call this."""
     pairs = list(zip(model.parameters(), source.parameters(), strict=True))
     if not any(isinstance(weight, DTensor) for _, weight in pairs):
         torch._foreach_copy_([mine for mine, _ in pairs], [weight for _, weight in pairs])
         return
-    for mine, weight in pairs:  # one whole tensor at a time, gathered in the type of the copy
+    for mine, weight in pairs:  # one full tensor at a time, gathered in the type of the copy
         mine.copy_(full_tensor(weight.to(mine.dtype)))

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) in a model whose own weights stay as they are, through peft.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) in a model with frozen weights, through peft.
 
-The adapter is injected into the model itself, so that everything that takes the model takes it with its adapter. Base
-and twin share the memory of the frozen weights.
+The adapter is injected into the model itself, so that all code that takes a model works with its adapter. Copies of the
+model share the memory of the frozen weights.
 """
 
 import copy
@@ -24,36 +24,36 @@ ALL_LINEAR = "all-linear"
 
 @dataclass
 class Lora:
-    """A trained product of two narrow matrices beside each target's weight: W x + (alpha / rank) B A x."""
+    """A trained product of two low-rank matrices beside each target's weight: W x + (alpha / rank) B A x."""
 
     rank: int = 16
     """Rows of A and columns of B."""
     alpha: float = 32.0
-    """Scales the adapter's part by alpha / rank."""
+    """The adapter's output is scaled by alpha / rank."""
     targets: list[str] | str = ALL_LINEAR
-    """Last names of the linear layers that get one ([q_proj, v_proj]); all-linear takes all but the head."""
+    """Last names of the linear layers to adapt ([q_proj, v_proj]); all-linear: all layers but the head."""
     head: bool = False
-    """Whether the head gets one too."""
+    """Adapt the head too."""
     dropout: float = 0.0
-    """Share of the adapter's inputs that are dropped while training."""
+    """Dropout probability of the adapter's inputs in training."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise ValueError(
-                f"Lora wants rank >= 1, alpha > 0 and 0 <= dropout < 1, got rank={self.rank}, alpha={self.alpha}, "
+                f"Lora needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got rank={self.rank}, alpha={self.alpha}, "
                 f"dropout={self.dropout}"
             )
         if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
-            raise ValueError(f"targets is {ALL_LINEAR} or a list of names, not {self.targets!r}")
+            raise ValueError(f"targets must be {ALL_LINEAR} or a list of names, got {self.targets!r}")
         if not self.targets:
-            raise ValueError("targets is empty: no layer would learn")
+            raise ValueError("targets is empty: no layer would be trained")
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, key: str = "model.adapter") -> None:
-    """Freeze the model's weights and give the targets an adapter in float32 (float64 stays float64).
+    """Freeze the model's weights and add an adapter to the targets, in float32 (float64 stays float64).
 
     Raises:
-        UserError: the model holds an adapter already, a target is not there, or peft cannot adapt it.
+        UserError: the model has an adapter already, a target does not exist, or peft cannot adapt it.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -62,14 +62,14 @@ def add_lora(model: PreTrainedModel, lora: Lora, key: str = "model.adapter") -> 
     model.requires_grad_(False)
     settings = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # an int by its annotation; it is only divided
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated as an int; peft only divides it
         lora_dropout=lora.dropout,
         target_modules=_targets(model, lora, key),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")  # `merged` unties the head
-        # peft's own, for the parameters of experts: it looks for modules of that name.
+        # From peft's own patterns for the parameters of experts, for which it expects modules.
         warnings.filterwarnings("ignore", ".*(rank|alpha)_pattern keys did not match.*")
         try:
             inject_adapter_in_model(settings, model)
@@ -81,18 +81,18 @@ def add_lora(model: PreTrainedModel, lora: Lora, key: str = "model.adapter") -> 
 
 
 def second_adapter(key: str, student: str) -> str:
-    """What to tell a user who asks for an adapter over a model that has one: only the new one would be written."""
+    """The message for an adapter over an adapter, of which only the new one would be saved."""
     return (
-        f"{key}: model.student.name: {student} is an adapter itself, and another one over it would be written without "
+        f"{key}: model.student.name: {student} is an adapter itself, and another one over it would be saved without "
         f"it. Merge it first (opcd export {student} --to merged --out FOLDER) and set model.student.name to FOLDER"
     )
 
 
 def keep_differentiable(model: PreTrainedModel) -> None:
-    """Have gradients go through 4-bit weights on a CPU; comes before the first pass.
+    """Keep 4-bit weights on a CPU differentiable; must be called before the first pass.
 
-    bitsandbytes repacks them at the first pass without gradient where the CPU has AVX-512 with bfloat16, and has no
-    gradient through them from then on: it would be zero, without an error.
+    On a CPU with AVX512-BF16, bitsandbytes repacks them in the first pass without gradient. From then on, gradients
+    through them would silently be zero.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -100,28 +100,28 @@ def keep_differentiable(model: PreTrainedModel) -> None:
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
-    """Whether there is an adapter in the model."""
+    """Whether the model has an adapter."""
     return hasattr(model, "peft_config")
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that learn, by name."""
+    """The trainable weights by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with copies of the weights that learn, and with the very weights that do not."""
+    """A copy of the model with copies of the trainable weights; frozen weights are shared."""
     frozen: dict[int, object] = {id(p): p for p in model.parameters() if not p.requires_grad}
     for module in model.modules():  # quantized weights: their scales are not parameters
         if (state := getattr(module, "quant_state", None)) is not None:
             frozen[id(state)] = state
-    for module in model.modules():  # what a recurrent layer keeps of its last pass may hang on that pass's gradient
+    for module in model.modules():  # what a recurrent layer keeps of its last pass may be part of a gradient graph
         frozen |= {id(x): x.detach() for x in vars(module).values() if isinstance(x, Tensor) and x.grad_fn is not None}
     return copy.deepcopy(model, frozen)
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights without the adapter; nothing is copied but the modules that hold them."""
+    """The model without its adapter; all weights are shared, only the modules are copied."""
     base = twin(model)
     for name, layer in list(_adapted(base)):
         base.set_submodule(name, layer.get_base_layer())
@@ -130,10 +130,9 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """The model's layers with an adapter, by name. The parameters of fused experts have layers within each other, of
-    which this gives the outermost."""
+    """The model's layers with an adapter by name; of nested ones (the parameters of fused experts) the outermost."""
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper  # layers of other people's adapters that are trained whole
+    from peft.utils.other import AuxiliaryTrainingWrapper  # fully trained layers in other people's adapters
 
     outer = None
     for name, module in model.named_modules():
@@ -146,9 +145,9 @@ def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def merged(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy in `dtype` whose weights hold the adapter, quantized ones dequantized first.
+    """A copy in `dtype` with the adapter merged into its weights; quantized weights are dequantized first.
 
-    Where an adapter on the head makes it differ from the embedding that it shares, the two are untied.
+    A head that is tied to the embedding, and has an adapter, is untied.
 
     Raises:
         UserError: the weights are quantized by another library than bitsandbytes.
@@ -164,9 +163,11 @@ def merged(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for name, module in list(result.named_modules()):
         if _is_quantized(module):
             result.set_submodule(name, _plain(module, _dequantized(module)))
-    _forget_quantization(result)
+    if hasattr(result.config, "quantization_config"):
+        del result.config.quantization_config
+        result.is_quantized, result.hf_quantizer = False, None  # type: ignore[assignment]
     del result.peft_config
-    # Not in place: what is not adapted is the model's own. Rotary frequencies stay in float32.
+    # Not in place: layers without an adapter are shared with the model. Rotary frequencies stay in float32.
     for module in result.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
@@ -175,49 +176,50 @@ def merged(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _merged_layer(layer: Any) -> nn.Module:
-    """The layer that computes what this one does with its adapter; its weights are its own, in float32 or float64."""
+    """A plain layer with the adapter merged in; its weights are new, in float32 or float64."""
     if hasattr(layer, "get_base_layer") and _is_quantized(base := layer.get_base_layer()):
         return _plain(base, _dequantized(base) + layer.get_delta_weight(layer.active_adapters[0]).float())
-    for module in layer.modules():  # peft adds to the weights in place, and they are the live model's
+    for module in layer.modules():  # peft merges in place, but the weights are shared with the model
         for name, weight in list(module.named_parameters(recurse=False)):
             wide = torch.promote_types(weight.dtype, torch.float32)
             setattr(module, name, nn.Parameter(weight.to(wide, copy=True), requires_grad=False))
+    plain: nn.Module
     if hasattr(layer, "unload_and_optionally_merge_module"):
-        plain: nn.Module = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-        return plain
-    layer.merge()
-    merged_base: nn.Module = layer.get_base_layer()
-    return merged_base
+        plain = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    else:
+        layer.merge()
+        plain = layer.get_base_layer()
+    return plain
 
 
 def _library(model: PreTrainedModel) -> str | None:
-    """What has quantized the model's weights, as its config names it."""
+    """The library that has quantized the model's weights, as its config names it."""
     found: Any = getattr(model.config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     return None if method is None else str(getattr(method, "value", method))
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    """Whether bitsandbytes holds the weight of a linear layer in 4 or 8 bits."""
+    """Whether a linear layer has weights of bitsandbytes, in 4 or 8 bits."""
     return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
 
 
 def _dequantized(module: Any) -> Tensor:
     from peft.utils.integrations import dequantize_module_weight
 
-    module.state_dict()  # has bitsandbytes undo what `keep_differentiable` is about, which the next line cannot read
+    module.state_dict()  # lets bitsandbytes undo the repacking (`keep_differentiable`), which peft cannot read
     return dequantize_module_weight(module).float()
 
 
 def _plain(module: Any, weight: Tensor) -> nn.Linear:
-    """The same linear layer of torch's own kind, with another weight."""
+    """The same layer as an `nn.Linear`, with another weight."""
     plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
     return plain
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, as peft's `PeftModel` does and reads."""
+    """Write adapter_model.safetensors and adapter_config.json in the format of peft's `PeftModel`."""
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,15 +234,9 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     settings.save_pretrained(str(folder))
 
 
-def _forget_quantization(model: Any) -> None:
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-        model.is_quantized, model.hf_quantizer = False, None
-
-
 def _outside(model: PreTrainedModel) -> list[str]:
-    """Linear layers, and what holds some, beside the text part and its head: of a part that sees images, no text
-    reaches them, and an adapter there would learn nothing."""
+    """Linear layers, and modules that hold some, outside the text model and its head: those of an image encoder, which
+    no text reaches, so that an adapter would not be trained."""
     text = model.get_decoder()
     inside = {id(module) for module in text.modules()} | {id(model.get_output_embeddings())}
     above = [name for name, module in model.named_modules() if module is text]
@@ -254,7 +250,7 @@ def _outside(model: PreTrainedModel) -> list[str]:
 
 
 def _targets(model: PreTrainedModel, lora: Lora, key: str) -> list[str]:
-    """What peft is to adapt: the last names of linear layers, or whole names where other modules have that name too."""
+    """The modules that peft adapts: last names of linear layers, or full names if other modules share the last name."""
     head = model.get_output_embeddings()
     outside = set(_outside(model))
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in outside}
@@ -269,14 +265,14 @@ def _targets(model: PreTrainedModel, lora: Lora, key: str) -> list[str]:
         if name not in layers:
             hint = did_you_mean(name, there)
             if head_name is not None and name == _last(head_name):
-                hint = "; the head has head: true"
+                hint = "; set head: true to adapt the head"
             elif name in map(_last, unusual):
-                hint = "; the model does not call that one as a linear layer"
+                hint = "; the model does not call this layer as a linear layer"
             raise UserError(f"{key}.targets: no linear layer {name!r}; there are {', '.join(there) or 'none'}{hint}")
     if not wanted:
         raise UserError(f"{key}: {type(model).__name__} has no linear layers to adapt; remove model.adapter")
     if lora.head and head_name is None:
-        raise UserError(f"{key}.head: the head of {type(model).__name__} is no linear layer; remove it")
+        raise UserError(f"{key}.head: the head of {type(model).__name__} is not a linear layer; remove it")
     chosen: list[str] = [head_name] if lora.head and head_name is not None else []
     for last in wanted:
         of_name = {name for name, _ in model.named_modules() if _last(name) == last}
@@ -286,10 +282,10 @@ def _targets(model: PreTrainedModel, lora: Lora, key: str) -> list[str]:
 
 @torch.no_grad()
 def _unusual(model: PreTrainedModel, linears: dict[str, nn.Linear]) -> set[str]:
-    """Names of linear layers whose weight is read without calling them (Mamba's dt_proj), or that give more than one
-    tensor (routers): an adapter would be skipped there, or break the pass.
+    """Names of linear layers that are not called (Mamba's dt_proj, whose weight is read), or that return more than one
+    tensor (routers): an adapter there would be skipped, or break the pass.
 
-    Experts that get none of the two tokens are not called either, but nor is the module that holds their layers.
+    An expert without any of the two tokens is not called either, but neither is the module that holds its layers.
     """
     called: set[str] = set()
     unusual: set[str] = set()

@@ -12,7 +12,7 @@ from opcd.runtime.errors import UserError
 
 @dataclass
 class HiddenStates:
-    """What a model says about N response tokens.
+    """A model's output for N response tokens, before the head.
 
     Attributes:
         hidden: last hidden states, [N, H]; row i predicts response token i.
@@ -25,35 +25,32 @@ class HiddenStates:
 
 @dataclass
 class Routed:
-    """What several teachers say about the response tokens of a batch.
+    """The outputs of several teachers for the response tokens of a batch.
 
     Attributes:
-        parts: of each teacher, by its name: the numbers of its rows, and what it says about their tokens, in that
-            order. Every row is in one part.
+        parts: by the teacher's name: the numbers of its rows, and its output for their tokens, in that order. Every row
+            is in one part.
     """
 
     parts: dict[str, tuple[list[int], "TeacherOutput"]]
 
 
 TeacherOutput = HiddenStates | RecordedTopK | RecordedTokens | Routed
-"""What a teacher says about N response tokens."""
+"""A teacher's output for N response tokens."""
 
 
 def last_hidden(model: PreTrainedModel, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
     """Run prompt + response of every row and keep the states that predict the responses, in row order: [N, H].
 
-    Rows are padded on the right. No mask is needed: attention is causal, so nothing that counts sees the padding, and
+    Rows are padded on the right. No mask is needed: attention is causal, so no row's tokens see the padding, and
     positions start at 0 in every row.
     """
     rows = [torch.cat([prompt, response]) for prompt, response in zip(prompts, responses, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-    # A model in training mode may not keep keys and values; nobody reads them here.
+    # use_cache: in training mode, a model must not keep keys and values.
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    kept = [
-        hidden[row, len(prompt) - 1 : len(prompt) + len(response) - 1]
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-    ]
-    return torch.cat(kept)
+    pairs = zip(hidden, prompts, responses, strict=True)
+    return torch.cat([row[len(prompt) - 1 : len(prompt) + len(response) - 1] for row, prompt, response in pairs])
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -68,7 +65,7 @@ def check_head(model: PreTrainedModel, key: str) -> None:
     """Compare `head_of` with the model's own logits on two tokens, in the model's own precision.
 
     Raises:
-        UserError: the family computes its logits in a way that is not known here; training it would be wrong.
+        UserError: the model computes its logits in an unknown way; training it would be wrong.
     """
     ids = torch.tensor([[0, 1]], device=model.device)
     own = model(input_ids=ids, use_cache=False).logits[0].float()

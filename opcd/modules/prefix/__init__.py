@@ -1,1 +1,1 @@
-"""A common beginning of rows, computed once."""
+"""Common prefixes of rows, computed once."""

@@ -1,4 +1,4 @@
-"""Several rows packed into one, behind a prefix that all of them see."""
+"""Several rows packed into one, behind a common prefix."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,15 +10,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 from opcd.accel import accelerator
-from opcd.modules.lm.decoding import CACHE
-from opcd.modules.lm.generation import EncodedPrefix, joined_cache
+from opcd.modules.lm.generation import CACHE, EncodedPrefix, joined_cache
 
 Mask = Tensor | BlockMask
 Rule = Callable[[Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
 """(batch, head, query, key), indices -> whether the query sees the key: a mask_mod of FlexAttention."""
 
 RECURRENT = {"linear_attention", "mamba", "mamba2", "conv", "recurrent"}
-"""Kinds of layers (`layer_types`) that keep a state in place of keys and values."""
+"""The kinds of layers (`layer_types`) that keep a state instead of keys and values."""
 
 
 def pack_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -35,20 +34,24 @@ def pack_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def layer_kinds(model: PreTrainedModel) -> set[str]:
+    """The kinds of the model's layers; empty if its config does not name them."""
+    return set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+
+
 def sliding_window(model: PreTrainedModel) -> int | None:
-    """How many tokens a layer with a sliding window sees, its own included; None where no layer has one."""
-    config = model.config.get_text_config()
-    window: int | None = getattr(config, "sliding_window", None)
-    return None if set(getattr(config, "layer_types", None) or []) == {"full_attention"} else window
+    """The number of tokens that a sliding-window layer sees, its own included; None if no layer has a window."""
+    window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
+    return None if layer_kinds(model) == {"full_attention"} else window
 
 
 def cannot_pack(model: PreTrainedModel) -> str | None:
-    """Why rows cannot be packed behind a prefix in this model, in plain words; None where its config does not say."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    """The reason why this model cannot take rows packed behind a prefix; None if its config gives no such reason."""
+    kinds = layer_kinds(model)
     if model._is_stateful or kinds & RECURRENT:
         return "it has recurrent layers, which keep a state and no keys and values of each token"
     if unknown := kinds - {"full_attention", "sliding_attention"}:
-        return f"its layers of the kind {', '.join(sorted(unknown))} need masks that are not made here"
+        return f"its layers of the kind {', '.join(sorted(unknown))} need masks that opcd does not make"
     name = accelerator(model.device).mask_name(model)
     if name not in MASKS:
         return f"attention {name} takes no mask of packed rows; set attention to sdpa, eager or flex_attention"
@@ -57,7 +60,7 @@ def cannot_pack(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def packed_rows(model: PreTrainedModel, prefix: EncodedPrefix, lengths: list[int]) -> Iterator[dict[str, Any]]:
-    """Within, a pass of the model takes Q packed tokens behind a prefix, with the arguments that this gives."""
+    """Within, the model can run Q packed tokens behind a prefix, with the arguments that this yields."""
     if (attention := accelerator(model.device).packed_attention(model, prefix.layers, lengths)) is not None:
         with attention:
             yield {"use_cache": False}
@@ -67,43 +70,39 @@ def packed_rows(model: PreTrainedModel, prefix: EncodedPrefix, lengths: list[int
 
 
 def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Mask | dict[str, Mask]:
-    """Who sees whom among Q packed tokens behind a prefix: every token the whole prefix and its own row's past.
+    """The mask of Q packed tokens behind a prefix: every token sees the prefix and the past of its own row.
 
-    Layers with a sliding window see no further back than it, counted in positions of their own row. Models with more
-    than one kind of layer get a mask for each kind. A mask is [1, 1, Q, prefix + Q]: bool, or, for eager attention, 0
-    and the type's lowest number, to be added to scores; or, for FlexAttention, a BlockMask, of which nothing of that
-    size is ever made on a GPU.
+    Sliding-window layers see no further back than their window, counted in positions of the row. Models with more than
+    one kind of layer get one mask per kind. A mask is [1, 1, Q, prefix + Q]: bool; or, for eager attention, 0 and the
+    type's lowest number, to be added to scores; or, for FlexAttention, a BlockMask, which needs less memory on a GPU.
 
     Raises:
         ValueError: the model's attention takes no such mask.
     """
-    config = model.config.get_text_config()
     name = accelerator(model.device).mask_name(model)
     if name not in MASKS:
         raise ValueError(f"attention {name} takes no mask of packed rows")
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(model.device)
     position = torch.cat([torch.arange(prefix, prefix + length) for length in lengths]).to(model.device)
-    sizes, window = (len(row), prefix + len(row)), sliding_window(model)
 
-    def make(rule: Rule) -> Mask:
-        return MASKS[name](rule, *sizes, model)
+    def make(window: int | None = None) -> Mask:
+        return MASKS[name](_rule(prefix, row, position, window), len(row), prefix + len(row), model)
 
-    if window is None:
-        return make(_rule(prefix, row, position))
-    near = make(_rule(prefix, row, position, window))
-    if len(set(getattr(config, "layer_types", None) or [])) < 2:
-        return near
-    return {"full_attention": make(_rule(prefix, row, position)), "sliding_attention": near}
+    if (window := sliding_window(model)) is None:
+        return make()
+    if len(layer_kinds(model)) < 2:
+        return make(window)
+    return {"full_attention": make(), "sliding_attention": make(window)}
 
 
-def _rule(prefix: int, row: Tensor, position: Tensor, window: int | None = None) -> Rule:
+def _rule(prefix: int, row: Tensor, position: Tensor, window: int | None) -> Rule:
     key_row = torch.cat([row.new_full((prefix,), -1), row])
     key_position = torch.cat([torch.arange(prefix, device=row.device), position])
 
     def seen(batch: Tensor | None, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         """The prefix, and the query's own row up to itself.
 
-        Nothing but comparisons has the size of all pairs: 3 bytes each at most (`planning/sizes.py`).
+        Only comparisons have the size of all pairs: 3 bytes each at most (`planning/sizes.py`).
         """
         past = ((key_row[key] < 0) | (key_row[key] == row[query])) & (key_position[key] <= position[query])
         return past if window is None else past & (key_position[key] > position[query] - window)
@@ -123,10 +122,9 @@ def _added_mask(seen: Rule, queries: int, keys: int, model: PreTrainedModel) -> 
 
 
 def _block_mask(seen: Rule, queries: int, keys: int, model: PreTrainedModel) -> BlockMask:
-    # Compiled, it is made block by block; as it is, through the whole mask.
-    device = model.device
-    create = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
-    blocks: BlockMask = create(seen, None, None, queries, keys, device=device)
+    # Compiled, it is made block by block; otherwise through a mask of all pairs.
+    create = torch.compile(create_block_mask) if model.device.type == "cuda" else create_block_mask
+    blocks: BlockMask = create(seen, None, None, queries, keys, device=model.device)
     return blocks
 
 
@@ -135,5 +133,5 @@ MASKS: dict[str, Callable[[Rule, int, int, PreTrainedModel], Mask]] = {
     "eager": _added_mask,
     "flex_attention": _block_mask,
 }
-"""How the mask is made, by the name of the attention that takes it. FlashAttention takes none of all pairs: it would
-read it as padding, which on a GPU ends the process's every later call."""
+"""How the mask is made, by the name of the attention that takes it. FlashAttention takes no mask of all pairs: it would
+read it as padding, and on a GPU every later call of the process would fail."""

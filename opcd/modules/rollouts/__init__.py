@@ -1,1 +1,1 @@
-"""Rollouts: who writes the responses, and the engines that write for the student."""
+"""Rollouts, which write the responses, and the inference engines that generate for the student."""

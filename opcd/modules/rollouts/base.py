@@ -1,4 +1,4 @@
-"""What a rollout is: it writes the responses that the student learns on."""
+"""The interface of a rollout, which writes the responses that the student is trained on."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +20,7 @@ Writer = Literal["student", "teacher", "data", "other"]
 
 
 def rollout_dtype(name: str) -> torch.dtype | None:
-    """The type of the weights that generate; None for auto. ValueError for any other name."""
+    """The type of the generating weights; None for auto (ValueError for an unknown name)."""
     if name not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"dtype must be auto, bfloat16, float16 or float32, got {name!r}")
     return None if name == "auto" else getattr(torch, name)
@@ -30,14 +30,14 @@ class Rollout(ABC):
     """Writes one response to each example of a batch, in their order.
 
     Attributes:
-        writer: who writes every token: student (draws from its own distribution, up to age and rounding), teacher,
-            data, or other.
+        writer: who writes every token: student (draws from its own distribution, up to stale weights and rounding),
+            teacher, data, or other.
         multi_turn: whether it may write more than one response to an example (a game's moves).
-        asks_teacher: whether the teacher must be able to write responses.
-        importance_clip: where a token counts as much as the student's probability of it is that of the policy which
-            wrote it, the most that one counts; None: all count the same.
-        sampling: how tokens are drawn, where they are.
-        stale: whether the weights that write may be older than this step's.
+        asks_teacher: whether it calls the teacher's `generate`.
+        importance_clip: the largest importance weight p_S(y) / p_B(y) of a token, where p_B is the policy that wrote
+            it; None: all tokens have the same weight.
+        sampling: how tokens are drawn; None if they are not.
+        stale: whether the generating weights may be older than this step's.
     """
 
     writer: ClassVar[Writer] = "other"
@@ -49,25 +49,25 @@ class Rollout(ABC):
 
     @property
     def parts(self) -> "list[Rollout]":
-        """Those that write; one that holds no others is its own."""
+        """The rollouts that write: this one, unless it combines others."""
         return [self]
 
     @property
     def engines(self) -> "list[Engine]":
-        """The inference engines that write."""
+        """The inference engines that it uses."""
         return []
 
     def check(self, run: "Run") -> None:  # noqa: B027
-        """Refuse a run that this rollout cannot serve, before a model is loaded (UserError)."""
+        """Raise a UserError for a run that does not work with this rollout, before a model is loaded."""
 
     @abstractmethod
     def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
-        """Most tokens that a prompt of the split gets added. UserError where a row lacks what the rollout needs."""
+        """The most response tokens for a prompt of the split (UserError if a row lacks what the rollout needs)."""
 
     def active(self, student: Student) -> AbstractContextManager[None]:
-        """The time in which `generate` is called: it has the student's weights of this step, and frees them after."""
+        """Within, `generate` is called: it uses the student's weights of this step, which are freed afterwards."""
         return nullcontext()
 
     @abstractmethod
     def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
-        """Responses as data: token ids without gradient."""
+        """Write the responses: token ids without gradient."""

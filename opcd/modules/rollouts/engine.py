@@ -1,4 +1,4 @@
-"""Inference engines that write responses with the student's weights, and how they are asked."""
+"""The interface of an inference engine that generates with the student's weights."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ OPTIONS = {
     "repetition_penalty": ("repetition_penalty", 1.0),
     "min_new_tokens": ("min_tokens", 0),
 }
-"""Of `Sampling.options`: what vLLM has too, its name there, and what switches it off."""
+"""The `Sampling.options` that vLLM has too: vLLM's name, and the value that turns it off."""
 
 
 @dataclass
 class Completion:
-    """One response of an engine.
+    """A response of an engine.
 
     Attributes:
         tokens: token ids, the end-of-sequence token included.
@@ -39,21 +39,21 @@ class Completion:
 
 
 class Engine(ABC):
-    """Writes responses faster than the trainer's own model would.
+    """Generates responses faster than the trainer's own model.
 
     Attributes:
-        one_process: whether it works for one process alone, which has the student's weights whole.
+        one_process: whether it works in a single process with unsharded weights only.
     """
 
     one_process: ClassVar[bool] = False
 
     @property
     def window(self) -> int | None:
-        """Most tokens of a prompt and its response; None where that is not known."""
+        """Most tokens of a prompt and its response; None if unknown."""
         return None
 
     def check(self, run: "Run") -> None:
-        """Refuse a run that this engine cannot serve (UserError)."""
+        """Raise a UserError for a run that does not work with this engine."""
         name = type(self).__name__
         if self.one_process and run.sharded:
             raise UserError(f"model.rollout: {name} takes no sharded weights ({SHARDED}); use VLLMServer, or ddp")
@@ -63,24 +63,24 @@ class Engine(ABC):
             self.connect()
 
     def connect(self) -> None:  # noqa: B027
-        """See that the engine is there, before a model loads (UserError); `window` may be known only then."""
+        """Check that the engine is available, before a model is loaded (UserError); `window` may need it."""
 
     @abstractmethod
     def sync_weights(self, student: Student, dtype: torch.dtype) -> None:
-        """Take over the student's weights in `dtype`, an adapter merged; starts the engine the first time."""
+        """Copy the student's weights in `dtype`, with a merged adapter; the first call starts the engine."""
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
-        """A response to each prompt of token ids, drawn as `vllm_settings` says, each from a seed of its own."""
+        """Generate a response to each prompt of token ids, with the `vllm_settings` and one seed per prompt."""
 
     def sleep(self) -> None:  # noqa: B027
-        """Give back what only `generate` needs; `sync_weights` or `generate` takes it again."""
+        """Free the memory that only `generate` needs, until `sync_weights` or `generate` is called."""
 
 
 def named_weights(student: Student, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Copies of all weights in `dtype`, an adapter merged.
+    """Copies of all weights in `dtype`, with a merged adapter.
 
-    A head that is the embedding too comes under both names: vLLM keeps a copy of its own for it.
+    A head that is tied to the embedding appears under both names: vLLM keeps a copy for each.
     """
     model = merged(student.model, dtype) if has_adapter(student.model) else student.model
     for name, weight in model.state_dict().items():
@@ -88,14 +88,14 @@ def named_weights(student: Student, dtype: torch.dtype) -> Iterator[tuple[str, T
 
 
 def check_options(sampling: Sampling) -> None:
-    """Refuse what vLLM cannot do (`ValueError`)."""
+    """Raise a ValueError for an option that vLLM does not have."""
     for name in sampling.options:
         if name not in OPTIONS:
             raise ValueError(f"sampling.options: vLLM has no {name}; it has {', '.join(OPTIONS)}")
 
 
 def vllm_settings(sampling: Sampling, eos_ids: set[int]) -> dict[str, Any]:
-    """The same in vLLM's words. Everything is said, so that no default of a model or a server comes in."""
+    """The same settings for vLLM. All are set, so that no default of a model or a server applies."""
     options = {theirs: sampling.options.get(ours, off) for ours, (theirs, off) in OPTIONS.items()}
     return options | {
         "max_tokens": sampling.max_new_tokens,

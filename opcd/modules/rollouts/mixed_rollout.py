@@ -1,4 +1,4 @@
-"""One of several rollouts writes."""
+"""A random mixture of rollouts."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,20 +14,20 @@ from opcd.modules.trajectories import Trajectories
 
 
 class MixedRollout(Rollout):
-    """One of several rollouts writes, drawn with given shares (the lambda of GKD, arXiv:2306.13649).
+    """A mixture of rollouts, one drawn with given probabilities (the lambda of GKD, arXiv:2306.13649).
 
     Args:
         rollouts: at least two rollouts.
         shares: probability of each, in the same order; they sum to 1.
-        draw: row: for each example alone, so that a batch holds responses of several. batch: once for all examples of a
-            batch, as GKD does; a step then has the decode passes of one rollout, not of each.
+        draw: row: a rollout for each example. batch: one rollout for all examples of a batch, as in GKD; a step then
+            needs the decode passes of one rollout only.
     """
 
     def __init__(self, rollouts: list[Rollout], shares: list[float], draw: Literal["row", "batch"] = "row") -> None:
         if len(rollouts) < 2 or len(rollouts) != len(shares):
-            raise ValueError(f"MixedRollout wants two or more rollouts and a share for each, got {len(shares)} shares")
+            raise ValueError(f"MixedRollout needs two or more rollouts and a share for each, got {len(shares)} shares")
         if any(rollout.multi_turn for rollout in rollouts):
-            raise ValueError("MixedRollout wants one response a row: put it inside the GameRollout, not around it")
+            raise ValueError("MixedRollout needs one response per row: put it inside the GameRollout, not around it")
         if any(rollout.importance_clip is not None for rollout in rollouts):
             raise ValueError("MixedRollout: a rollout's importance_clip has no effect inside it; leave it out")
         if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
@@ -38,23 +38,21 @@ class MixedRollout(Rollout):
 
     @property
     def parts(self) -> list[Rollout]:
-        """Those of all."""
         return [part for rollout in self.rollouts for part in rollout.parts]
 
     def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
-        """The longest of all: any row may go to any rollout."""
         return max(rollout.max_response_tokens(data, split) for rollout in self.rollouts)
 
     @contextmanager
     def active(self, student: Student) -> Iterator[None]:
-        """All of them, whichever is drawn."""
+        """Activate all rollouts, because any may be drawn."""
         with ExitStack() as active:
             for rollout in self.rollouts:
                 active.enter_context(rollout.active(student))
             yield
 
     def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
-        """Draw a rollout for each row, or for the batch; the rows keep their order."""
+        """Draw a rollout for each row, or for the batch, and generate; the rows keep their order."""
         draws = len(batch) if self.draw == "row" else 1
         drawn = torch.multinomial(torch.tensor(self.shares), draws, replacement=True).tolist()
         drawn *= len(batch) // draws

@@ -1,4 +1,4 @@
-"""Nobody writes: the data has the responses."""
+"""Responses of the data."""
 
 from typing import ClassVar, TypeVar
 
@@ -18,11 +18,10 @@ class RecordedRollout(Rollout):
     writer: ClassVar[Writer] = "data"
 
     def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
-        """The longest of the data; every row must have one."""
+        """The longest response of the data (UserError if a row has none)."""
         return max(len(data.views.response_ids(_recorded(e, e.response))) for e in data.examples(split))
 
     def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
-        """The responses of the batch."""
         responses = [_recorded(e, response) for e, response in zip(batch.examples, batch.responses, strict=True)]
         return Trajectories.of(batch, responses, student.eos_ids)
 

@@ -1,4 +1,4 @@
-"""The student writes: on-policy."""
+"""Responses of the student: on-policy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +24,9 @@ class StudentRollout(Rollout):
 
     Args:
         sampling: how tokens are drawn.
-        dtype: type of the weights that generate; auto: bfloat16 where the device has instructions for it, else float32.
-            Where it differs from the student's, or these are sharded, a copy is filled from the master weights at each
-            step; its memory is freed after the rollout.
+        dtype: type of the generating weights; auto: bfloat16 if the device has instructions for it, else float32.
+            If it differs from the student's type, or the student is sharded, a copy is filled from the master weights
+            in each step; its memory is freed after the rollout.
     """
 
     writer: ClassVar[Writer] = "student"
@@ -42,33 +42,31 @@ class StudentRollout(Rollout):
         self._copy: PreTrainedModel | None = None
 
     def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
-        """As many as are sampled at most."""
         return self.sampling.max_new_tokens
 
     @contextmanager
     def active(self, student: Student) -> Iterator[None]:
-        """Fill the copy, where one is needed; its memory goes to the gradients that follow."""
+        """Fill the copy, if one is needed; afterwards its memory is free for the gradients."""
         if not self._needs_copy(student):
             yield
             return
         dtype = self._dtype(student)
         copied = self._filled(student, dtype)
-        fast = accelerator(copied.device)
         try:
-            with fast.fast_linears(copied, dtype, self.sampling.max_new_tokens, consume=True):
+            with accelerator(copied.device).fast_linears(copied, dtype, self.sampling.max_new_tokens, consume=True):
                 yield
         finally:
             for parameter in copied.parameters():
                 parameter.untyped_storage().resize_(0)
 
-    @torch.inference_mode(mode=False)  # validation may come first, and its tensors could never be written again
+    @torch.inference_mode(mode=False)  # tensors of a validation that came first could not be overwritten later
     @torch.no_grad()
     def _filled(self, student: Student, dtype: torch.dtype) -> PreTrainedModel:
-        """The copy with the student's weights of this moment."""
+        """The copy with the student's current weights."""
         master = student.model
         if getattr(master, "is_quantized", False):
             raise UserError(
-                f"model.rollout: a quantized student computes in {str(master.dtype)[6:]}; leave the rollout's dtype out"
+                f"model.rollout: a quantized student computes in {str(master.dtype)[6:]}; remove the rollout's dtype"
             )
         if self._copy is None or self._copy.device != master.device:
             self._copy = student.blank_copy(dtype)
@@ -78,7 +76,6 @@ class StudentRollout(Rollout):
         return self._copy
 
     def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
-        """Generate with the student's weights of this step."""
         model = self._copy if self._needs_copy(student) else student.model
         assert model is not None, "within `active` only"
         responses = generate(model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
@@ -88,7 +85,7 @@ class StudentRollout(Rollout):
         return student.is_sharded or student.model.dtype != self._dtype(student)
 
     def _dtype(self, student: Student) -> torch.dtype:
-        """The configured type; auto: what the hardware computes fastest in, of a quantized student its own."""
+        """The configured type; auto: the fastest type of the device, or a quantized student's own type."""
         device = student.model.device
         if self.dtype is None:
             return student.model.dtype if getattr(student.model, "is_quantized", False) else fast_dtype(device)

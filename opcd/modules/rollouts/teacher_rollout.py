@@ -1,4 +1,4 @@
-"""The teacher writes, with the context: off-policy."""
+"""Responses of the teacher with the context: off-policy."""
 
 from typing import ClassVar
 
@@ -25,10 +25,8 @@ class TeacherRollout(Rollout):
         self.sampling = sampling
 
     def max_response_tokens(self, data: ContextQueryDataModule, split: str) -> int:
-        """As many as are sampled at most."""
         return self.sampling.max_new_tokens
 
     def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
-        """Generate with the teacher, from the prompts with the context."""
         responses = teacher.generate(batch, self.sampling, student.eos_ids, student.pad_id)
         return Trajectories.of(batch, responses, student.eos_ids)

@@ -1,4 +1,4 @@
-"""vLLM as a server beside the trainer: it reads the student's weights from a folder that both see."""
+"""vLLM as a server beside the trainer, which reads the student's weights from a shared folder."""
 
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,20 @@ WEIGHTS, KEY = "model.safetensors", "weights of VLLMServer"
 
 
 class VLLMServer(Engine):
-    """A server that was started with VLLM_SERVER_DEV_MODE=1 on the student's model (docs/vllm.md).
+    """A vLLM server, started with VLLM_SERVER_DEV_MODE=1 on the student's model (docs/vllm.md).
 
-    At every renewal the first rank writes the weights to `weights`, and has the server read them; all ranks ask it for
-    the responses to their own rows.
+    To update the weights, the first rank writes them to the folder `weights` and lets the server read them. Every rank
+    requests the responses to its own rows.
 
     Args:
-        base_url: of the server, without /v1: http://localhost:8000.
-        name: of the model, as the server lists it (--served-model-name).
-        weights: a folder for the weights that trainer and server both see under this path, best in memory
-            (/dev/shm/opcd): a new or an empty one, or one that a former run has made. Others are refused.
-        api_key_env: environment variable that holds the server's key; where it is not set, no key is sent.
-        concurrency: requests in flight at a time, of each rank.
+        base_url: URL of the server without /v1: http://localhost:8000.
+        name: name of the model on the server (--served-model-name).
+        weights: a folder that trainer and server share under this path, best in memory (/dev/shm/opcd): a new or empty
+            one, or one of an earlier run. Other folders are an error.
+        api_key_env: environment variable with the server's key; if it is not set, no key is sent.
+        concurrency: concurrent requests of each rank.
         timeout: seconds that one request may take.
-        patience: seconds that a response is asked for in all, before the run ends with a checkpoint.
+        patience: seconds for which a failed request is repeated, before the run ends with a checkpoint.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class VLLMServer(Engine):
 
     @property
     def window(self) -> int | None:
-        """As the server says once it is connected."""
+        """The window of the server's model; known after `connect`."""
         return None if self._card is None else self._card.window
 
     def connect(self) -> None:
-        """Ask whether the server has the model, and takes weights (UserError); for ten seconds."""
+        """Check for ten seconds that the server has the model and can reload weights (UserError)."""
         require_own(self.weights, KEY)
         try:
             self._card = find(self._server, self.name, START)
@@ -73,12 +73,12 @@ class VLLMServer(Engine):
             raise UserError(f"model.rollout's engine: {error}") from error
 
     def sync_weights(self, student: Student, dtype: torch.dtype) -> None:
-        """Through the folder, on the first rank; the step waits for it on all (`leaving_together`).
+        """Write the weights to the folder, on the first rank; all ranks wait for it (`leaving_together`).
 
-        Sharded weights are gathered there first, on the CPU.
+        Sharded weights are first gathered on its CPU.
 
         Raises:
-            StepAbandoned: they cannot be written, or the server does not take them.
+            StepAbandoned: the weights cannot be written, or the server does not load them.
         """
         self._vocabulary = int(student.model.config.get_text_config().vocab_size)
         if student.is_sharded:
@@ -101,7 +101,7 @@ class VLLMServer(Engine):
         self._forget()
 
     def _develop(self, path: str, body: dict[str, Any], patience: float | None = None) -> Any:
-        """What a route says that a server has in its development mode alone."""
+        """The answer of a route that exists in the server's development mode only."""
         try:
             return self._server.post(path, [body], lambda answer, _: answer, patience=patience)[0]
         except ServerError as error:
@@ -110,16 +110,16 @@ class VLLMServer(Engine):
             raise ServerError(f"{error}; start the server with VLLM_SERVER_DEV_MODE=1", 404) from error
 
     def _forget(self, patience: float | None = None) -> None:
-        """Have the server drop the keys and values that it has kept."""
+        """Let the server drop its cached keys and values."""
         answer = self._develop(PREFIXES, {}, patience)
         if not isinstance(answer, dict) or not answer.get("success"):
-            raise ServerError(f"{self._server.base_url} keeps what it has computed with the former weights")
+            raise ServerError(f"{self._server.base_url} does not drop the keys and values of the previous weights")
 
     def generate(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
-        """A request a prompt; the server makes batches of them.
+        """Send one request per prompt; the server makes the batches.
 
         Raises:
-            StepAbandoned: it does not answer in time, or not in vLLM's form.
+            StepAbandoned: the server does not answer in time, or its answer is invalid.
         """
         shape = completion(settings.get("max_tokens"), self._vocabulary)
         common = {"model": self.name, "return_token_ids": True} | settings
@@ -137,12 +137,12 @@ class VLLMServer(Engine):
         (choice,) = answer["choices"]
         tokens, log_probs = choice["token_ids"], [float(value) for value in choice["logprobs"]["token_logprobs"]]
         if len(tokens) != len(log_probs) or not tokens:
-            raise ServerError(f"{self._server.base_url}: {len(log_probs)} log-probabilities of {len(tokens)} tokens")
+            raise ServerError(f"{self._server.base_url}: {len(log_probs)} log-probabilities for {len(tokens)} tokens")
         return Completion(tokens, log_probs)
 
 
 def _abandoned(problem: str) -> StepAbandoned:
     return StepAbandoned(
-        f"the rollout: {problem}. The weights are as before the step: see to the server, and go on with "
+        f"the rollout: {problem}. The weights are as before the step: check the server, and resume with "
         "--ckpt_path last"
     )

@@ -1,1 +1,1 @@
-"""What surrounds the method in a step: metrics, memory, ranks, non-finite values, checks."""
+"""What surrounds the algorithm in a step: metrics, memory, ranks, failures."""

@@ -1,4 +1,4 @@
-"""What a step measures: seconds of its parts, token-weighted means, peak memory."""
+"""The metrics of a step: seconds of its phases, token-weighted means, peak memory."""
 
 import resource
 import sys
@@ -15,18 +15,18 @@ from torchmetrics import MeanMetric
 from opcd.modules.trajectories import Trajectories
 
 SHOWN = ("train/divergence", "train/tokens_per_s", "train/response_tokens", "train/finished_fraction")
-"""What a progress bar shows of a step."""
+"""The metrics of a step that a progress bar shows."""
 UNEVEN = ("divergence", "rollout_logprob_gap")
-"""How the names begin of values that a rank may lack, for it has no row of a teacher or of an engine's."""
+"""Prefixes of the metrics that a rank may lack, because it has no row of a teacher, or none of an engine."""
 
 
 class PhaseTimer:
     """Seconds spent in named phases, each summed over its visits.
 
-    On a GPU events on the stream measure them: no phase waits for the kernels that it has launched.
+    On a GPU, events on the stream measure them, so that no phase waits for its own kernels.
 
     Attributes:
-        phase: the one that was begun last.
+        phase: the one that began last.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time inside the `with` block to `phase`."""
+        """Add the time inside the `with` block to `phase`."""
         self.phase, start = phase, self._now()
         try:
             yield
@@ -57,7 +57,7 @@ class PhaseTimer:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of each phase that has ended; on a GPU this waits for the kernels of all."""
+        """The seconds of each phase that has ended; on a GPU this waits for all their kernels."""
         for phase, start, end in self._events:
             end.synchronize()
             self._seconds[phase] += start.elapsed_time(end) / 1000
@@ -66,31 +66,31 @@ class PhaseTimer:
 
 
 class TokenMeans:
-    """Means over tokens of several micro-batches."""
+    """Means over the tokens of several micro-batches."""
 
     def __init__(self) -> None:
         self._means: dict[str, MeanMetric] = {}
 
     @property
     def tokens(self) -> int:
-        """How many there are; some values are known of fewer."""
+        """The number of tokens; some values are known for fewer."""
         return max((int(mean.weight) for mean in self._means.values()), default=0)
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add a value a token, [N] or, where it is not known of all, fewer; no gradient is kept."""
+        """Add one value per token, [N], or fewer where a value is not known for all; no gradient is kept."""
         for name, value in values.items():
-            if name not in self._means:  # what is not finite must show
+            if name not in self._means:  # nan_strategy: NaN must show in the mean
                 mean = MeanMetric(nan_strategy="disable", sync_on_compute=False).to(value.device)
                 mean.set_dtype(torch.float64)
                 self._means[name] = mean
             self._means[name].update(value.detach().double())
 
     def compute(self) -> dict[str, float]:
-        """Mean of every value over the tokens that had it."""
+        """The mean of every value over the tokens that have it."""
         return {name: float(mean.compute()) for name, mean in self._means.items() if mean.weight}
 
     def over_ranks(self, names: Sequence[str], all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The same of some values over the tokens of all ranks, less those that no token had; every rank must ask."""
+        """The means of `names` over the tokens of all ranks, where any token has them; every rank must call this."""
         known = [self._means.get(name) for name in names]
         own = [[float(mean.mean_value), float(mean.weight)] if mean else [0.0, 0.0] for mean in known]
         sums = all_sum(torch.tensor(own, dtype=torch.float64)).tolist()
@@ -98,7 +98,7 @@ class TokenMeans:
 
 
 def repetition(responses: list[Tensor], length: int = 4) -> float:
-    """Share of a response's runs of `length` tokens that it has said before, the mean over responses [R]; 0 to 1."""
+    """The share of a response's runs of `length` tokens that occurred in it before; mean over responses [R]; 0 to 1."""
     shares = []
     for response in responses:
         runs = list(zip(*(response.tolist()[start:] for start in range(length)), strict=False))
@@ -109,7 +109,7 @@ def repetition(responses: list[Tensor], length: int = 4) -> float:
 def step_metrics(
     trajectories: Trajectories, means: TokenMeans, timer: PhaseTimer, gradient_norm: Tensor
 ) -> dict[str, float]:
-    """What one step is logged as beside what is `UNEVEN`, by name: the same names, in one order, on every rank."""
+    """The metrics of one step by name, without those that are `UNEVEN`: on every rank the same names in one order."""
     rows, seconds = len(trajectories), timer.seconds
     return {
         **{f"train/{name}": mean for name, mean in means.compute().items() if not name.startswith(UNEVEN)},
@@ -125,7 +125,7 @@ def step_metrics(
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory so far, in MiB: of the GPU's allocator, or of the whole process on a CPU."""
+    """Peak memory in MiB: of the GPU's allocator, or on a CPU of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10

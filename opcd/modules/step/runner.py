@@ -1,23 +1,25 @@
-"""What surrounds the method in a step: time, memory, signals, ranks, non-finite values, running out of memory."""
+"""What surrounds the algorithm in a step: timing, memory, signals, ranks, values that are not finite."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from opcd.accel import accelerator
 from opcd.data import Batch
+from opcd.modules.distributed.fsdp_strategy import FSDP2Strategy
 from opcd.modules.distributed.sharding import full_tensor
 from opcd.modules.rollouts.base import Rollout
-from opcd.modules.step.metrics import PhaseTimer, TokenMeans, step_metrics
-from opcd.modules.step.nonfinite import refuse_step, what_is_bad
-from opcd.modules.step.oom import explain_oom, shrinking
-from opcd.modules.step.ranks import Ranks
+from opcd.modules.step.failures import explain_oom, keep_batch, shrinking, what_is_bad
+from opcd.modules.step.metrics import SHOWN, PhaseTimer, TokenMeans, step_metrics
 from opcd.modules.teachers.base import Teacher
 from opcd.modules.trajectories import Trajectories
 from opcd.runtime.interruption import check, leaving_together
@@ -27,15 +29,52 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Losses = Callable[["Step", Trajectories, Tensor | None], dict[str, Tensor]]
-"""The values of a micro-batch, by name, from what each of its tokens counts [N]: see `Objective`."""
+"""The values of a micro-batch by name, given the weight of each of its tokens [N]: see `Objective`."""
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the student of this run is sharded: only in training, because generation needs all weights."""
+    return isinstance(trainer.strategy, FSDP2Strategy) and trainer.state.fn == "fit"
+
+
+class Ranks:
+    """The communication between the ranks of a run.
+
+    Args:
+        trainer: its strategy connects the ranks.
+        device: of this rank.
+    """
+
+    def __init__(self, trainer: Trainer, device: torch.device) -> None:
+        self._strategy: Any = trainer.strategy
+        self._device, self.number = device, trainer.world_size
+
+    def backward(self, module: LightningModule, loss: Tensor, last: bool) -> None:
+        """Run one of several backward passes; the ranks add up their gradients after the last one."""
+        if last or not isinstance(self._strategy, ParallelStrategy):
+            module.manual_backward(loss)
+        else:
+            with self._strategy.block_backward_sync():
+                module.manual_backward(loss)
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers; every rank must call this."""
+        if self.number == 1:
+            return number
+        return int(self._strategy.reduce(torch.tensor(number, device=self._device), reduce_op="max"))
+
+    def all_sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks; every rank must call this."""
+        found: Tensor = self._strategy.reduce(value.to(self._device), reduce_op="sum")
+        return found
 
 
 class Step:
-    """One step of training: runs the parts that the method names, one after the other.
+    """One step of training: runs the parts that the algorithm names.
 
     Attributes:
         max_tokens: most tokens of one forward pass of a model.
-        means: what was measured, by name.
+        means: the means over tokens of what was measured.
     """
 
     def __init__(self, module: Distiller, batch: Batch) -> None:
@@ -47,22 +86,18 @@ class Step:
         self._idle = module.teacher.idle_weights
         self._taken: tuple[Trajectories, Tensor]
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A part of the step: timed, and its memory freed for the next."""
-        with self.timer(name), self._accelerator.phase(name, self.module.gradient_checkpointing, self._idle):
-            yield
-            if self.module.gradient_checkpointing:
-                torch.clear_autocast_cache()  # casts of weights; they are made again where they are needed
-
     def run(self, name: str, function: Callable[..., Result], *args: Any) -> Result:
-        """The result of one part of the method."""
-        with self.phase(name):
-            return function(*args)
+        """The result of one phase of the step, which is timed; its memory is freed for the next phase."""
+        recompute = self.module.gradient_checkpointing
+        with self.timer(name), self._accelerator.phase(name, recompute, self._idle):
+            result = function(*args)
+            if recompute:
+                torch.clear_autocast_cache()  # low-precision copies of weights; they are made again when needed
+            return result
 
     @contextmanager
     def active(self, rollout: Rollout) -> Iterator[None]:
-        """The time in which a rollout (and the teacher) has the student's weights of this step."""
+        """Within, the rollout (and the teacher) has the student's weights of this step."""
         with self._accelerator.phase("sync", self.module.gradient_checkpointing, []), ExitStack() as weights:
             with self.timer("sync"), leaving_together(self.ranks.largest):
                 weights.enter_context(rollout.active(self.module.student))
@@ -70,25 +105,25 @@ class Step:
             yield
 
     def generate(self, rollout: Rollout) -> Trajectories:
-        """The responses of a batch; all ranks leave if one of them must."""
+        """The responses to the batch; if one rank has to stop, all ranks stop."""
         with self.timer("rollout"), leaving_together(self.ranks.largest):
             return rollout.generate(self.module.student, self.module.teacher, self.batch)
 
     @contextmanager
     def session(self, teacher: Teacher, rollouts: Trajectories) -> Iterator[None]:
-        """The time in which the teacher scores these responses."""
+        """Within, the teacher scores these responses."""
         with ExitStack() as session:
             with self.timer("teacher"), leaving_together(self.ranks.largest):
                 session.enter_context(teacher.session(rollouts))
             yield
 
     def accumulate(self, losses: Losses, rollouts: Trajectories, weights: Tensor) -> None:
-        """Add the gradients of all responses up in the student, a micro-batch at a time.
+        """Add up the gradients of all responses in the student, one micro-batch at a time.
 
         Args:
-            losses: of one micro-batch, with the loss that has a gradient.
+            losses: the values of one micro-batch, with its loss.
             rollouts: of the whole step.
-            weights: of one token of each response in the loss of the step, [B].
+            weights: the weight of one token of each response in the loss of the step, [B].
         """
         run = partial(self._accumulate, losses, rollouts, weights)
         if not self.module.shrink_on_oom:
@@ -106,49 +141,56 @@ class Step:
                 self.ranks.backward(self.module, values["loss"], last)
 
     def _parts(self, rollouts: Trajectories, weights: Tensor) -> Iterator[tuple[Trajectories, Tensor, bool, bool]]:
-        """Each micro-batch, what its tokens count in this rank's loss [N], whether they do, and whether it is the last.
+        """Each micro-batch, its tokens' weights in this rank's loss [N], whether it counts, and whether it is the last.
 
-        A signal that asks the run to end is noticed here.
+        Ranks that gather weights from one another must make equally many passes. A rank with fewer micro-batches
+        repeats its shortest row, which does not count. A signal to stop is noticed here.
         """
-        passes = self.ranks.passes(rollouts.micro_batches(self.max_tokens), self._gathering)
+        module, passes = self.module, [(rows, True) for rows in rollouts.micro_batches(self.max_tokens)]
+        if is_sharded(module.trainer) or module.teacher.shard:
+            passes += [(passes[-1][0][-1:], False)] * (self.ranks.largest(len(passes)) - len(passes))
+        dtype = torch.promote_types(module.student.model.dtype, torch.float32)  # that of the divergence
         for number, (rows, counts) in enumerate(passes, start=1):
             check()
             part = rollouts.select(rows)
-            share = self.ranks.share(weights[rows] * counts, part.lengths, self.module.student.model.dtype)
-            yield part, share, counts, number == len(passes)
-
-    @property
-    def _gathering(self) -> bool:
-        """Whether ranks gather weights of the student or the teacher from one another."""
-        return self.ranks.sharded or self.module.teacher.shard
+            share = (weights[rows] * counts).repeat_interleave(part.lengths).to(module.device, dtype)
+            # DDP averages gradients over ranks, but the weights sum to 1 over all ranks: undo the average.
+            yield part, share * self.ranks.number, counts, number == len(passes)
 
     def _measure(self, values: dict[str, Tensor], counts: bool) -> None:
-        """Note the values of a micro-batch; of one that only keeps other ranks company, nothing counts."""
         if counts:
             self.means.add({name: value for name, value in values.items() if name != "loss"})
 
     def optimize(self, rollouts: Trajectories) -> None:
-        """Take the optimizer step where all numbers are finite."""
-        with self.phase("optimizer"):
-            self._taken = rollouts, self._step(rollouts)
+        """Take the optimizer step if all values are finite."""
+        self._taken = rollouts, self.run("optimizer", self._step, rollouts)
 
     def log(self) -> None:
-        """Log what the step has measured, once it has ended."""
-        rollouts, norm = self._taken
-        self.module.log_step(step_metrics(rollouts, self.means, self.timer, norm), self.means, len(rollouts))
+        """Log the metrics of the step, once it has ended."""
+        module, (rollouts, norm) = self.module, self._taken
+        logged = step_metrics(rollouts, self.means, self.timer, norm) | {"train/bad_steps": module.bad_steps.total}
+        means = self.means.over_ranks(module.uneven, self.all_sum)  # those that some ranks may lack
+        logged |= {f"train/{name}": value for name, value in means.items()}
+        several = self.ranks.number > 1
+        for name, value in logged.items():
+            module.log(name, value, prog_bar=name in SHOWN, batch_size=len(rollouts), sync_dist=several)
 
     def _step(self, rollouts: Trajectories) -> Tensor:
-        """Clip, guard, step; the norm of the gradients."""
-        module, means = self.module, self.means.compute()
+        """Clip the gradients, check them, step; return the norm of the gradients."""
+        module, trainer, means = self.module, self.module.trainer, self.means.compute()
         optimizer: Any = module.optimizers()
         limit = float("inf") if module.gradient_clip_val is None else module.gradient_clip_val
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(module.student.parameters(), limit))
         problem = what_is_bad(means, norm)
         if self.ranks.largest(problem is not None):
             optimizer.zero_grad()
-            refuse_step(module, self.batch, rollouts, means, problem or "not finite on another rank")
+            problem = problem or "not finite on another rank"
+            name = f"step={trainer.global_step}-bad={module.bad_steps.total}-rank={module.global_rank}.json"
+            file = Path(trainer.log_dir or trainer.default_root_dir) / "bad_batches" / name
+            keep_batch(file, self.batch, rollouts, problem, means)
+            module.bad_steps.bad(trainer.global_step, problem, file)
             return norm
-        module.bad_steps.good()
+        module.bad_steps.in_a_row = 0
         optimizer.step()
         optimizer.zero_grad()
         if module.lr_scheduler is not None:
@@ -160,7 +202,7 @@ class Step:
 
 
 class EvaluationStep(Step):
-    """The same without a gradient: what is measured goes into the means of the whole validation."""
+    """The same step without gradients; its values go into the means of the whole validation."""
 
     def __init__(self, module: Distiller, batch: Batch, runner: StepRunner) -> None:
         super().__init__(module, batch)
@@ -168,31 +210,31 @@ class EvaluationStep(Step):
 
     @contextmanager
     def active(self, rollout: Rollout) -> Iterator[None]:
-        """The weights stay the same in a validation: they are taken over once, and freed at its end."""
+        """The weights do not change in a validation: they are copied once, and freed at its end."""
         if not self._runner.is_active:
-            self._runner.keep(super().active(rollout))
+            self._runner.validation.enter_context(super().active(rollout))
+            self._runner.is_active = True
         yield
 
     def accumulate(self, losses: Losses, rollouts: Trajectories, weights: Tensor) -> None:
-        """Measure all responses."""
         for part, _, counts, _ in self._parts(rollouts, weights):
             self._measure(losses(self, part, None), counts)
 
     def optimize(self, rollouts: Trajectories) -> None:
-        """Nothing is learnt."""
+        """Keep the weights as they are."""
 
 
 class StepRunner:
     """Makes the steps of a Distiller.
 
     Attributes:
-        held_out: what the validation of this moment has measured.
+        held_out: the means of the current validation.
+        validation: the contexts that end with the current validation.
+        is_active: whether the rollout has its weights for the current validation.
     """
 
     def __init__(self) -> None:
-        self.held_out = TokenMeans()
-        self._validation = ExitStack()
-        self.is_active = False
+        self.held_out, self.validation, self.is_active = TokenMeans(), ExitStack(), False
 
     @contextmanager
     def step(self, module: Distiller, batch: Batch, batch_idx: int) -> Iterator[Step]:
@@ -202,7 +244,7 @@ class StepRunner:
             with self._evaluation(module, batch, batch_idx) as evaluation:
                 yield evaluation
             return
-        self.finish()  # of a validation that was left by an error
+        self.finish()  # a validation that an error has ended
         step = Step(module, batch)
         with step.timer("step"), explain_oom(step.timer, alone=module.trainer.world_size == 1):
             yield step
@@ -213,24 +255,19 @@ class StepRunner:
         if batch_idx == 0:
             self.finish()
             self.held_out = TokenMeans()
-        # The same draws at every validation, and none taken from the generator that training draws from.
+        # Every validation draws the same numbers, and leaves the generator of the training alone.
         with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
             torch.manual_seed(batch_idx)
             yield EvaluationStep(module, batch, self)
         module.student.reshard()
 
-    def keep(self, weights: Any) -> None:
-        """Enter a context that lasts until the end of the validation."""
-        self._validation.enter_context(weights)
-        self.is_active = True
-
     def finish(self) -> None:
-        """End a validation: free the weights that it has taken over."""
+        """End a validation and free its copy of the weights."""
         self.is_active = False
-        self._validation.close()
+        self.validation.close()
 
 
 def use_weights(module: Distiller) -> None:
-    """Tell each teacher's prefix cache by which weights it computes from here on."""
+    """Tell each teacher's prefix cache the version of the weights that it computes with from now on."""
     for teacher in module.teacher.parts.values():
         teacher.prefix.use("frozen" if teacher.frozen else module.student.version)

@@ -1,1 +1,1 @@
-"""Teachers: a model, several, a record, a server."""
+"""Teachers: models, records, servers, and several of them."""

@@ -1,8 +1,9 @@
-"""What a teacher is: it writes responses under the context, and says what it thinks of those of others."""
+"""The interface of a teacher: it scores responses, and may write them, with the context in the prompt."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reader:
-    """Who reads a prompt.
+    """A model that reads a prompt.
 
     Attributes:
         key: its config key.
-        name: the model's.
-        window: most tokens of a prompt and its response; None where that is not known.
+        name: its name.
+        window: most tokens of a prompt and its response; None if unknown.
     """
 
     key: str
@@ -39,18 +40,17 @@ class Reader:
 
 
 class Teacher(ABC):
-    """Sees the context. Never trained: no gradient, and no parameter of the LightningModule.
+    """A model that sees the context. It is never trained: no gradient, no parameter of the LightningModule.
 
-    A step uses it in this order: `sync_weights`, then within one `session` as many calls of `score` as there are
-    micro-batches, then `on_student_step`.
+    A step calls `sync_weights`, then within one `session` `score` once per micro-batch, then `on_student_step`.
 
     Attributes:
-        provides: what is known of it at a position: its distribution, its likeliest tokens (topk), the sampled token.
-        frozen: whether its weights never change in a run. What is computed with others is kept for one step.
+        provides: what it gives at a position: its distribution, its likeliest tokens (topk), or the sampled token.
+        frozen: whether its weights never change in a run. If they do, its prefix cache lasts for one step.
         stands_alone: whether `setup` needs no student, so that it can be recorded without one.
-        config: the model that it loads; None: none of its own, or the student's.
+        config: the model that it loads; None: no model of its own, or the student's.
         key: its config key, for messages.
-        shard: whether the ranks hold its weights in parts, and must score as often as one another.
+        shard: whether its weights are sharded over the ranks, which must then call `score` equally often.
     """
 
     provides: ClassVar[tuple[Known, ...]] = ("distribution",)
@@ -62,100 +62,97 @@ class Teacher(ABC):
 
     @property
     def parts(self) -> "dict[str | None, Teacher]":
-        """The teachers that score rows, by the names that rows give them; one that is alone has none."""
+        """The teachers that score rows, by their names in the rows; a single teacher has the name None."""
         return {None: self}
 
-    @property
+    @cached_property
     def prefix(self) -> PrefixCache:
-        """Keys and values of contexts; `share_contexts` makes room for them."""
-        found: PrefixCache = vars(self).setdefault("_prefix", PrefixCache("never"))
-        return found
-
-    @prefix.setter
-    def prefix(self, cache: PrefixCache) -> None:
-        vars(self)["_prefix"] = cache
+        """The cache of contexts' keys and values; off until `share_contexts`."""
+        return PrefixCache("never")
 
     @property
     def reader(self) -> Reader | None:
-        """The model that sees the context, where it is not the student's."""
+        """The model that sees the context, if it is not the student's."""
         if self.config is None:
             return None
         key = f"{self.key}.init_args.model"
         return Reader(f"{key}.name", self.config.name, context_window(self.config, key))
 
     def check(self, run: "Run") -> None:  # noqa: B027
-        """Refuse a run that this teacher cannot serve, before a model is loaded (UserError)."""
+        """Raise a UserError for a run that does not work with this teacher, before a model is loaded."""
 
     @property
     def idle_weights(self) -> list[Tensor]:
-        """Weights in this process that only `score` and `generate` read."""
+        """The weights in this process that only `score` and `generate` use."""
         return []
 
     def share_contexts(self, mode: Mode, memory_mib: int) -> None:
-        """Let each of them keep keys and values, in `memory_mib` MiB together."""
+        """Give each of the `parts` a prefix cache, with `memory_mib` MiB together."""
         for part in self.parts.values():
             part.prefix = PrefixCache(mode, memory_mib // len(self.parts))
 
     @abstractmethod
     def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
-        """Get ready on `device`, once, before the first step."""
+        """Prepare on `device`; called once, before the first step."""
 
     def sync_weights(self, student: Student) -> None:  # noqa: B027
-        """Take over what this teacher needs of the student's weights; all ranks call it at the start of a step."""
+        """Copy what this teacher needs of the student's weights; all ranks call this at the start of a step."""
 
     def session(self, trajectories: Trajectories) -> AbstractContextManager[None]:
-        """The time in which `score` is asked for parts of these trajectories, the whole step's.
+        """Within, `score` is called with parts of these trajectories, which are all of the step's.
 
-        A teacher that is far away prefetches all scores here.
+        A remote teacher prefetches all scores here.
 
         Raises:
-            StepAbandoned: there is no answer.
+            StepAbandoned: the remote teacher does not answer.
         """
         return nullcontext()
 
     @abstractmethod
     def score(self, trajectories: Trajectories, max_tokens: int) -> TeacherOutput:
-        """Score all response tokens, in row order, without gradient: p_T(. | c, x, y<t), or what is known of it.
+        """Score all response tokens in row order, without gradient: p_T(. | c, x, y<t), or what the teacher `provides`.
 
         `max_tokens` is the most of one forward pass of a model.
         """
 
     def generate(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
-        """Responses to the prompts that hold the context: B tensors [R].
+        """Generate responses to the prompts with the context: B tensors [R].
 
         Raises:
-            UserError: this teacher writes none.
+            UserError: this teacher cannot generate.
         """
         raise UserError(
             f"model.rollout: {type(self).__name__} scores responses and writes none; use StudentRollout, or "
-            "RecordedRollout, which takes those of the data"
+            "RecordedRollout, which takes the responses of the data"
         )
 
     def on_student_step(self, student: Student) -> None:  # noqa: B027
-        """Follow the student, whose weights have just changed."""
+        """Follow the student after its weights have changed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold; empty for what can be loaded again."""
+        """The state for a checkpoint; empty if it can be loaded again."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Take back what `state_dict` gave, after `setup`."""
+        """Restore a state of `state_dict`; called after `setup`."""
 
 
 class ModelTeacher(Teacher):
-    """A teacher that is a model at hand."""
+    """A teacher with a model in this process; `setup` sets `_model`, or `model` is overridden."""
+
+    _model: PreTrainedModel | None = None
 
     @property
-    @abstractmethod
     def model(self) -> PreTrainedModel:
-        """The model that scores; there after `setup`."""
+        """The model that scores, available after `setup`."""
+        assert self._model is not None, "setup() comes first"
+        return self._model
 
     @torch.no_grad()
     def score(self, trajectories: Trajectories, max_tokens: int) -> HiddenStates:
         """HiddenStates of p_T(. | c, x, y<t) for all response tokens, in row order, without gradient.
 
-        Rows whose context is in the prefix cache come packed; the others, whole, in groups of at most `max_tokens` with
-        their padding.
+        Rows behind a cached prefix are packed; the others run in full, in groups of at most `max_tokens` with padding.
         """
         rows = list(zip(trajectories.teacher_prompts, trajectories.responses, strict=True))
         with eval_mode(self.model), own_precision(self.model):
@@ -168,9 +165,7 @@ class ModelTeacher(Teacher):
                 hidden.update(zip(numbers, states, strict=True))
         return HiddenStates(torch.cat([hidden[number] for number in range(len(rows))]), head_of(self.model))
 
-    @torch.no_grad()
     def generate(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
-        """Responses to the prompts that hold the context: B tensors [R]."""
-        with eval_mode(self.model), own_precision(self.model):
-            prefixes = self.prefix.encoded(self.model, batch.teacher_prefixes, batch.teacher_prompts)
+        """Generate responses to the prompts with the context: B tensors [R]."""
+        prefixes = self.prefix.encoded(self.model, batch.teacher_prefixes, batch.teacher_prompts)
         return generate(self.model, batch.teacher_prompts, sampling, eos_ids, pad_id, prefixes)

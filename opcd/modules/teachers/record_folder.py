@@ -1,7 +1,7 @@
-"""A teacher's responses and its likeliest tokens at each of their positions, in a folder.
+"""A record: a folder with a teacher's responses and its likeliest tokens at each of their positions.
 
-How it is written: a shard of rows at a time, `shard-00000.safetensors`, then `record.json`, which names the shards with
-their SHA-256 and says what they were made from. A process that is killed loses the shard that it was writing.
+Rows are written one shard at a time, `shard-00000.safetensors`, then `record.json`, which lists the shards with their
+SHA-256 and the origin of the record. A process that is killed loses only the shard that it was writing.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ INDEX = "record.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a record was made from; a run that reads it must agree where it says so."""
+    """What a record was made from; a run that reads it is compared with it."""
 
     teacher: str
     """Name of the teacher's model."""
@@ -43,21 +43,21 @@ class Origin:
     context: str
     """SHA-256 of the context, or of all contexts."""
     rows: int
-    """Examples of the data set."""
+    """Number of examples in the data set."""
     samples: int
-    """Responses to each."""
+    """Responses to each example."""
     temperature: float
-    """Divided the logits before the log-probabilities were taken."""
+    """Divides the logits before the log-probabilities."""
     k: int
-    """Tokens of each position."""
+    """Recorded tokens at each position."""
     sampling: dict[str, Any]
     """How the responses were drawn."""
     seed: int
-    """Of the draws."""
+    """The seed of the draws."""
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the vocabulary: two that agree give every token the same id."""
+    """SHA-256 of the vocabulary: equal hashes mean equal token ids."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
@@ -67,14 +67,14 @@ def prompt_hash(prompt: Tensor) -> str:
 
 
 class RecordWriter:
-    """Adds shards to a record, or goes on with one.
+    """Writes the shards of a record, or continues one.
 
     Args:
         folder: of the record.
         origin: what it is made from.
 
     Raises:
-        UserError: there is a record of something else in the folder, or files that are no record's.
+        UserError: the folder holds a record of another origin, or files that belong to no record.
     """
 
     def __init__(self, folder: Path, origin: Origin) -> None:
@@ -90,15 +90,15 @@ class RecordWriter:
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             clear_scratch(folder)
-        self._write_index()  # before any shard: it tells that the folder is a record's
+        self._write_index()  # before any shard: the index marks the folder as a record
 
     @property
     def rows(self) -> int:
-        """How many rows are written."""
+        """The number of rows that are written."""
         return sum(shard["rows"] for shard in self.shards)
 
     def add(self, prompts: list[Tensor], responses: list[Tensor], tokens: Tensor, log_probs: Tensor) -> None:
-        """Write a shard: B prompts [Q], B responses [R], and for the N tokens of all responses [N, k] ids and nats."""
+        """Write a shard: B prompts [Q], B responses [R], and [N, k] ids and nats for the N tokens of all responses."""
         name = f"shard-{len(self.shards):05}.safetensors"
         values = {
             "lengths": torch.tensor([len(response) for response in responses]),
@@ -121,14 +121,14 @@ class RecordWriter:
 
 
 class Record:
-    """A record that is whole, for reading.
+    """A finished record, for reading.
 
     Args:
         folder: of the record.
-        key: the config key that names it, for messages.
+        key: the config key of the folder, for messages.
 
     Raises:
-        UserError: it is missing, damaged, or was not finished.
+        UserError: the record is missing, damaged or unfinished.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -137,7 +137,7 @@ class Record:
         if (rows := sum(shard["rows"] for shard in shards)) < self.origin.rows * self.origin.samples:
             raise UserError(
                 f"{key}: {folder} holds {rows} of {self.origin.rows * self.origin.samples} responses; "
-                "`opcd record` with the same arguments goes on"
+                "run `opcd record` with the same arguments to continue"
             )
         self._shards = [self._verified(shard) for shard in shards]
         self._places: dict[str, list[tuple[int, int, int]]] = {}  # prompt -> (shard, begin, end)
@@ -149,7 +149,7 @@ class Record:
                 self._places.setdefault(prompt, []).append((number, begin, end))
 
     def responses(self, prompt: Tensor) -> list[Tensor]:
-        """The recorded responses [R] to a prompt of token ids [Q]. UserError where there are none."""
+        """The recorded responses [R] to a prompt of token ids [Q] (UserError if there are none)."""
         return [self._shards[number]["responses"][begin:end].long() for number, begin, end in self._found(prompt)]
 
     def top_k(self, prompt: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,15 +159,15 @@ class Record:
             if torch.equal(shard["responses"][begin:end].long(), response.cpu()):
                 return shard["tokens"][begin:end].long(), shard["log_probs"][begin:end]
         raise UserError(
-            f"{self.key}: a response is not in {self.folder}; use TeacherRollout, which takes those that are"
+            f"{self.key}: a response is not in {self.folder}; use TeacherRollout, which takes the recorded ones"
         )
 
     def _found(self, prompt: Tensor) -> list[tuple[int, int, int]]:
         places = self._places.get(prompt_hash(prompt))
         if places is None:
             raise UserError(
-                f"{self.key}: a prompt is not in {self.folder}: data, context, placement or template are not those "
-                "that were recorded"
+                f"{self.key}: a prompt is not in {self.folder}: data, context, placement or template differ from the "
+                "recorded ones"
             )
         return places
 
@@ -179,12 +179,12 @@ class Record:
         except OSError as error:
             raise UserError(f"{self.key}: cannot read {path}: {error.strerror}") from error
         if digest != shard["sha256"]:
-            raise UserError(f"{self.key}: {path} is not what was written (its SHA-256 differs); record it again")
+            raise UserError(f"{self.key}: {path} is damaged (its SHA-256 differs); record it again")
         return load_file(path)
 
 
 def read_origin(folder: Path, key: str) -> Origin:
-    """What a record was made from, without reading it. UserError where there is none."""
+    """The origin of a record, without reading its shards (UserError if there is no record)."""
     return _read_index(folder, key)[0]
 
 
@@ -192,8 +192,8 @@ def _read_index(folder: Path, key: str = "--out") -> tuple[Origin, list[dict[str
     path = folder / INDEX
     if not path.is_file():
         raise UserError(f"{key}: no record in {folder.absolute()}: {INDEX} is missing (`opcd record` makes one)")
-    whole: Any = read_json(path, key)
+    index: Any = read_json(path, key)
     try:
-        return Origin(**whole["origin"]), list(whole["shards"])
+        return Origin(**index["origin"]), list(index["shards"])
     except (TypeError, KeyError) as error:
-        raise UserError(f"{key}: {path} is no record's index: {error}") from error
+        raise UserError(f"{key}: {path} is not the index of a record: {error}") from error

@@ -1,4 +1,4 @@
-"""A teacher out of a record: nothing of it is in memory but what it said."""
+"""A teacher whose responses and scores were recorded: no model is loaded."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 class RecordedTeacher(Teacher):
-    """Responses and likeliest tokens that `opcd record` has written, for off-policy distillation (TeacherRollout).
+    """Responses and likeliest tokens written by `opcd record`, for off-policy distillation (TeacherRollout).
 
-    Where a prompt has several responses, one is drawn each time. The loss is a TopK of the teacher's support.
+    If a prompt has several responses, one is drawn each time. The loss is a TopK of the teacher's support.
 
     Args:
         folder: of the record.
@@ -41,24 +41,22 @@ class RecordedTeacher(Teacher):
         return f"{self.key}.init_args.folder"
 
     def check(self, run: "Run") -> None:
-        """Refuse a run that the record does not serve.
+        """Compare the run with the record.
 
         Raises:
-            UserError: there is no record, or it was made for another loss, temperature or sampling; or the responses
-                are not the teacher's own.
+            UserError: there is no record, or it was made for another loss, temperature or sampling; or the rollout does
+                not take the teacher's responses.
         """
         origin = read_origin(self.folder, self._folder_key)
         loss, temperature = run.distiller.objective.loss, run.distiller.objective.temperature
         for part in run.distiller.rollout.parts:
             if part.writer != "teacher" or part.sampling is None:
                 raise UserError(
-                    f"model.rollout: RecordedTeacher knows its own responses alone, and {type(part).__name__} takes "
+                    f"model.rollout: RecordedTeacher can score its own responses only, and {type(part).__name__} takes "
                     "others; use TeacherRollout"
                 )
             if vars(part.sampling) != origin.sampling:
-                raise UserError(
-                    f"model.rollout: its sampling must be the record's, {origin.sampling}; nothing is drawn"
-                )
+                raise UserError(f"model.rollout: its sampling must be that of the record, {origin.sampling}")
         try:
             loss.check_record(origin.k)
         except ValueError as error:
@@ -69,7 +67,7 @@ class RecordedTeacher(Teacher):
             )
 
     def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
-        """Read and verify the record. UserError where it is damaged or has another tokenizer."""
+        """Read and verify the record (UserError if it is damaged or has another tokenizer)."""
         self._record = Record(self.folder, self._folder_key)
         if self._record.origin.tokenizer != tokenizer_hash(student.tokenizer):
             raise UserError(
@@ -84,7 +82,7 @@ class RecordedTeacher(Teacher):
         return RecordedTopK(torch.cat(tokens).to(device), torch.cat(log_probs).to(device))
 
     def generate(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
-        """A recorded response a prompt, drawn where there are several; `check` has compared the sampling."""
+        """One recorded response per prompt, drawn if there are several; `check` has compared the sampling."""
         chosen = []
         for prompt in batch.teacher_prompts:
             responses = self._record.responses(prompt)

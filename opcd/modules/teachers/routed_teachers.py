@@ -1,4 +1,4 @@
-"""Several teachers in one run: each row is scored by its own (multi-teacher distillation without averaging)."""
+"""Several teachers in one run: each row has one of them (multi-teacher distillation without averaging)."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,14 @@ from opcd.modules.trajectories import Trajectories
 
 
 class RoutedTeachers(Teacher):
-    """Several teachers, of which each row has one: the one that its `teacher` names, or its data set's.
+    """Several teachers, one for each row: the one named by the row's `teacher` or by its data set.
 
-    They may be of any kinds and sizes, each with its chat template; all share the student's tokenizer. Responses that
-    the teacher writes (TeacherRollout) are each row's own teacher's.
+    They may be of any kind and size, each with its own chat template; all share the student's tokenizer. With
+    TeacherRollout, each row's response is written by its own teacher.
 
     Args:
         teachers: by name.
-        default: name of the teacher of rows that name none; null refuses such rows.
+        default: the teacher of rows that name none; null: such rows are an error.
     """
 
     def __init__(self, teachers: dict[str, Teacher], default: str | None = None) -> None:
@@ -36,41 +36,36 @@ class RoutedTeachers(Teacher):
 
     @property
     def parts(self) -> dict[str | None, Teacher]:
-        """All of them, by name."""
         return dict(self.teachers.items())
 
     @property
     def models(self) -> TeacherModels:
-        """What a ContextQueryDataModule must know of them, as its `teacher`."""
+        """The models of the teachers, for the `teacher` of a ContextQueryDataModule."""
         return TeacherModels({name: teacher.config for name, teacher in self.teachers.items()}, self.default)
 
     def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
-        """Get all of them ready."""
         for teacher in self.teachers.values():
             teacher.setup(student, student_config, device)
 
     def sync_weights(self, student: Student) -> None:
-        """Let all of them take over what they need."""
         for teacher in self.teachers.values():
             teacher.sync_weights(student)
 
     @contextmanager
     def session(self, trajectories: Trajectories) -> Iterator[None]:
-        """Those of all, each with its own rows."""
+        """Enter the session of each teacher with its own rows."""
         with ExitStack() as sessions:
             for name, rows in _by_name(trajectories.teachers).items():
                 sessions.enter_context(self.teachers[name].session(trajectories.select(rows)))
             yield
 
     def score(self, trajectories: Trajectories, max_tokens: int) -> Routed:
-        """What each teacher says of its own rows."""
         parts = {}
         for name, rows in _by_name(trajectories.teachers).items():
             parts[name] = rows, self.teachers[name].score(trajectories.select(rows), max_tokens)
         return Routed(parts)
 
     def generate(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
-        """Each row's response by its own teacher."""
         written: dict[int, Tensor] = {}
         for name, rows in _by_name([example.teacher for example in batch.examples]).items():
             responses = self.teachers[name].generate(batch.select(rows), sampling, eos_ids, pad_id)
@@ -78,27 +73,23 @@ class RoutedTeachers(Teacher):
         return [written[row] for row in range(len(batch))]
 
     def on_student_step(self, student: Student) -> None:
-        """Let all of them follow."""
         for teacher in self.teachers.values():
             teacher.on_student_step(student)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of those that have one, by name."""
         return {name: state for name, teacher in self.teachers.items() if (state := teacher.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give each its own back."""
         for name, own in state.items():
             self.teachers[name].load_state_dict(own)
 
     @property
     def idle_weights(self) -> list[Tensor]:
-        """Those of all."""
         return [weight for teacher in self.teachers.values() for weight in teacher.idle_weights]
 
 
 def _by_name(names: Sequence[str | None]) -> dict[str, list[int]]:
-    """The rows of each teacher, in their order."""
+    """The row numbers of each teacher, in their order."""
     rows = defaultdict(list)
     for row, name in enumerate(names):
         assert name is not None, "the data module gives every row a teacher"
@@ -107,14 +98,14 @@ def _by_name(names: Sequence[str | None]) -> dict[str, list[int]]:
 
 
 def _check(teachers: dict[str, Teacher], default: str | None) -> None:
-    """Refuse what cannot be routed (`ValueError`)."""
+    """Raise a ValueError for teachers that cannot be routed."""
     if not teachers:
         raise ValueError(
-            "model.teacher: RoutedTeachers wants teachers: a mapping from the names in the rows to teachers"
+            "model.teacher: RoutedTeachers needs teachers: a mapping from the names in the rows to teachers"
         )
     for name, teacher in teachers.items():
         if teacher.parts.keys() != {None}:
-            raise ValueError(f"{teacher_key(name)} is itself RoutedTeachers; name its teachers one level up")
+            raise ValueError(f"{teacher_key(name)} is itself RoutedTeachers; move its teachers one level up")
     if len({teacher.provides for teacher in teachers.values()}) > 1:
         least = min(teachers.values(), key=lambda teacher: "distribution" in teacher.provides)
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A teacher behind a server: it is asked for log-probabilities, and no weight of it is in this process."""
+"""A teacher behind a server, which gives log-probabilities; no weights are loaded in this process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,19 +27,19 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class ServedTeacher(Teacher):
-    """A model of any size behind a vLLM server, with the student's tokenizer: its log-probabilities of each response.
+    """A model of any size behind a vLLM server, with the student's tokenizer: log-probabilities of each response.
 
-    It scores what others write (StudentRollout, RecordedRollout). The loss is a TopK of the teacher's support, whose k
-    tokens a position are asked for, or SampledReverseKL, which needs those of the response alone. How to start the
-    server: docs/served_teacher.md.
+    It scores responses of StudentRollout or RecordedRollout, and writes none. The loss is a TopK of the teacher's
+    support, which needs k tokens per position, or SampledReverseKL, which needs the response's tokens only. How to
+    start the server: docs/served_teacher.md.
 
     Args:
-        base_url: of the server, without /v1: http://localhost:8000.
-        name: of the model, as the server lists it (--served-model-name).
-        api_key_env: environment variable that holds the server's key; where it is not set, no key is sent.
-        concurrency: requests in flight at a time, of each rank.
+        base_url: URL of the server without /v1: http://localhost:8000.
+        name: name of the model on the server (--served-model-name).
+        api_key_env: environment variable with the server's key; if it is not set, no key is sent.
+        concurrency: concurrent requests of each rank.
         timeout: seconds that one request may take.
-        patience: seconds for which a row without an answer is asked for again, before the run ends with a checkpoint.
+        patience: seconds for which a failed request is repeated, before the run ends with a checkpoint.
     """
 
     provides: ClassVar[tuple[Known, ...]] = ("topk", "token")
@@ -64,12 +64,12 @@ class ServedTeacher(Teacher):
         return Reader(f"{self.key}.init_args.name", self.name, self._model.window)
 
     def check(self, run: "Run") -> None:
-        """Refuse what a few log-probabilities a position do not serve, or a server that has not what is asked for."""
+        """Check the run and the server (UserError): it gives log-probabilities of a few tokens only."""
         distiller = run.distiller
         if any(part.asks_teacher for part in distiller.rollout.parts):
             raise UserError(
                 "model.rollout: ServedTeacher scores responses and writes none; use StudentRollout, or "
-                "RecordedRollout, which takes those of the data"
+                "RecordedRollout, which takes the responses of the data"
             )
         if distiller.objective.temperature != 1:
             raise UserError(
@@ -81,10 +81,10 @@ class ServedTeacher(Teacher):
             self.connect(load_tokenizer(distiller.student_config, "model.student"))
 
     def serve(self, loss: Loss) -> None:
-        """Note how many tokens a position a loss needs; 0: the sampled one alone.
+        """Set the number of tokens per position that a loss needs; 0: the sampled token only.
 
         Raises:
-            UserError: the loss needs more than a server tells.
+            UserError: the loss needs more than a server gives.
         """
         self._k = 0 if loss.needs == "token" else getattr(loss, "k", 0)
         try:
@@ -93,10 +93,10 @@ class ServedTeacher(Teacher):
             raise UserError(f"model.loss: {error}") from error
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Ask the server whether it has the model, the tokenizer and as many tokens a position; needs no weights.
+        """Check that the server has the model and the tokenizer, and gives enough tokens per position.
 
         Raises:
-            UserError: it does not answer, or has not.
+            UserError: it does not, or does not answer.
         """
         try:
             self._model.connect(tokenizer, self._k)
@@ -104,22 +104,22 @@ class ServedTeacher(Teacher):
             raise UserError(f"{self.key}.init_args: {error}") from error
 
     def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
-        """Learn how many tokens the student has."""
+        """Read the size of the student's vocabulary."""
         self._vocabulary = int(student.model.config.get_text_config().vocab_size)
 
     @contextmanager
     def session(self, trajectories: Trajectories) -> Iterator[None]:
-        """Ask for all rows' log-probabilities, several requests at a time; equal rows once.
+        """Request the log-probabilities of all rows concurrently, equal rows once.
 
         Raises:
-            StepAbandoned: the server does not answer in time, or gives what cannot be right.
+            StepAbandoned: the server does not answer in time, or its answer is invalid.
         """
         rows = list(dict.fromkeys(_rows(trajectories)))
         try:
             said = self._model.log_probs([(list(prompt), list(response)) for prompt, response in rows], self._k)
         except ServerError as error:
             raise StepAbandoned(
-                f"{self.key}: {error}. The weights are as before the step: see to the server, and go on with "
+                f"{self.key}: {error}. The weights are as before the step: check the server, and resume with "
                 "--ckpt_path last"
             ) from error
         self._said = dict(zip(rows, said, strict=True))
@@ -129,13 +129,13 @@ class ServedTeacher(Teacher):
             self._said = {}
 
     def score(self, trajectories: Trajectories, max_tokens: int) -> RecordedTopK | RecordedTokens:
-        """What the server has said of all response tokens, [N, k] or [N]; within a `session`."""
+        """The server's log-probabilities of all response tokens, [N, k] or [N]; within a `session`."""
         tokens, log_probs = zip(*(self._said[row] for row in _rows(trajectories)), strict=True)
         device = trajectories.responses[0].device
         ids, values = torch.cat(tokens).to(device), torch.cat(log_probs).to(device)
         if not self._k:
             return RecordedTokens(ids, values)
-        # A longer vocabulary is padding, which the student has no token for: its mass is that of all the others.
+        # Ids beyond the student's vocabulary are padding; their mass counts as that of all other tokens.
         padding = ids >= self._vocabulary
         return RecordedTopK(ids.masked_fill(padding, self._vocabulary), values.masked_fill(padding, NEVER))
 

@@ -46,14 +46,8 @@ def fit(tiny, context, tmp_path):
     return (
         *("fit", "--model.student.name", tiny, "--data.context", context, "--trainer.precision", "64-true"),
         *("--data.train", write_rows(tmp_path / "rows.jsonl", rows), "--data.batch_size", 8, "--data.shuffle", "false"),
-        *(
-            "--model.rollout",
-            "RecordedRollout",
-            "--model.teacher",
-            "SelfTeacher",
-            "--model.eval_sampling.max_new_tokens",
-            3,
-        ),
+        *("--model.rollout", "RecordedRollout", "--model.teacher", "SelfTeacher"),
+        *("--model.eval_sampling.max_new_tokens", 3),
         *("--model.micro_batch_tokens", 110, "--trainer.accelerator", "cpu", "--model.shared_prefix", "never"),
     )
 
@@ -102,8 +96,8 @@ def test_a_run_on_two_ranks_one_and_two_takes_the_steps_of_one(fit, opcd, tmp_pa
         ("deepspeed_stage_2", "deepspeed_stage_2 is not supported; use ddp, or fsdp2"),
         ("lightning.pytorch.strategies.FSDPStrategy", "FSDPStrategy is not supported"),
         ("ModelParallelStrategy", "ModelParallelStrategy is not supported; use ddp, or fsdp2"),
-        (("FSDP2Strategy", "tensor_parallel_size", 2), "tensor_parallel_size is 2, and there is no tensor"),
-        (("FSDP2Strategy", "data_parallel_size", 3), "data_parallel_size is 3, and there are 1 ranks"),
+        (("FSDP2Strategy", "tensor_parallel_size", 2), "tensor_parallel_size is 2, but tensor parallelism"),
+        (("FSDP2Strategy", "data_parallel_size", 3), "data_parallel_size is 3, but there are 1 ranks"),
     ],
 )
 def test_what_cannot_work_is_refused(fit, opcd, tmp_path, strategy, said):
@@ -149,14 +143,8 @@ def test_all_that_a_run_does_beside_training(tiny, rows, context, tmp_path):
         *("fit", "--config", tmp_path / "overlay.yaml", *SHARDED, "--trainer.default_root_dir", tmp_path / "runs"),
         *("--model.student.name", tiny, "--data.context", context, "--data.train", rows, "--data.val", rows),
         *("--data.batch_size", 4, "--data.eval_batch_size", 2, "--trainer.num_sanity_val_steps", 1),
-        *(
-            "--model.rollout.sampling.max_new_tokens",
-            6,
-            "--model.eval_sampling.max_new_tokens",
-            3,
-            "--trainer.max_steps",
-            2,
-        ),
+        *("--model.rollout.sampling.max_new_tokens", 6, "--model.eval_sampling.max_new_tokens", 3),
+        *("--trainer.max_steps", 2),
         *("--model.teacher", "MovingAverageTeacher", "--model.teacher.decay", 0.5, "--trainer.precision", "bf16-mixed"),
         *("--model.optimizer", "SGD", "--model.optimizer.lr", 0.01, "--model.gradient_checkpointing", "true"),
     )
@@ -223,7 +211,7 @@ def test_a_teacher_in_parts_teaches_what_it_teaches_whole(strategy, taught, opcd
     [
         (FrozenTeacher(shard=True), StudentRollout(), 1, "always", "has no effect on one rank"),
         (FrozenTeacher(shard=True), StudentRollout(), 2, "auto", "set it to always"),
-        (FrozenTeacher(shard=True), TeacherRollout(), 2, "never", "scores and does not write"),
+        (FrozenTeacher(shard=True), TeacherRollout(), 2, "never", "cannot write responses"),
         (FrozenTeacher(ModelConfig("a", quantization="4bit"), True), StudentRollout(), 2, "never", "quantized weights"),
     ],
 )
@@ -243,5 +231,5 @@ def test_predictions_need_no_teacher_and_so_none_in_parts(tiny, rows, context, o
 
 
 def test_several_teachers_cannot_lie_in_parts():
-    with pytest.raises(UserError, match="a rank without rows of this teacher"):
+    with pytest.raises(UserError, match="ranks without rows of this teacher"):
         validate(Run(Distiller(teacher=RoutedTeachers({"a": FrozenTeacher(shard=True), "b": SelfTeacher()})), ranks=2))

@@ -133,14 +133,8 @@ def test_patterns_of_an_adapter_take_no_endless_time(setting, name, right, tiny,
 def test_an_adapter_answers_but_is_not_trained_on(tiny, rows, context, tmp_path, opcd):
     folder = tmp_path / "adapter"
     Student.load(ModelConfig(tiny), adapter=Lora(rank=4)).save(folder)
-    words = (
-        "--model.student.name",
-        folder,
-        "--trainer.default_root_dir",
-        tmp_path,
-        "--model.eval_sampling.max_new_tokens",
-        2,
-    )
+    words = ("--model.student.name", folder, "--trainer.default_root_dir", tmp_path)
+    words += ("--model.eval_sampling.max_new_tokens", 2)
     code, output = opcd("fit", *words, "--data.train", rows, "--data.context", context, "--trainer.max_steps", 1)
     assert code == 2 and "is an adapter" in output
     code, output = opcd("predict", *words, "--data.predict", rows, "--data.context", context)
@@ -355,7 +349,7 @@ def test_a_merge_that_goes_wrong_leaves_the_adapter(what, lora_run, tmp_path, mo
 @pytest.mark.parametrize(
     ("family", "lora", "says"),
     [
-        ("Jamba", Lora(targets=["dt_proj"]), "does not call that one"),
+        ("Jamba", Lora(targets=["dt_proj"]), "does not call this layer"),
         ("GPT2", Lora(), "no linear layers to adapt"),
         ("Mamba", Lora(), "peft cannot adapt MambaForCausalLM like this: .*out_proj"),
         ("Qwen3Next", Lora(targets=["gate_proj"]), "peft cannot adapt Qwen3NextForCausalLM like this"),

@@ -16,9 +16,8 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from opcd.accel.cpu.onednn_linear import FEWEST_STEPS, _Joined, packed_linears
-from opcd.modules.lm import decoding
-from opcd.modules.lm.decoding import RoomyLayer, draw, give_room
-from opcd.modules.lm.generation import Sampling, generate, own_precision
+from opcd.modules.lm import generation
+from opcd.modules.lm.generation import RoomyLayer, Sampling, draw, generate, give_room, own_precision
 from tests.helpers.families import make
 from tests.helpers.hardware import needs_bfloat16
 
@@ -79,7 +78,7 @@ def test_greedy_responses_are_those_of_each_prompt_alone(model, prompts, options
 def test_no_end_comes_too_early(processor, length):
     ids, scores = torch.zeros(2, length, dtype=torch.int64), torch.randn(2, 10)
     expected = processor(ids, scores)
-    assert torch.equal(decoding.NoEndBefore.of(processor)(ids, scores.clone()), expected)
+    assert torch.equal(generation.NoEndBefore.of(processor)(ids, scores.clone()), expected)
 
 
 def test_every_token_of_a_response_is_told_as_it_is_written(model, prompts):
@@ -99,7 +98,7 @@ def test_rows_that_cannot_leave_end_the_loop_once_all_have_ended(model, prompts,
     expected = generate(model, prompts, sampling, ends, PAD)
     longest = max(map(len, expected))
     assert min(map(len, expected)) < longest < STEPS
-    monkeypatch.setattr(decoding, "_can_leave", lambda inputs, rows: False)
+    monkeypatch.setattr(generation, "_can_leave", lambda inputs, rows: False)
     sizes, found = batch_sizes(model, lambda: generate(model, prompts, sampling, ends, PAD))
     assert sizes == [len(prompts)] * longest
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
@@ -183,7 +182,7 @@ def test_draws_follow_the_distribution():
 
 @pytest.mark.parametrize(("point", "token"), [(0.0, 1), (1.0 - 2.0**-53, 2)])
 def test_the_ends_of_the_unit_interval_draw_what_can_occur(monkeypatch, point, token):
-    monkeypatch.setattr(decoding.torch, "rand", lambda *size, **kwargs: torch.full(size, point, dtype=torch.float64))
+    monkeypatch.setattr(generation.torch, "rand", lambda *size, **kwargs: torch.full(size, point, dtype=torch.float64))
     assert draw(torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])).tolist() == [token]
 
 

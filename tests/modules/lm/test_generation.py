@@ -149,13 +149,13 @@ def divergence(run: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"options": {"num_beams": 3}}, "num_beams is no option of sampling; there are min_p"),
-        ({"options": {"stop_strings": ["a"]}}, "stop_strings is no option"),
-        ({"options": {"bad_words_ids": [[10**6]]}}, "bad_words_ids is no option"),
-        ({"options": {"suppress_tokens": [10**6]}}, "suppress_tokens is no option"),
-        ({"options": {"cache_implementation": "offloaded"}}, "cache_implementation is no option"),
-        ({"options": {"compile_config": {}}}, "compile_config is no option"),
-        ({"options": {"top_p": 0.5}}, "top_p is no option of sampling; did you mean"),
+        ({"options": {"num_beams": 3}}, "num_beams is not a sampling option; there are min_p"),
+        ({"options": {"stop_strings": ["a"]}}, "stop_strings is not a sampling option"),
+        ({"options": {"bad_words_ids": [[10**6]]}}, "bad_words_ids is not a sampling option"),
+        ({"options": {"suppress_tokens": [10**6]}}, "suppress_tokens is not a sampling option"),
+        ({"options": {"cache_implementation": "offloaded"}}, "cache_implementation is not a sampling option"),
+        ({"options": {"compile_config": {}}}, "compile_config is not a sampling option"),
+        ({"options": {"top_p": 0.5}}, "top_p is not a sampling option; did you mean"),
         ({"options": {"repetition_penality": 1.1}}, "did you mean repetition_penalty"),
         ({"options": {"min_p": 5}}, "min_p must be a number from 0 to 1, got 5"),
         ({"options": {"min_p": "0.1"}}, "min_p must be a number from 0 to 1, got '0.1'"),
@@ -201,7 +201,7 @@ def test_every_option_reaches_what_is_written(model, name):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model.rollout.init_args.sampling.options", "{num_beams: 2}"], "num_beams is no option of sampling"),
+        (["--model.rollout.init_args.sampling.options", "{num_beams: 2}"], "num_beams is not a sampling option"),
         (["--model.rollout.init_args.sampling.temperature", ".inf"], "temperature must be 0"),
         (["--model.eval_sampling.options", "{min_p: 5}"], "min_p"),
         (["--model.temperature", ".inf"], "model.temperature must be a finite number"),

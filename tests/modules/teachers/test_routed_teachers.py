@@ -255,7 +255,7 @@ NESTED = {"class_path": "RoutedTeachers", "init_args": {"teachers": {"a": SINGLE
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"teachers": {}}, "RoutedTeachers wants teachers: a mapping"),
+        ({"teachers": {}}, "RoutedTeachers needs teachers: a mapping"),
         ({"teachers": {"maths": NESTED, "style": SINGLE}}, "teachers.maths is itself RoutedTeachers"),
         ({"default": "mahts"}, "init_args.default: no teacher 'mahts'; did you mean maths?"),
         ({"default": None}, "maths.jsonl:1: no teacher: name one of maths, style"),

@@ -683,7 +683,7 @@ def test_a_run_whose_teacher_dies_goes_on_exactly(opcd, words, server, served, t
     server.fault = completions(lambda handler, answer: die(handler, answer) if len(server.seen) > 8 else answer)
     broken = (*words, "--trainer.default_root_dir", tmp_path / "broken", "--ckpt_path", "last")
     code, said = opcd("fit", *broken, "--model.teacher.init_args.patience", 0.4)
-    assert code == 2 and "model.teacher: http://127.0.0.1" in said and "go on with --ckpt_path last" in said, said
+    assert code == 2 and "model.teacher: http://127.0.0.1" in said and "resume with --ckpt_path last" in said, said
     saved = list((tmp_path / "broken").glob("version_0/checkpoints/step=*.ckpt"))
     assert [file.name for file in saved] == ["step=1.ckpt"]
     with serving(served) as other:  # elsewhere
