@@ -81,6 +81,11 @@ class Student(nn.Module):
         """Token id that fills short rows."""
         return int(self.tokenizer.pad_token_id)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows, padding included."""
+        return int(self.model.config.get_text_config().vocab_size)
+
     def share_beginnings(self, mode: Mode) -> None:
         """Whether `score` computes once what all rows of a pass begin with; see `StudentPrefix`."""
         self._rows = StudentPrefix(mode)

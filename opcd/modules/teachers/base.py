@@ -51,6 +51,7 @@ class Teacher(ABC):
         config: the model that it loads; None: none of its own, or the student's.
         key: its config key, for messages.
         shard: whether the ranks hold its weights in parts, and must score as often as one another.
+        writes: whether `generate` is implemented.
     """
 
     provides: ClassVar[tuple[Known, ...]] = ("distribution",)
@@ -59,6 +60,7 @@ class Teacher(ABC):
     config: ModelConfig | None = None
     key = teacher_key()
     shard = False
+    writes: bool = False
 
     @property
     def parts(self) -> "dict[str | None, Teacher]":
@@ -144,6 +146,11 @@ class Teacher(ABC):
 
 class ModelTeacher(Teacher):
     """A teacher that is a model at hand."""
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]
+        """Whether its weights are whole, as generation needs them."""
+        return not self.shard
 
     @property
     @abstractmethod

@@ -40,6 +40,11 @@ class RoutedTeachers(Teacher):
         return dict(self.teachers.items())
 
     @property
+    def writes(self) -> bool:  # type: ignore[override]
+        """Whether all of them do."""
+        return all(teacher.writes for teacher in self.teachers.values())
+
+    @property
     def models(self) -> TeacherModels:
         """What a ContextQueryDataModule must know of them, as its `teacher`."""
         return TeacherModels({name: teacher.config for name, teacher in self.teachers.items()}, self.default)
