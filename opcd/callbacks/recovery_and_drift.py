@@ -255,9 +255,8 @@ class RecoveryAndDrift(Callback):
                 self._effect = self._effect or left
                 found |= _recovery(self._effect, left)
             if self._general is not None:
-                drift = self._general.divergences(student, most)
-                low, high = bootstrap(drift.nats, drift.tokens) or (None, None)
-                found |= {"prompts": len(self._general), "drift": drift.mean, "drift_low": low, "drift_high": high}
+                drift = self._general.divergences(student, most) if self.measured else None
+                found |= {"prompts": len(self._general)} | _drift(drift)
         queries = 0 if self._taught is None else len(self._taught)
         self._keep(trainer, Measurement(trainer.global_step, self._split, queries, **found))
         for logger in trainer.loggers:
@@ -307,6 +306,14 @@ def _recovery(effect: Divergences, left: Divergences) -> dict[str, float | None]
         "recovery_low": None if high is None else 1 - high,
         "recovery_high": None if low is None else 1 - low,
     }
+
+
+def _drift(drift: Divergences | None) -> dict[str, float | None]:
+    """The fields of a `Measurement` that come from the general prompts; None: of the weights that were recorded."""
+    if drift is None:
+        return {"drift": 0.0}
+    low, high = bootstrap(drift.nats, drift.tokens) or (None, None)
+    return {"drift": drift.mean, "drift_low": low, "drift_high": high}
 
 
 def _interval(low: float | None, high: float | None, form: str) -> str:

@@ -18,7 +18,7 @@ from opcd.modules.objective import Objective
 from opcd.modules.student import Student
 from opcd.modules.trajectories import Trajectories, Trajectory
 
-KEPT = 256
+KEPT = 1024
 """Tokens of each position that are recorded. The rest of the vocabulary counts as one outcome."""
 POSITIONS = 128
 """Positions whose logits are in memory at once."""
