@@ -8,7 +8,7 @@ from opcd.runtime.versions import VERSION as __version__
 
 if TYPE_CHECKING:
     from opcd.data.datamodule import ContextQueryDataModule
-    from opcd.models.loading import ModelConfig
+    from opcd.models.model_source import ModelConfig
     from opcd.modules.distiller import Distiller
     from opcd.runtime.errors import UserError
 

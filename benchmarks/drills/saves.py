@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.drills.fits import STEPS, Child, Fits, Outcome, differences, last_checkpoint, saving
+from opcd.checkpoints import SafeCheckpointIO, newest_whole, read_checkpoint
 from opcd.checkpoints import checkpoint_files as files
-from opcd.checkpoints import newest_whole, read_checkpoint
 from opcd.checkpoints.checkpoint_files import manifest_of
-from opcd.checkpoints.checkpoint_io import SafeCheckpointIO
 
 WORK_IS_DONE = 0
 

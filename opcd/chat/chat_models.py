@@ -14,7 +14,7 @@ from opcd.data import Placement, Views
 from opcd.data.example import Message
 from opcd.evaluation.batched_answers import prompt_ids
 from opcd.models import ModelConfig, base_of, context_window, load_model, load_tokenizer, saved_model_config
-from opcd.models.folders import explain
+from opcd.models.model_folder import explain
 from opcd.modules.answering import respond
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.prefix.prefix_cache import PrefixCache

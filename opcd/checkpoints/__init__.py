@@ -1,8 +1,14 @@
-"""Checkpoints that cannot be lost: whole or not there, proven by a manifest, found again after a kill."""
+"""Crash-safe checkpoints: written atomically, verified by a manifest, found again after a kill."""
 
-from opcd.checkpoints.checkpoint_files import BrokenCheckpoint, read_checkpoint, verify, write_checkpoint
-from opcd.checkpoints.checkpoint_io import SafeCheckpointIO
-from opcd.checkpoints.newest import check_checkpoint, check_config, newest_of_run, newest_whole
+from opcd.checkpoints.checkpoint_checks import check_checkpoint, check_config
+from opcd.checkpoints.checkpoint_files import (
+    BrokenCheckpoint,
+    SafeCheckpointIO,
+    read_checkpoint,
+    verify,
+    write_checkpoint,
+)
+from opcd.checkpoints.newest import newest_of_run, newest_whole
 from opcd.runtime.files.disk import DiskFull
 
 __all__ = [

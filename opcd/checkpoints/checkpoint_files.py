@@ -1,8 +1,9 @@
-"""A checkpoint file and its manifest.
+"""Checkpoint files and their manifests, written and read for Lightning by `SafeCheckpointIO`.
 
-How a checkpoint is written: `.NAME.RANDOM-being-written` beside the target, flushed and fsynced; then the manifest,
-which accepts the new file and, where one of the same name is there, that too; then the name. Whenever the process or
-the machine dies, what has the name is whole, and the manifest says so. Nothing is removed before.
+A checkpoint is written in three steps. The data go to `.NAME.RANDOM-being-written` beside the target, flushed and
+fsynced. Then the manifest is written: it accepts the new file and, where a file has the name already, that file too.
+Then the new file gets the name. Whenever the process or the machine dies, the file with the name is complete, and the
+manifest accepts it.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 
 from opcd.runtime.errors import UserError
@@ -31,24 +34,55 @@ from opcd.runtime.files.disk import (
 )
 
 SPARE = 4 * 2**20
-"""Bytes for what a checkpoint holds beside its tensors."""
+"""Bytes of a checkpoint beside its tensors."""
 
 
 class BrokenCheckpoint(UserError):
-    """A file is not the checkpoint that was written."""
+    """An error about a file that is not the checkpoint that was written."""
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Saves files atomically, with a manifest; loads verified files, and no code.
+
+    `Trainer(plugins=[SafeCheckpointIO()])` applies to every callback that saves; `opcd` always uses it. It supports
+    local folders, and strategies that save one file (not the shards of FSDP or DeepSpeed).
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        """Write the file and its manifest; `DiskFull` where there is no room."""
+        write_checkpoint(checkpoint, _local(path))
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Verify and load the file to the CPU, as tensors and plain values only; `UserError` where that fails."""
+        if weights_only is False:
+            raise UserError("weights_only=False would run code of the checkpoint; leave it out")
+        return read_checkpoint(_local(path))
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """Remove the file, then its manifest."""
+        for file in (_local(path), manifest_of(_local(path))):
+            file.unlink(missing_ok=True)
+
+
+def _local(path: _PATH) -> Path:
+    if "://" in str(path):
+        raise UserError(f"{path}: checkpoints are written to and read from local folders only")
+    return Path(path)
 
 
 def manifest_of(path: Path) -> Path:
-    """The manifest of a checkpoint: what its file may be (bytes, sha256), step and config, and a SHA-256 of its own."""
+    """The path of a checkpoint's manifest: accepted files (bytes, sha256), step, config, and a SHA-256 of its own."""
     return path.with_name(f"{path.name}.json")
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint of Lightning's so that it is whole or not there, also after a crash of the machine.
+    """Write a checkpoint atomically, also with regard to a crash of the machine.
 
     Raises:
-        DiskFull: before anything is written where that can be known.
-        DiskError: the system refuses.
+        DiskFull: there is no room; where the size is known, before anything is written.
+        DiskError: the system does not let the file be written.
     """
     scratch = scratch_beside(path)
     with _explained(path), removed_on_failure(scratch):
@@ -58,43 +92,46 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         former = []
         with suppress(BrokenCheckpoint, FileNotFoundError):
             former = verify(path)["accepts"]
-        step, config = checkpoint.get("global_step"), checkpoint.get("config")
-        manifest = {"accepts": [digest, *former], "step": step, "config": config}
-        whole = {"manifest": manifest, "sha256": _own_digest(manifest)}
-        write_atomic(manifest_of(path), json.dumps(whole, indent=1))
+        manifest = {
+            "accepts": [digest, *former],
+            "step": checkpoint.get("global_step"),
+            "config": checkpoint.get("config"),
+        }
+        signed = {"manifest": manifest, "sha256": _own_digest(manifest)}
+        write_atomic(manifest_of(path), json.dumps(signed, indent=1))
         put_in_place(scratch, path)
 
 
 def read_checkpoint(path: Path, verified: bool = False) -> dict[str, Any]:
-    """A checkpoint, verified, on the CPU; no code from the file runs.
+    """Read and verify a checkpoint, to the CPU; no code from the file runs.
 
     Args:
         path: the file.
-        verified: its manifest has been looked at.
+        verified: the file has been compared with its manifest already.
 
     Raises:
-        UserError: it does not exist, is broken, or holds more than tensors and plain values.
+        UserError: the file does not exist, is broken, or holds more than tensors and plain values.
     """
     if not path.is_file():
         raise UserError(f"ckpt_path: no checkpoint {path.absolute()}")
     if not verified and manifest_of(path).exists():
         verify(path)
     elif not verified:
-        rank_zero_warn(f"{path} has no manifest ({manifest_of(path).name}): that it is whole cannot be verified")
+        rank_zero_warn(f"{path} has no manifest ({manifest_of(path).name}) and cannot be verified")
     try:
-        # Mapped: the ranks of a machine read one copy of the file, and what each of them takes of it.
+        # Mapped: the ranks of a machine share one copy of the file in memory.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
-    except Exception as error:  # an unpickler that runs no code fails in any way on what is no checkpoint
-        raise BrokenCheckpoint(f"{path} is no checkpoint that can be loaded: {_why(path, error)}") from error
+    except Exception as error:  # the unpickler raises errors of any class for other files
+        raise BrokenCheckpoint(f"{path} cannot be loaded as a checkpoint: {_why(path, error)}") from error
     if not isinstance(loaded, dict):
-        raise BrokenCheckpoint(f"{path} is no checkpoint: it holds a {type(loaded).__name__}, not a dictionary")
+        raise BrokenCheckpoint(f"{path} is not a checkpoint: it holds a {type(loaded).__name__}, not a dictionary")
     return loaded
 
 
 def _why(path: Path, error: Exception) -> str:
-    """What is wrong with a file that torch does not load."""
+    """The reason why torch does not load a file."""
     if not path.stat().st_size:
         return "it is empty"
     if not zipfile.is_zipfile(path):
@@ -107,14 +144,14 @@ def _why(path: Path, error: Exception) -> str:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that is whole; `accepts` is what it is then.
+    """Compare a checkpoint with its manifest, and return the manifest, in which `accepts` holds this file only.
 
     Raises:
-        BrokenCheckpoint: it is not, or has no manifest.
+        BrokenCheckpoint: the file is not what was written, or has no manifest.
     """
     manifest = read_manifest(path)
     if not path.is_file():
-        raise BrokenCheckpoint(f"{path} is no file")
+        raise BrokenCheckpoint(f"{path} is not a file")
     try:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -128,17 +165,11 @@ def verify(path: Path) -> dict[str, Any]:
     return {**manifest, "accepts": [found]}
 
 
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, its manifest last."""
-    path.unlink(missing_ok=True)
-    manifest_of(path).unlink(missing_ok=True)
-
-
 class _Hashing:
-    """A stream that takes the SHA-256 of what is written through it, and keeps the error that torch would hide."""
+    """A stream that computes the SHA-256 of what is written, and keeps the error that torch would hide."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self.stream, self.digest, self.bytes = stream, hashlib.sha256(), 0
+        self.stream, self.digest = stream, hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -149,12 +180,10 @@ class _Hashing:
             except OSError as error:
                 self.error = error
         self.digest.update(data)
-        size = memoryview(data).nbytes
-        self.bytes += size
-        return size
+        return memoryview(data).nbytes
 
     def flush(self) -> None:
-        """For `torch.save`."""
+        """Do nothing: `torch.save` wants the method."""
 
 
 def _write(checkpoint: dict[str, Any], scratch: Path) -> dict[str, Any]:
@@ -165,20 +194,19 @@ def _write(checkpoint: dict[str, Any], scratch: Path) -> dict[str, Any]:
             raise hashing.error
         stream.flush()
         os.fsync(stream.fileno())
-    return {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
+        return {"bytes": stream.tell(), "sha256": hashing.digest.hexdigest()}
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Say what a full disk is, and that what was saved before is still there."""
+    """Add to the message of a full disk that earlier checkpoints are still there."""
     try:
         with explained(path):
             yield
     except DiskFull as error:
-        cause = error.__cause__
-        if not isinstance(cause, OSError):
+        if not isinstance(error.__cause__, OSError):  # of `_check_space`
             raise
-        raise DiskFull(_no_room(path, f"{cause.strerror} while it was written")) from error
+        raise DiskFull(_no_room(path, f"{error.__cause__.strerror} while it was written")) from error
 
 
 def _check_space(checkpoint: dict[str, Any], path: Path) -> None:
@@ -195,7 +223,7 @@ def _no_room(path: Path, why: str) -> str:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested dicts, lists and tuples; a storage that several share counts once."""
+    """Bytes of all tensors in nested dicts, lists and tuples; a shared storage counts once."""
     storages: dict[int, int] = {}
     pending = [value]
     while pending:
@@ -210,16 +238,16 @@ def tensor_bytes(value: Any) -> int:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, which need not be whole itself.
+    """Read the manifest of a checkpoint, whose file is not looked at.
 
     Raises:
-        BrokenCheckpoint: there is none, or it is not what was written.
+        BrokenCheckpoint: there is no manifest, or it is not what was written.
     """
     try:
-        whole = json.loads(manifest_of(path).read_bytes())
-        manifest: dict[str, Any] = whole["manifest"]
-        if whole["sha256"] != _own_digest(manifest):
-            raise ValueError("its SHA-256 is not that of what was written")
+        signed = json.loads(manifest_of(path).read_bytes())
+        manifest: dict[str, Any] = signed["manifest"]
+        if signed["sha256"] != _own_digest(manifest):
+            raise ValueError("its SHA-256 differs")
         _check_manifest(manifest)
     except FileNotFoundError as error:
         raise BrokenCheckpoint(f"{path} has no manifest ({manifest_of(path).name})") from error
@@ -231,16 +259,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: Any) -> None:
-    """Refuse a manifest of other types: it may be somebody else's. ValueError, KeyError or TypeError."""
-    accepts, step, config = (manifest[name] for name in ("accepts", "step", "config"))
-    plain = isinstance(accepts, list) and all(
-        isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in accepts
-    )
-    if not plain or not accepts:
-        raise ValueError("`accepts` is no list of files")
-    if not isinstance(step, int | None) or not isinstance(config, dict | None):
-        raise ValueError("`step` or `config` is of another type")
+    """Check the types in a manifest, which may be somebody else's: ValueError, KeyError or TypeError."""
+    accepts = manifest["accepts"]
+    files = accepts if isinstance(accepts, list) else []
+    if not files or not all(isinstance(file, dict) and {"bytes", "sha256"} <= file.keys() for file in files):
+        raise ValueError("`accepts` is not a list of files")
+    if not isinstance(manifest["step"], int | None) or not isinstance(manifest["config"], dict | None):
+        raise ValueError("`step` or `config` has another type")
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def saved_config(path: Path) -> dict[str, Any] | None:
+    """Read the config in a checkpoint's manifest; None where there is none."""
+    with suppress(BrokenCheckpoint):
+        config: dict[str, Any] | None = read_manifest(path)["config"]
+        return config
+    return None

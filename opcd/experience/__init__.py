@@ -1,6 +1,6 @@
 """Experience: solve problems, extract lessons, accumulate them, select the best list on held-out problems.
 
-What is attempted is a `Problems`, who attempts it a `Writer`.
+`Problems` are the items to attempt, a `Writer` is the model that attempts them.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What an experience run is told: problems, models, lists, selection, and rounds of distillation."""
+"""The config of an experience run: problems, models, lists, selection, and rounds of distillation."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -14,14 +14,14 @@ StageName = Literal["solve", "extract", "select", "student"]
 
 @dataclass
 class Stage:
-    """A model at work: it attempts problems, or writes down lessons."""
+    """A model that attempts problems, or writes lessons."""
 
     model: ModelConfig | None = None
-    """Which model; null takes `model`."""
+    """The model; null: `model`."""
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=1024, temperature=0.6, top_p=0.95))
-    """How its tokens are drawn; max_new_tokens is the limit of one answer (of one turn of a game)."""
+    """How tokens are drawn; max_new_tokens is the limit of an answer, or of a turn of a game."""
     batch_size: int = 8
-    """Conversations that are written at once."""
+    """Conversations in a batch."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -30,47 +30,47 @@ class Stage:
 
 @dataclass
 class Extract(Stage):
-    """The model that reads an attempt and writes down general lessons."""
+    """The model that reads an attempt and writes general lessons."""
 
     prompt: str | None = None
-    """A text file (Jinja) that replaces the prompt of the package, opcd/experience/prompts/extract.txt."""
+    """A Jinja file that replaces the prompt opcd/experience/prompts/extract.txt."""
     marker: str = "LESSON:"
-    """What a line of the answer begins with to count as a lesson."""
+    """The beginning of the lines of the answer that are lessons."""
     show_earlier: bool = False
-    """Show the lessons of the list so far: the lists then grow step by step, and no longer all at once."""
+    """Show the lessons of the list so far; the extraction then runs step by step, not for all attempts at once."""
     show_outcome: bool = False
-    """Show how the attempt went. The reference answer is never shown."""
+    """Show whether the attempt was right. The reference answer is never shown."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.marker.strip():
-            raise ValueError("extract.marker is empty: a lesson could not be told from other lines")
+            raise ValueError("extract.marker is empty; lessons are found by it")
 
 
 @dataclass
 class Lessons:
-    """How lessons become a list."""
+    """The rules by which lessons are added to a list."""
 
     max_tokens: int = 4096
-    """Most tokens of a list's text, by the student's tokenizer; beyond it the oldest lessons go, each as a whole."""
+    """Most tokens of a list's text, by the student's tokenizer; above it the oldest lessons are dropped."""
     near: float | None = 0.9
-    """Join a lesson with an earlier one that resembles it this much (0 to 1, difflib); null: the same words only."""
+    """Join a lesson with an earlier one of at least this similarity (0 to 1, difflib); null: of equal words only."""
     prompt: str | None = None
-    """A text file (Jinja) that makes a list's text of `lessons`; replaces opcd/experience/prompts/context.txt."""
+    """A Jinja file that makes a list's text from `lessons`; replaces opcd/experience/prompts/context.txt."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"lessons.max_tokens must be at least 1, got {self.max_tokens}")
         if self.near is not None and not 0 < self.near < 1:
-            raise ValueError(f"lessons.near must lie between 0 and 1, or be null, got {self.near}")
+            raise ValueError(f"lessons.near must be between 0 and 1, or null, got {self.near}")
 
 
 @dataclass
 class Select(Stage):
-    """The model whose success on the validation items, with a list in its prompt, chooses the list."""
+    """The model that scores the lists: its success on the validation items, with a list in its prompt."""
 
     every: int = 1
-    """Score the list after every so many problems, and the last one."""
+    """Score each list after every so many steps, and after the last one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,12 +80,12 @@ class Select(Stage):
 
 @dataclass
 class Fit(Base):
-    """The `opcd fit` of a round: files and keys as in a sweep's `base`. Student and context are the round's."""
+    """The `opcd fit` of a round: files and keys as in a sweep's `base`. The round sets student and context."""
 
     teacher: Literal["fixed", "renewed"] = "fixed"
-    """fixed: the same teacher in all rounds; renewed: that of a round is the student that the round begins with."""
+    """fixed: the same teacher in all rounds; renewed: the student that the round starts with."""
     context: Literal["selected", "each"] = "selected"
-    """selected: the one best list; each: the best of every list, of which one is drawn for each example."""
+    """selected: the best list; each: the best version of every list, one drawn for each example."""
 
 
 @dataclass
@@ -93,33 +93,33 @@ class Experience:
     """An experience run."""
 
     problems: Problems
-    """What is attempted: opcd.experience.MathProblems, or another subclass of Problems."""
+    """The problems: opcd.experience.MathProblems, or another subclass of Problems."""
     student: ModelConfig = field(default_factory=ModelConfig)
-    """The model that the lessons are for: its tokenizer counts their tokens, and rounds improve it."""
+    """The model that the lessons are for. Its tokenizer counts their tokens; rounds train it."""
     model: ModelConfig | None = None
-    """Who solves, extracts and selects, where a stage names no model; null takes the student."""
+    """The model of the stages that name none; null: the student."""
     solve: Stage = field(default_factory=Stage)
-    """Attempts at training items, without lessons."""
+    """Attempt training items, without lessons."""
     extract: Extract = field(default_factory=Extract)
-    """From attempts to lessons."""
+    """Extract lessons from attempts."""
     lessons: Lessons = field(default_factory=Lessons)
-    """From lessons to lists."""
+    """Add lessons to lists."""
     select: Select = field(default_factory=Select)
-    """The choice among lists, on validation items."""
+    """Select a list by validation items."""
     lists: int = 10
-    """Lists that grow beside each other, each from its own order of the training items."""
+    """The number of lists, each with its own order of the training items."""
     steps: int = 30
-    """Training items that each list learns from, one after the other."""
+    """The number of training items of each list, one a step."""
     placement: Literal["system", "user"] = "system"
-    """Where a list goes in a prompt; as data.placement of the distillation."""
+    """The place of a list in a prompt; as data.placement of the distillation."""
     template: str | None = None
-    """Joins list and query for placement user; holds {context} and {query} once each."""
+    """The text of list and query with placement user; holds {context} and {query} once each."""
     seed: int = 0
     """Seed of the orders and of all draws."""
     rounds: int = 0
-    """Rounds of experience and distillation, each with the student of the one before; 0 makes lists only."""
+    """Rounds of experience and distillation, each with the student of the previous round; 0: make lists only."""
     fit: Fit | None = None
-    """How the lists are distilled; needed with rounds."""
+    """The distillation of the lists; required with rounds."""
 
     def __post_init__(self) -> None:
         for name, least in (("lists", 1), ("steps", 1), ("seed", 0), ("rounds", 0)):
@@ -135,7 +135,7 @@ class Experience:
             raise ValueError(f"rounds: the improved student would never solve while {key} is set; remove it")
 
     def model_of(self, stage: StageName) -> tuple[ModelConfig, str]:
-        """The model of a stage, and the config key that names it. Stage `student`: the student asked as in `select`."""
+        """The model and config key of a stage; the stage `student` is the student with the settings of `select`."""
         if stage == "student":
             return self.student, "student"
         own = self.stage(stage).model
@@ -145,14 +145,14 @@ class Experience:
 
     def stage(self, name: StageName) -> Stage:
         """The settings of a stage."""
-        stages: dict[str, Stage] = {"solve": self.solve, "extract": self.extract, "select": self.select}
-        return stages.get(name, self.select)
+        stage: Stage = getattr(self, "select" if name == "student" else name)
+        return stage
 
     def with_student(self, folder: str) -> "Experience":
-        """The same with an improved student."""
+        """The same run with another student."""
         return replace(self, student=replace(self.student, name=folder, revision=None))
 
 
 def made(config: Any) -> Experience:
-    """The run out of what a parser instantiated. ValueError where values do not fit together."""
+    """Make the run from the values that a parser instantiated; ValueError where they do not fit together."""
     return Experience(**{each.name: config[each.name] for each in fields(Experience)})

@@ -1,4 +1,4 @@
-"""A run's folder: the config that it belongs to, and the names of its files."""
+"""The folder of an experience run: its config, and the names of its files."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ CONTEXT, CONTEXTS, SELECTION = "context.txt", "contexts.jsonl", "selection.json"
 
 
 def claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Take the folder for a run, or go on with the same one.
+    """Claim the folder for a run, or resume the same run.
 
     Args:
-        folder: made where it is not there.
-        identity: what the files of the run depend on.
+        folder: the folder; made where it is not there.
+        identity: the settings that the files of the run depend on.
 
     Raises:
-        UserError: the folder holds a run of another config, or files that are no run's; names the keys that differ.
+        UserError: the folder holds a run of another config (names the keys that differ), or other files.
     """
     new = json.loads(json.dumps(identity))
     file = folder / IDENTITY
@@ -34,8 +34,7 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
         return
-    changed = changed_keys(read_json(file, "out"), new)
-    if changed:
+    if changed := changed_keys(read_json(file, "out"), new):
         shown = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
         raise UserError(
             f"out: {folder.resolve()} holds a run that differs in {shown}; choose another --out, or delete the folder"
@@ -43,10 +42,10 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def fingerprint(ids: Sequence[str]) -> str:
-    """SHA-256 of item ids in their order."""
+    """Compute the SHA-256 of item ids in their order."""
     return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()
 
 
 def write_records(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSONL, whole or not at all."""
+    """Write JSONL atomically."""
     write_atomic(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -1,4 +1,4 @@
-"""Games as problems: the player is told no rules, and lessons come from whole games."""
+"""Games as problems: the player is not told the rules, and lessons come from finished games."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ KEY = "problems.init_args"
 
 
 class GameProblems(Problems):
-    """Games by their seeds, all of a batch side by side. The outcome is what the game said after the last move.
+    """Games by their seeds; those of a batch are played together. The outcome is the last message of a game.
 
-    Show it to the extractor (`extract.show_outcome`): without, nobody can learn from an attempt whether it was won.
+    Set `extract.show_outcome`: an attempt does not say by itself whether the game was won.
 
     Args:
         train: games that lessons come from.
-        val: games that choose among lists. Neither may be what results are reported on.
+        val: games to select a list by. Do not report results on games of either.
     """
 
     def __init__(self, train: GameSeeds, val: GameSeeds) -> None:

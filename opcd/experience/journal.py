@@ -1,4 +1,4 @@
-"""A JSONL file that grows by whole batches and survives kill -9."""
+"""A JSONL file that grows by complete batches and survives kill -9."""
 
 import json
 import os
@@ -13,21 +13,21 @@ Record = dict[str, Any]
 
 
 class Journal:
-    """Records of a file, those of former runs first.
+    """The records of a file, those of earlier runs first.
 
-    Each record holds `batch`: [its place, how many were appended with it]. What a killed run left of a batch, a torn
-    last line included, is cut off when the file is opened: a batch is there as a whole or not at all, so that what is
-    computed again is the same batch with the same draws.
+    Each record holds `batch`: [its place in the batch, the size of the batch]. An incomplete batch of a killed run, and
+    a truncated last line, are cut off when the file is opened: the same batch is then computed again, with the same
+    draws.
 
     Args:
         path: the file; made by the first `append`.
         keep: fields of a record that stay in memory; None: all.
 
     Attributes:
-        records: what stays in memory of each record.
+        records: the kept fields of each record.
 
     Raises:
-        UserError: a line that is not the last is no record: somebody has changed the file.
+        UserError: a line other than the last is not a record: somebody has changed the file.
     """
 
     def __init__(self, path: Path, keep: Sequence[str] | None = None) -> None:
@@ -37,7 +37,7 @@ class Journal:
             self._read()
 
     def append(self, records: Sequence[Record]) -> None:
-        """Add a batch, and wait until the disk has it."""
+        """Add a batch, and wait until it is on the disk."""
         batch = [{**record, "batch": [place, len(records)]} for place, record in enumerate(records)]
         append_lines(
             self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in batch), lasting=True
@@ -69,5 +69,5 @@ class Journal:
             return self._kept(record), (place, size)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.path}:{number}: no record of this run; delete the file, and it is computed anew"
+                f"{self.path}:{number}: not a record of this run; delete the file to compute it again"
             ) from error

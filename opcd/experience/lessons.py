@@ -1,4 +1,4 @@
-"""From what an extractor wrote to lessons, and from lessons to a list that grows."""
+"""Lessons read from an extractor's answer, and lists of lessons that grow step by step."""
 
 import hashlib
 import re
@@ -12,12 +12,12 @@ WORDS = re.compile(r"\w+")
 
 
 def read_lessons(text: str, marker: str) -> list[str]:
-    """The lessons of an answer: what follows the marker on lines that begin with it, thoughts (<think>) left out.
+    """Read the lessons of an answer: the text after the marker on lines that begin with it, outside of <think>.
 
-    A bullet or number before the marker, Markdown's emphasis and the marker's case make no difference.
+    A bullet or number before the marker, Markdown emphasis and the case of the marker do not matter.
     """
     spoken = text.rpartition("</think>")[2]
-    # Matched at the beginning of each line alone: linear time, whatever a model writes.
+    # Matched only at the beginning of each line: linear time for any text.
     line = re.compile(rf"[\s>*_\-•#\d.)]*{re.escape(marker.strip())}[*_]*[ \t]*(.*)", re.IGNORECASE)
     found = (" ".join(one[1].split()).strip("*_ ") for one in map(line.match, spoken.split("\n")) if one)
     return [lesson for lesson in found if WORDS.search(lesson)]
@@ -25,19 +25,19 @@ def read_lessons(text: str, marker: str) -> list[str]:
 
 @dataclass(frozen=True)
 class LessonList:
-    """A list after some step, and what that step did to it. A line of lists.jsonl.
+    """A list after a step, and the changes of that step. A line of lists.jsonl.
 
     Attributes:
-        number: which of the lists, from 0.
-        step: how many training items it has learnt from; 0: it is empty.
+        number: the number of the list, from 0.
+        step: the number of training items that the lessons come from; 0: the list is empty.
         lessons: the lessons, oldest first.
-        seen: how often each was written, in its own or in other words.
-        text: what stands in a prompt; "" for an empty list.
+        seen: how often each lesson was written, in the same or in similar words.
+        text: the text in a prompt; "" for an empty list.
         tokens: tokens of `text`.
-        added: lessons of this step that are new.
-        joined: (lesson of this step, the earlier one that it was joined with).
+        added: new lessons of this step.
+        joined: (lesson of this step, the earlier lesson that it was joined with).
         dropped: the oldest lessons, which no longer fit.
-        too_long: lessons of this step that fit into no list.
+        too_long: lessons of this step that are over the limit by themselves.
     """
 
     number: int
@@ -53,23 +53,23 @@ class LessonList:
 
     @property
     def id(self) -> str | None:
-        """Names the text; lists with one text have one id, and an empty one has none."""
+        """The id of the text: equal texts have equal ids; None for an empty list."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:16] if self.text else None
 
     def record(self) -> dict[str, Any]:
-        """The list as JSON has it."""
+        """The list as a JSON record."""
         return {"id": self.id, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class Growth:
-    """How a list takes in lessons.
+    """The rules by which lessons are added to a list.
 
     Attributes:
-        render: the text of a list, from its lessons.
-        count: tokens of a text.
+        render: makes the text of a list from its lessons.
+        count: counts the tokens of a text.
         max_tokens: most tokens of a list's text.
-        near: least likeness of two lessons that are joined; None joins only the same words.
+        near: least similarity of two lessons that are joined; None: only equal words are joined.
     """
 
     render: Callable[[Sequence[str]], str]
@@ -78,12 +78,12 @@ class Growth:
     near: float | None
 
     def __call__(self, before: LessonList, found: Sequence[str]) -> LessonList:
-        """The list after one more step, which found these lessons."""
+        """Make the list after one more step, with the lessons of that step."""
         seen = dict(zip(before.lessons, before.seen, strict=True))
         words = {lesson: _words(lesson) for lesson in seen}
         added, joined, too_long = [], [], []
         for lesson in found:
-            if self._tokens([lesson]) > self.max_tokens:
+            if not self._fits([lesson]):
                 too_long.append(lesson)
             elif (earlier := self._same(_words(lesson), words)) is not None:
                 joined.append((lesson, earlier))
@@ -91,7 +91,9 @@ class Growth:
             else:
                 added.append(lesson)
                 seen[lesson], words[lesson] = 1, _words(lesson)
-        dropped = self._oldest(list(seen))
+        lessons = list(seen)
+        first = bisect_left(range(len(lessons)), True, key=lambda start: self._fits(lessons[start:]))
+        dropped = lessons[:first]  # as few as leave a list that fits
         for lesson in dropped:
             del seen[lesson]
         text = self.render(list(seen)) if seen else ""
@@ -108,18 +110,11 @@ class Growth:
             too_long=tuple(too_long),
         )
 
-    def _tokens(self, lessons: Sequence[str]) -> int:
-        return self.count(self.render(lessons))
-
-    def _oldest(self, lessons: list[str]) -> list[str]:
-        """The oldest lessons, as few as leave a list that fits."""
-        fits = bisect_left(
-            range(len(lessons)), True, key=lambda start: self._tokens(lessons[start:]) <= self.max_tokens
-        )
-        return lessons[:fits]
+    def _fits(self, lessons: Sequence[str]) -> bool:
+        return self.count(self.render(lessons)) <= self.max_tokens
 
     def _same(self, words: list[str], earlier: Mapping[str, list[str]]) -> str | None:
-        """The first earlier lesson that says the same, or nearly; of the earlier ones the words are given."""
+        """The first earlier lesson with the same or similar words; `earlier` maps lessons to their words."""
         for other, others in earlier.items():
             if words == others or (self.near is not None and _alike(words, others, self.near)):
                 return other

@@ -1,21 +1,21 @@
 """The experience loop of on-policy context distillation (arXiv:2602.12275): solve, extract, accumulate, select.
 
 How it works:
-1. solve: the model attempts training items, without lessons: `lists` lists x `steps` items, a new one each step.
+1. solve: the model attempts training items, without lessons: `lists` lists x `steps` items, a new item each step.
 2. extract: a model reads each attempt, and writes general lessons on marked lines. It never sees a reference answer.
-3. accumulate: each list takes the lessons in, step by step; over the limit of tokens the oldest go, as a whole.
-4. select: validation items are attempted with the lists in the prompt. Score k belongs to the list that stood when it
-   was measured. The best list is the context of the distillation.
+3. accumulate: the lessons are added to each list, step by step; over the limit of tokens the oldest are dropped.
+4. select: validation items are attempted with the lists in the prompt. Score k is that of the list after step k. The
+   best list is the context of the distillation.
 
-Everything that a model writes is on the disk before the next batch begins; what is there is never computed again.
+The answers of a batch are on the disk before the next batch begins, and are never computed again.
 """
 
 import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,13 @@ from opcd.experience.lessons import Growth, LessonList, read_lessons
 from opcd.experience.problems import Attempt
 from opcd.experience.prompts import Prompt
 from opcd.experience.selection import Score, best, best_of_each, to_score
-from opcd.experience.stage_progress import Progress
+from opcd.experience.stage_progress import progress
 from opcd.experience.writers import Writers
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import write_atomic
 
 Place = tuple[int, int]
-"""(number of a list, step), steps from 1."""
+"""(number of a list from 0, step from 1)."""
 
 
 class Loop:
@@ -53,10 +53,10 @@ class Loop:
     Args:
         config: the run.
         prompts: the prompts `extract` and `context`.
-        growth: how lists grow.
-        writers: who writes.
-        folder: where everything is written.
-        round_number: of the round that it belongs to; other rounds draw other items and tokens.
+        growth: the rules by which lists grow.
+        writers: the models.
+        folder: the folder of all files.
+        round_number: the number of the loop's round; other rounds draw other items and tokens.
     """
 
     def __init__(
@@ -77,60 +77,57 @@ class Loop:
         self._note(self._validation.records)
 
     def run(self) -> Score:
-        """All stages; returns the score of the selected list.
+        """Run all stages; return the score of the selected list.
 
         Raises:
             UserError: no lesson was written, or none fits into a list.
         """
-        attempts = self.solve()
-        found = self.extract(attempts)
-        versions = self.accumulate(found)
-        return self.select(versions)
+        return self.select(self.accumulate(self.extract(self.solve())))
 
     def solve(self) -> dict[Place, Attempt]:
-        """An attempt at the item of each place, without lessons."""
+        """Attempt the item of each place, without lessons."""
         journal, stage = Journal(self.folder / ATTEMPTS), self.config.solve
         plan = [(place, item) for place, item in self._drawn_items().items()]
-        done = {(record["list"], record["step"]) for record in journal.records}
-        with Progress("solve", len(plan), len(done)) as progress:
+        done = {_place(record) for record in journal.records}
+        with progress("solve", len(plan), len(done)) as advance:
             for batch in _batches(plan, stage.batch_size):
                 if batch[0][0] in done:
                     continue
                 tried = self._attempt("solve", str(batch[0][0]), [item for _, item in batch], None)
                 places = [{"list": place[0], "step": place[1]} for place, _ in batch]
                 journal.append([place | asdict(attempt) for place, attempt in zip(places, tried, strict=True)])
-                progress.advance(len(batch))
-        return {(record["list"], record["step"]): _attempt(record) for record in journal.records}
+                advance(len(batch))
+        kept = [field.name for field in fields(Attempt)]
+        return {_place(record): Attempt(**{name: record[name] for name in kept}) for record in journal.records}
 
     def extract(self, attempts: dict[Place, Attempt]) -> dict[Place, list[str]]:
-        """The lessons that were read out of each attempt.
+        """Extract the lessons of each attempt.
 
         Raises:
-            UserError: not one answer holds a marked line.
+            UserError: no answer holds a marked line.
         """
         journal, stage = Journal(self.folder / EXTRACTIONS), self.config.extract
-        found = {(record["list"], record["step"]): record["lessons"] for record in journal.records}
+        found = {_place(record): record["lessons"] for record in journal.records}
         lists = {number: LessonList(number) for number in range(self.config.lists)}
-        with Progress("extract", len(attempts), len(found)) as progress:
+        with progress("extract", len(attempts), len(found)) as advance:
             for places in self._groups(attempts):
                 for batch in _batches(places, stage.batch_size):
                     if batch[0] in found:
                         continue
-                    texts = self._texts(batch, attempts, lists)
-                    records = [self._extraction(place, attempts[place], text) for place, text in texts]
+                    records = self._extract_batch(batch, attempts, lists)
                     journal.append(records)
-                    found |= {(record["list"], record["step"]): record["lessons"] for record in records}
-                    progress.advance(len(batch))
+                    found |= {_place(record): record["lessons"] for record in records}
+                    advance(len(batch))
                 if stage.show_earlier:
                     lists |= {number: self.growth(lists[number], found[number, step]) for number, step in places}
         self._check_found(journal.records)
         return found
 
     def accumulate(self, found: dict[Place, list[str]]) -> list[LessonList]:
-        """Every list after every step.
+        """Make every list as it is after every step.
 
         Raises:
-            UserError: no lesson fits into the limit of tokens.
+            UserError: every lesson is over the limit of tokens.
         """
         versions = []
         for number in range(self.config.lists):
@@ -142,7 +139,7 @@ class Loop:
         if not any(version.lessons for version in versions):
             longest = next(lesson for version in versions for lesson in version.too_long)
             raise UserError(
-                f"lessons.max_tokens: not one lesson fits into {self.growth.max_tokens} tokens, so every list is "
+                f"lessons.max_tokens: no lesson fits into {self.growth.max_tokens} tokens, so every list is "
                 f"empty; raise it. One of them: {longest[:200]!r}"
             )
         return versions
@@ -151,42 +148,38 @@ class Loop:
         """Score the lists on the validation items, and write the best one as a context."""
         chosen = to_score(versions, self.config.select.every)
         texts = {version.id: version.text for version in chosen}
-        with Progress("select", (len(texts) + 1) * len(self._items)) as progress:
-            found = {key: self._measure("select", key, texts.get(key), progress) for key in [None, *texts]}
+        with progress("select", (len(texts) + 1) * len(self._items)) as advance:
+            found = {key: self._measure("select", key, texts.get(key), advance) for key in [None, *texts]}
         scores = [Score.of(None, found[None]), *(Score.of(version, found[version.id]) for version in chosen)]
         selected = best(scores)
         write_records(self.folder / SCORES, [asdict(score) for score in scores])
         write_records(self.folder / CONTEXTS, [{"context": texts[score.id]} for score in best_of_each(scores)])
         write_atomic(self.folder / CONTEXT, str(texts[selected.id]) + "\n")
         without = {f"{name}_without": getattr(scores[0], name) for name in ("right", "success", "low", "high")}
-        # Last: where this one is, all of them are.
+        # The last file: if it is there, all of them are.
         write_atomic(self.folder / SELECTION, json.dumps(asdict(selected) | without, indent=1) + "\n")
         return selected
 
-    def student_score(self) -> Score:
-        """The student's success on the validation items, without a list."""
-        with Progress("student without lessons", len(self._items)) as progress:
-            return Score.of(None, self._measure("student", None, None, progress))
+    def score_without(self, stage: StageName) -> Score:
+        """Measure the success of a stage's model on the validation items, without a list."""
+        with progress(f"{stage} without lessons", len(self._items)) as advance:
+            return Score.of(None, self._measure(stage, None, None, advance))
 
-    def score_without(self) -> Score:
-        """The success of the model of `select` without a list."""
-        with Progress("select without lessons", len(self._items)) as progress:
-            return Score.of(None, self._measure("select", None, None, progress))
-
-    def _measure(self, stage: StageName, list_id: str | None, context: str | None, progress: Progress) -> list[bool]:
-        """What comes of each validation item with a list in the prompt; from the journal where it is there."""
+    def _measure(
+        self, stage: StageName, list_id: str | None, context: str | None, advance: Callable[[int], None]
+    ) -> list[bool]:
+        """The success at each validation item with a list in the prompt, from the journal as far as it is there."""
         model = self.config.model_of(stage)[1]
         known = self._successes[model, list_id]
-        progress.advance(len(known))
+        advance(len(known))
         for batch in _batches(self._items[len(known) :], self.config.select.batch_size):
             tried = self._attempt(stage, f"{list_id}/{batch[0]}", batch, context)
-            unknown = [attempt.item for attempt in tried if attempt.success is None]
-            if unknown:
+            if unknown := [attempt.item for attempt in tried if attempt.success is None]:
                 raise UserError(f"problems: validation item {unknown[0]} cannot be judged, so no list can be selected")
             records = [{"model": model, "id": list_id, **asdict(attempt)} for attempt in tried]
             self._validation.append(records)
             self._note(records)
-            progress.advance(len(batch))
+            advance(len(batch))
         return known
 
     def _note(self, records: Sequence[Record]) -> None:
@@ -198,10 +191,10 @@ class Loop:
         self._seed("select" if stage == "student" else stage, unit)
         return self.config.problems.attempt(items, writer, context)
 
-    def _texts(
+    def _extract_batch(
         self, places: Sequence[Place], attempts: dict[Place, Attempt], lists: dict[int, LessonList]
-    ) -> Iterator[tuple[Place, Record]]:
-        """What the extractor writes about the attempts of a batch."""
+    ) -> list[Record]:
+        """Ask the extractor about the attempts of a batch, and read the lessons in its answers."""
         stage = self.config.extract
         prompts = [
             self.prompts["extract"](
@@ -214,25 +207,23 @@ class Loop:
         ]
         writer = self.writers.open("extract")
         self._seed("extract", str(places[0]))
-        written = writer.write([[{"role": "user", "content": prompt}] for prompt in prompts])
-        return zip(places, map(asdict, written), strict=True)
-
-    def _extraction(self, place: Place, attempt: Attempt, written: Record) -> Record:
-        text = written["text"]
-        if written["cut_off"]:  # in the middle of its last line
-            text = text.rpartition("\n")[0]
-        lessons = read_lessons(text, self.config.extract.marker)
-        return {"list": place[0], "step": place[1], "item": attempt.item, "lessons": lessons, **written}
+        answers = writer.write([[{"role": "user", "content": prompt}] for prompt in prompts])
+        records = []
+        for place, written in zip(places, answers, strict=True):
+            text = written.text.rpartition("\n")[0] if written.cut_off else written.text  # whole lines only
+            found = {"item": attempts[place].item, "lessons": read_lessons(text, stage.marker)}
+            records.append({"list": place[0], "step": place[1], **found, **asdict(written)})
+        return records
 
     def _groups(self, attempts: Iterable[Place]) -> list[list[Place]]:
-        """Places that need nothing of each other: all, or, where earlier lessons are shown, those of one step."""
+        """Places that do not depend on each other: all, or, where earlier lessons are shown, those of one step."""
         places = list(attempts)
         if not self.config.extract.show_earlier:
             return [places]
         return [[place for place in places if place[1] == step] for step in range(1, self.config.steps + 1)]
 
     def _drawn_items(self) -> dict[Place, str]:
-        """The item of each place, by steps: a list meets no item twice."""
+        """The item of each place, by steps; a list has no item twice."""
         config = self.config
         items = config.problems.training()
         orders = [
@@ -242,12 +233,12 @@ class Loop:
         return {(n, step): orders[n][step - 1] for step in range(1, config.steps + 1) for n in range(config.lists)}
 
     def _seed(self, stage: str, unit: str) -> None:
-        """The draws of a batch depend on nothing that came before it: it may be the first after a kill."""
+        """Seed the draws of a batch, so that they do not depend on earlier batches: a run may resume with any batch."""
         name = f"{self.config.seed}/{self._round}/{stage}/{unit}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
 
     def _check_found(self, records: Sequence[Record]) -> None:
-        """UserError where not one answer holds a marked line."""
+        """Raise UserError where no answer holds a marked line."""
         if any(record["lessons"] for record in records):
             return
         samples = "\n".join(f"    {record['text'][:300]!r}" for record in records[:2])
@@ -261,9 +252,8 @@ class Loop:
         )
 
 
-def _attempt(record: Record) -> Attempt:
-    fields = {name: value for name, value in record.items() if name not in ("list", "step", "batch")}
-    return Attempt(**fields)
+def _place(record: Record) -> Place:
+    return record["list"], record["step"]
 
 
 def _batches(plan: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -1,4 +1,4 @@
-"""Problems with one answer, in the shape of DAPO-Math-17k, scored as the task `dapo_math` is."""
+"""Mathematical problems with one answer, scored as in the task `dapo_math`."""
 
 import hashlib
 import json
@@ -15,23 +15,23 @@ KEY = "problems.init_args"
 
 
 class MathProblems(Problems):
-    """Mathematical problems: the answer stands after the last "Answer:" and is compared by math-verify.
+    """Mathematical problems. math-verify compares the text after the last "Answer:" with the reference.
 
-    Rows are read as everywhere in opcd ({query, reference}, or DAPO-Math-17k's own). Copies of a problem count once. An
+    Rows are read as everywhere in opcd ({query, reference}, or the columns of DAPO-Math-17k). Duplicates count once. An
     item's id is a hash of its query. Training rows need no reference: lessons come from the attempt alone.
 
     Args:
         train: rows that lessons come from: a .jsonl, .json, .csv or .parquet file, or a hub data set org/name:split or
             org/name/config:split.
-        val: rows that choose among lists, none of which is in `train`; neither may be what results are reported on.
-        limit_train: take the first so many rows; null takes all.
-        limit_val: take the first so many rows; null takes all.
+        val: rows to select a list by; none may be in `train`. Do not report results on rows of either.
+        limit_train: use the first so many rows; null: all.
+        limit_val: use the first so many rows; null: all.
     """
 
     def __init__(self, train: str, val: str, limit_train: int | None = None, limit_val: int | None = None) -> None:
         for name, limit in (("limit_train", limit_train), ("limit_val", limit_val)):
             if limit is not None and limit < 1:
-                raise ValueError(f"{KEY}.{name} must be at least 1, got {limit}: without a row nothing can be chosen")
+                raise ValueError(f"{KEY}.{name} must be at least 1, got {limit}")
         require("evaluation", "math_verify", "MathProblems")
         self.sources = {"train": (train, limit_train), "val": (val, limit_val)}
         self._parts: dict[str, dict[str, Example]] = {}

@@ -1,4 +1,4 @@
-"""What is attempted: the seam between the experience loop and mathematics, games, or anything else one can try."""
+"""The interface of the problems of the experience loop: mathematics, games, or a class of the user's own."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from opcd.data.example import Message
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote, once.
+    """An answer of a model.
 
     Attributes:
-        text: without special tokens.
-        tokens: tokens that were generated, the end-of-sequence token included.
+        text: the text without special tokens.
+        tokens: generated tokens, with the end-of-sequence token.
         cut_off: whether the limit of tokens ended it.
     """
 
@@ -24,21 +24,21 @@ class Written:
 
 
 class Writer(ABC):
-    """A model as the loop sees it: it continues conversations, and has its sampling settings inside.
+    """A model that continues conversations, with its own sampling settings.
 
-    Draws come from torch's default generator. The loop seeds it before every call of `Problems.attempt`, and whatever
-    is drawn inside that call goes on from there: so a batch that is computed again after a kill is the same.
+    Draws come from torch's default generator. The loop seeds it before every call of `Problems.attempt`: a batch is the
+    same when it is computed again after a kill.
     """
 
     @abstractmethod
     def write(self, conversations: Sequence[list[Message]], context: str | None = None) -> list[Written]:
-        """One continuation of each conversation, all in one batch.
+        """Continue each conversation once, all in one batch.
 
         Args:
-            conversations: chat messages, the last of which is the user's. Conversations of one call may have different
-                lengths; the caller leaves out those that are over.
-            context: text that every prompt holds, placed as in distillation (config keys `placement`, `template`): its
-                keys and values are computed once for all conversations and calls. None: the prompts hold none.
+            conversations: chat messages, ending with the user's. They may have different numbers of messages; the
+                caller leaves out finished conversations.
+            context: a text in every prompt, placed as in the distillation (config keys `placement`, `template`). Its
+                keys and values are computed once for all conversations and calls. None: no context.
 
         Raises:
             UserError: a prompt does not fit into the model's window.
@@ -47,19 +47,18 @@ class Writer(ABC):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at an item: a line of `attempts.jsonl` or `validation.jsonl`, less what the loop knows itself.
+    """An attempt at an item: a line of `attempts.jsonl` or `validation.jsonl`, to which the loop adds its own fields.
 
     Attributes:
-        item: id of the item.
-        transcript: what an extractor of lessons reads: the problem as it was put, and everything that the model wrote
-            and was answered, as plain text with headings of the implementation's own. Never the reference answer, nor
-            whether the attempt went well: that is `outcome`.
+        item: the id of the item.
+        transcript: the text that the extractor of lessons reads: the problem and all turns, with headings of the
+            implementation's own. It must not hold the reference answer, nor whether the attempt was right.
         outcome: feedback in words, such as "The final answer is wrong." or a game's last message. The extractor sees it
-            where the config says so (`extract.show_outcome`). None: nothing is known.
-        success: whether it went well; None where it cannot be judged. Validation attempts must have one.
-        tokens: tokens that the model wrote, over all turns.
-        cut_off: whether the limit of tokens ended any of its turns.
-        details: what else to keep, as JSON has it (numbers of turns, invalid moves, ...). For readers of the files.
+            with `extract.show_outcome`. None: not known.
+        success: whether the attempt was right; None: it cannot be judged. Validation attempts need a value.
+        tokens: tokens that the model wrote, in all turns.
+        cut_off: whether a turn was cut off by the limit of tokens.
+        details: other values for readers of the files, as JSON (numbers of turns, invalid moves, ...).
     """
 
     item: str
@@ -72,40 +71,40 @@ class Attempt:
 
 
 class Problems(ABC):
-    """Items that can be attempted: a training part that lessons come from, and a validation part that chooses lists.
+    """Items to attempt: training items, which lessons come from, and validation items, which lists are selected by.
 
-    In a config it is chosen by `problems.class_path`; the constructor's arguments are `problems.init_args` and their
-    docstring lines its help. The constructor checks its arguments and must be cheap: no model is loaded in a subclass.
+    A config names a subclass by `problems.class_path`; `problems.init_args` are the arguments of its constructor, and
+    their docstring lines are the help. The constructor checks its arguments, and must not load a model.
 
-    An item is known by its id, a text that means the same item in every process (a hash of the problem, a board's
-    seed). Equal ids are equal items: the loop refuses an id that is in both parts.
+    An item has an id: a text that names the same item in every process (a hash of the problem, a board's seed). An id
+    in both parts is an error.
 
-    Every method is called in one process, with no gradient.
+    Every method is called in one process, without gradients.
     """
 
     @abstractmethod
     def training(self) -> Sequence[str]:
-        """Ids of the training items, each once, in an order that does not change.
+        """The ids of the training items, each once, in a fixed order. Called before a model is loaded.
 
         Raises:
-            UserError: they cannot be read; names the config key. Comes before a model is loaded.
+            UserError: the items cannot be read; names the config key.
         """
 
     @abstractmethod
     def validation(self) -> Sequence[str]:
-        """Ids of the validation items, each once, in an order that does not change. Raises as `training` does."""
+        """The ids of the validation items, each once, in a fixed order. Raises as `training` does."""
 
     @abstractmethod
     def attempt(self, items: Sequence[str], writer: Writer, context: str | None) -> list[Attempt]:
-        """One attempt at each item, in their order. The loop passes at most a batch (`solve.batch_size`) at once.
+        """Attempt each item once, in order. A call has at most a batch of items (`solve.batch_size`).
 
-        The result must be a function of the arguments and of torch's default generator alone: an implementation that
-        draws from another generator derives its seed from the item.
+        The result must depend only on the arguments and on torch's default generator: seed other generators from the
+        item.
 
         Args:
-            items: ids of either part; one may come twice.
-            writer: who attempts them. Call `writer.write` with the context as it comes.
-            context: the lessons so far as one text, or None: the attempt is made without.
+            items: ids of either part; an id may be there twice.
+            writer: the model. Call `writer.write` with `context` unchanged.
+            context: the lessons as one text; None: no lessons.
 
         Raises:
             UserError: a prompt does not fit into the model's window.

@@ -1,4 +1,4 @@
-"""The prompts: text files (Jinja) in `opcd/experience/prompts`, each of which a file of the user's can replace."""
+"""The prompts: Jinja files in `opcd/experience/prompts`, or files of the user in their place."""
 
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ FOLDER = Path(__file__).parent / "prompts"
 
 
 class Prompt:
-    """A text with places to fill. What is filled in is never read as a template.
+    """A Jinja template; the values are never read as a template.
 
     Args:
         name: the file of the package, such as "extract.txt".
         file: a file that replaces it, or None.
         key: the config key of that file, for messages.
-        known: names that may be filled in.
-        needed: those of them that the text must use.
+        known: the names that the template may use.
+        needed: the names that the template must use.
 
     Raises:
-        UserError: the file cannot be read, is no template, or uses a name that is not known or lacks one.
+        UserError: the file cannot be read, is not a template, uses an unknown name, or lacks a needed one.
     """
 
     def __init__(self, name: str, file: str | None, key: str, known: set[str], needed: set[str]) -> None:
@@ -41,5 +41,5 @@ class Prompt:
                 raise UserError(f"{key}: {path}: {why} {', '.join(sorted(wrong))}; a prompt is made of {there}")
 
     def __call__(self, **values: Any) -> str:
-        """The text, filled in, without white space around it."""
+        """Fill in the values; white space around the text is removed."""
         return self._template.render(values).strip()

@@ -1,7 +1,7 @@
-"""Online experiential learning (arXiv:2603.16856): experience, distillation, and experience of the improved student.
+"""Online experiential learning (arXiv:2603.16856): rounds of experience and distillation.
 
-A round: the student solves, lessons are extracted and selected, `opcd fit` distils them into the student, and the next
-round begins with that student. Each distillation is a process of its own, on the engine of `opcd sweep`.
+In a round, the student solves, lessons are extracted and selected, and `opcd fit` distils them into the student. The
+next round starts with that student. Each distillation is a process of its own, run by the engine of `opcd sweep`.
 """
 
 import tempfile
@@ -30,9 +30,9 @@ class Rounds:
     Args:
         config: the run.
         out: its folder; a folder `round-N` for each round.
-        checker: of the distillations' configs.
-        engine: runs them.
-        make_loop: the loop of a round, from its config, folder and number.
+        checker: checks the configs of the distillations.
+        engine: runs the distillations.
+        make_loop: makes the loop of a round, from its config, folder and number.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class Rounds:
         self.config, self.out, self.checker, self.engine, self._make_loop = config, out, checker, engine, make_loop
 
     def run(self) -> list[Task]:
-        """Run what is not done yet; returns the distillations that failed."""
+        """Run what is not done yet; return the distillations that failed."""
         config, rows = self.config, []
         loop = self._loop(config, 1)
-        before = loop.student_score()
+        before = loop.score_without("student")
         for number in range(1, self.config.rounds + 1):
             selected = loop.run()
-            without = loop.score_without()
+            without = loop.score_without("select")
             loop.writers.close()
             task = self._distil(number, config)
             if self.engine.failed():
                 return self.engine.failed()
             config = self.config.with_student(str(task.folder.run / "student"))
             loop = self._loop(config, number + 1)
-            after = loop.student_score()
+            after = loop.score_without("student")
             row = Round(
                 round=number,
                 student_before=before.success,
@@ -91,13 +91,13 @@ class Rounds:
 
 
 def fit_settings(first: Experience, now: Experience, context: Path, checker: ConfigChecker) -> dict[str, Any]:
-    """What a round sets over the config of `fit`: student, context, and the teacher where it must be named.
+    """Make the settings of a round over the config of `fit`: student, context, and the teacher where it must be named.
 
     Args:
-        first: the run, with the student that it began with.
-        now: the same with the student of the round.
+        first: the run with its first student.
+        now: the run with the student of the round.
         context: the file with the lists.
-        checker: knows the config of `fit`.
+        checker: resolves the config of `fit`.
 
     Raises:
         UserError: the teacher of that config cannot be what fit.teacher asks for.
@@ -115,7 +115,7 @@ def fit_settings(first: Experience, now: Experience, context: Path, checker: Con
                 f"fit.teacher: renewed takes each round's student as its teacher, but fit.set or fit.config names one "
                 f"({TEACHER}: {teacher['init_args']['model']['name']}); remove that, or set fit.teacher: fixed"
             )
-        return settings  # every teacher without a model of its own begins as the student
+        return settings  # a teacher without a model of its own starts as the student
     if not frozen and first.rounds > 1:
         raise UserError(
             f"fit.teacher: fixed needs a FrozenTeacher; {teacher['class_path']} follows the student: set renewed"
@@ -127,7 +127,7 @@ def fit_settings(first: Experience, now: Experience, context: Path, checker: Con
 
 
 def check_rounds(config: Experience, checker: ConfigChecker) -> None:
-    """Refuse a distillation that cannot begin, before anything is computed.
+    """Check the config of the distillations, before anything is computed.
 
     Raises:
         UserError: names the key.
@@ -135,7 +135,7 @@ def check_rounds(config: Experience, checker: ConfigChecker) -> None:
     assert config.fit is not None
     for key, instead in OWN.items():
         if key in config.fit.set:
-            raise UserError(f"fit.set: {key} is the rounds' own to set, from {instead}; remove it")
+            raise UserError(f"fit.set: {key} is set by each round, from {instead}; remove it")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lessons.txt"
         file.write_text("A lesson.", encoding="utf-8")

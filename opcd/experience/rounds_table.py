@@ -1,4 +1,4 @@
-"""The rounds of a run that have finished, a line each."""
+"""The table of a run's finished rounds: rounds.jsonl, a line for each."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +11,18 @@ TABLE = "rounds.jsonl"
 
 @dataclass(frozen=True)
 class Round:
-    """A line of rounds.jsonl. Shares of validation items that went well.
+    """A line of rounds.jsonl. The scores are shares of successful validation items.
 
     Attributes:
-        round: its number, from 1.
-        student_before: of the student that the round begins with, without lessons.
-        without: of the model of `select`, without lessons.
-        selected: the same with the selected list in its prompt.
-        lessons: of the selected list.
-        tokens: of its text.
+        round: the number of the round, from 1.
+        student_before: the score of the student that the round starts with, without lessons.
+        without: the score of the model of `select`, without lessons.
+        selected: the score of the same model with the selected list in its prompt.
+        lessons: lessons of the selected list.
+        tokens: tokens of its text.
         divergence: the last `train/divergence` of the distillation; None where no metrics are logged.
-        student_after: of the distilled student, without lessons.
-        items: validation items.
+        student_after: the score of the distilled student, without lessons.
+        items: the number of validation items.
     """
 
     round: int
@@ -37,6 +37,6 @@ class Round:
 
 
 def read_rounds(out: Path, problems: list[str]) -> list[Round]:
-    """The rounds that have finished; what cannot be read is left out, and named among the problems."""
+    """Read the finished rounds; a line that cannot be read is left out, and added to the problems."""
     shape = get_type_hints(Round)
     return [Round(**{name: row[name] for name in shape}) for row in read_shaped(out / TABLE, shape, problems)]

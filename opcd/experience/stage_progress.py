@@ -1,41 +1,26 @@
-"""How far a stage is: a bar on a terminal, one line elsewhere."""
+"""The progress of a stage: a bar on a terminal, one line elsewhere."""
 
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
-from rich.progress import MofNCompleteColumn
-from rich.progress import Progress as Bars
+from rich.progress import MofNCompleteColumn, Progress
 
 from opcd.runtime.output import Screen
 
 
-class Progress:
-    """The progress of a stage.
+@contextmanager
+def progress(stage: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a stage; the block gets a function to call with the number of further conversations.
 
     Args:
-        stage: its name.
-        total: conversations that it takes.
-        done: how many of them a former run has left.
+        stage: the stage's name.
+        total: the number of its conversations.
+        done: how many of them an earlier run has finished.
     """
-
-    def __init__(self, stage: str, total: int, done: int = 0) -> None:
-        console = Screen()
-        self.stage, self.total = stage, total
-        self._plain = not console.is_terminal
-        columns = (*Bars.get_default_columns(), MofNCompleteColumn())
-        self._bars = Bars(*columns, console=console, disable=self._plain)
-        self._bar = self._bars.add_task(stage, total=total, completed=done)
-
-    def __enter__(self) -> "Progress":
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
-        if kind is None and self._plain:
-            print(f"{self.stage}: {self.total} done", flush=True)
-
-    def advance(self, count: int) -> None:
-        """So many more are done."""
-        self._bars.advance(self._bar, count)
+    console = Screen()
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield partial(bars.advance, bars.add_task(stage, total=total, completed=done))
+    if not console.is_terminal:
+        print(f"{stage}: {total} done", flush=True)

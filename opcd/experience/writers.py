@@ -1,4 +1,4 @@
-"""The loop's models: loaded when a stage first needs one, one at a time."""
+"""The models of the loop, loaded when a stage needs them, one at a time."""
 
 import gc
 from collections.abc import Sequence
@@ -23,23 +23,23 @@ STUDENT: StageName = "student"
 
 
 class Writers(Protocol):
-    """Who writes in each stage."""
+    """The models of all stages."""
 
     def open(self, stage: StageName) -> Writer:
-        """The writer of a stage, ready to write."""
+        """Load the model of a stage."""
 
     def close(self) -> None:
-        """Give back the memory of models: another process needs it."""
+        """Free the memory of the models, for another process."""
 
 
 class ModelWriter(Writer):
     """A model on this machine.
 
     Args:
-        student: model and tokenizer.
-        views: what makes prompts of conversations.
+        student: the model and its tokenizer.
+        views: renders conversations as prompts.
         sampling: how tokens are drawn.
-        window: most tokens of prompt and answer together; None where the model states none.
+        window: most tokens of prompt and answer together; None: not known.
         name: config key and name of the model, for messages.
     """
 
@@ -51,7 +51,7 @@ class ModelWriter(Writer):
     def write(self, conversations: Sequence[list[Message]], context: str | None = None) -> list[Written]:
         """One continuation of each conversation, all in one batch."""
         if context != self._context:
-            self._prefix.clear()  # lists come one after the other, each for all of its items
+            self._prefix.clear()  # the loop uses a list for all items before the next list
             self._context = context
         prompts = [self._prompt(messages, context) for messages in conversations]
         responses = respond(self.student, self.views, prompts, context, self.sampling, self._prefix)
@@ -63,7 +63,7 @@ class ModelWriter(Writer):
         if self.window is not None and len(ids) + most > self.window:
             raise UserError(
                 f"{self.name} takes {self.window} tokens, but a prompt has {len(ids)} and up to {most} are added: "
-                f"lower max_new_tokens of this stage or of solve (an extractor reads whole attempts), or "
+                f"lower max_new_tokens of this stage or of solve (an extractor reads entire attempts), or "
                 f"lessons.max_tokens; the prompt begins with {messages[-1]['content'][:80]!r}"
             )
         return ids
@@ -74,14 +74,14 @@ class ModelWriter(Writer):
 
 
 class ModelWriters:
-    """The models that the config names. Tokenizers and chat templates are checked when it is made.
+    """The models of the config, whose tokenizers and chat templates are checked at once.
 
     Args:
         config: the run.
-        device: where the models work.
+        device: the device of the models.
 
     Raises:
-        UserError: a model is not there, or its chat template does not take a list where `placement` puts it.
+        UserError: a model is not there, or its chat template does not take a list at the `placement`.
     """
 
     def __init__(self, config: Experience, device: torch.device) -> None:
@@ -91,7 +91,7 @@ class ModelWriters:
         self._loaded: tuple[ModelConfig, Student] | None = None
 
     def open(self, stage: StageName) -> Writer:
-        """The writer of a stage; its model replaces another one that was loaded before."""
+        """Load the model of a stage, in place of another one that is loaded."""
         config, key = self.config.model_of(stage)
         if self._loaded is None or self._loaded[0] != config:
             self.close()
@@ -102,7 +102,7 @@ class ModelWriters:
         return ModelWriter(self._loaded[1], self._views[stage], self.config.stage(stage).sampling, window, name)
 
     def close(self) -> None:
-        """Drop the model."""
+        """Free the memory of the model."""
         self._loaded = None
         gc.collect()
         if self.device.type == "cuda":
@@ -111,10 +111,8 @@ class ModelWriters:
     def _make_views(self, stage: StageName) -> Views:
         config, key = self.config.model_of(stage)
         tokenizer = load_tokenizer(config, key)
-        # Only lists have a place in a prompt: a template without a system role serves a stage that never sees one.
-        place, template = ("user", None)
-        if stage == "select":
-            place, template = self.config.placement, self.config.template
+        # Only `select` has lists in its prompts; the other stages work without a system role too.
+        place, template = (self.config.placement, self.config.template) if stage == "select" else ("user", None)
         window, most = context_window(config, key), self.config.stage(stage).sampling.max_new_tokens
         if window is not None and most >= window:
             where = "select" if stage == STUDENT else stage

@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from opcd.checkpoints import newest_of_run, read_checkpoint
-from opcd.checkpoints.checkpoint_files import manifest_of
-from opcd.checkpoints.newest import saved_config
+from opcd.checkpoints.checkpoint_files import manifest_of, saved_config
 from opcd.models import (
     PACKAGED,
     ModelConfig,
@@ -20,8 +19,9 @@ from opcd.models import (
     resolve,
     saved_model_config,
 )
-from opcd.models.folders import ADAPTER, check_weights, explain
+from opcd.models.adapter_folder import ADAPTER
 from opcd.models.model_card import Facts
+from opcd.models.model_folder import check_weights, explain
 from opcd.modules.lm.adapters import Lora, keep_differentiable
 from opcd.modules.student import Student
 from opcd.runtime.did_you_mean import beside

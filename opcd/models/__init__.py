@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 from opcd.runtime.lazy import lazily
 
 if TYPE_CHECKING:
-    from opcd.models.loading import (
+    from opcd.models.loading import load_model, load_tokenizer
+    from opcd.models.model_source import (
         PACKAGED,
         ModelConfig,
         architecture,
         base_of,
         context_window,
-        load_model,
-        load_tokenizer,
         own_quantization,
         resolve,
         saved_model_config,

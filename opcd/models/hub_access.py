@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be asked at all: its own clients find out after half a minute."""
+"""A quick check whether the Hugging Face hub can be reached: its own clients need half a minute to find out."""
 
 import importlib.util
 import os
@@ -17,10 +17,10 @@ SOCKS = ("socks5", "socks5h")
 
 
 def hub_reachable() -> bool:
-    """Whether the host of the Hugging Face hub can be found by name, or a proxy is set that may reach it.
+    """Whether the hub's host name can be resolved, or a proxy is set that may reach the hub.
 
     Raises:
-        UserError: the proxy that is set is none.
+        UserError: the address of the hub or of a proxy is invalid.
     """
     if constants.HF_HUB_OFFLINE:
         return False
@@ -31,18 +31,15 @@ def hub_reachable() -> bool:
         address = urlsplit(constants.ENDPOINT)
         host, port = address.hostname, address.port or 443
     except ValueError as error:
-        raise UserError(f"HF_ENDPOINT is no address: {error}") from error
-    if host is None:
-        return False
+        raise UserError(f"HF_ENDPOINT is not a valid address: {error}") from error
     try:
-        socket.getaddrinfo(host, port)
+        return host is not None and bool(socket.getaddrinfo(host, port))
     except (OSError, UnicodeError):
         return False
-    return True
 
 
 def check_proxies() -> None:
-    """Refuse proxies of the environment that no client can use; they raise errors of many kinds.
+    """Check the proxies of the environment: HTTP clients raise errors of many kinds for invalid ones.
 
     Raises:
         UserError: names the variable.
@@ -53,18 +50,18 @@ def check_proxies() -> None:
 
 
 def _problem(value: str) -> str | None:
-    """Why an address is no proxy, or None."""
+    """What is wrong with a proxy's address, or None."""
     try:
         address = urlsplit(value if "://" in value else f"http://{value}")
         host, port = address.hostname, address.port
     except ValueError as error:
-        return f"no address ({error})"
+        return f"not a valid address ({error})"
     if address.scheme not in ("http", "https", *SOCKS):
-        return f"no scheme of a proxy ({address.scheme})" if address.scheme else "no address"
+        return f"not a proxy scheme ({address.scheme})" if address.scheme else "not a valid address"
     if not host or any(character.isspace() for character in host):
-        return "an address without a host"
+        return "the address has no host"
     if port == 0:
-        return "no port"
+        return "not a valid port"
     if address.scheme in SOCKS and importlib.util.find_spec("socksio") is None:
         return f"a SOCKS proxy needs the package socksio: {pip_install('socksio')}"
     return None

@@ -1,8 +1,8 @@
-"""What a reader must know of a student: kept beside its weights as JSON, and shown as a model card."""
+"""How a student was trained: facts beside its weights as JSON, and a model card that shows them."""
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -12,7 +12,7 @@ from opcd.runtime.versions import VERSION
 FACTS = "distillation.json"
 """The file beside the weights."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+((/[\w.-]+)?:\S+)?")
-"""org/name; of a data set org/name:split or org/name/config:split, too."""
+"""org/name; for a data set also org/name:split or org/name/config:split."""
 
 CARD = """---
 library_name: {library}
@@ -38,18 +38,18 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """How a student was made, as plain values; None is not known. The context is named by its hash, never shown.
+    """How a student was trained, as plain values; None: not known. The context is named by its hash, never shown.
 
     Attributes:
-        base: the model that it was made from.
-        teacher: the model of each, None where it has none of its own.
-        context: the file of the context; rows may have had their own.
-        context_sha256: of all contexts that the teacher saw.
-        learning_rate: that of the optimizer, before a scheduler changes it.
+        base: the model that the training began with.
+        teacher: each teacher's class -> its model, None where it has none of its own.
+        context: the file of the context; rows may have had contexts of their own.
+        context_sha256: the hash of all contexts that the teacher saw.
+        learning_rate: the optimizer's, before a scheduler changes it.
         batch_size: rows of a step, on all ranks.
         precision: the trainer's.
-        former_contexts: the same of each training that the base had before, the oldest first.
-        opcd: the version that trained it.
+        former_contexts: `context_sha256` of each earlier training of the base, the oldest first.
+        opcd: the version that trained the student.
     """
 
     base: str
@@ -71,12 +71,12 @@ class Facts:
     opcd: str | None = VERSION
 
     def write(self, folder: Path) -> None:
-        """Put them beside a student's weights."""
+        """Write the facts beside a student's weights."""
         (folder / FACTS).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "Facts | None":
-        """Those of a student's folder; None where there are none that can be read."""
+        """Read the facts of a student's folder; None where there are none that can be read."""
         try:
             return cls.of(json.loads((folder / FACTS).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -84,32 +84,31 @@ class Facts:
 
     @classmethod
     def of(cls, values: dict[str, object]) -> "Facts":
-        """Out of plain values. TypeError where they are others, or of other types."""
+        """Make facts from plain values; TypeError for unknown names and for other types."""
         facts = cls(**values)  # type: ignore[arg-type]
         teacher = {} if facts.teacher is None else facts.teacher
         if not isinstance(teacher, dict) or not all(isinstance(text, str | None) for text in teacher.values()):
             raise TypeError("teacher")
         for name, kind in get_type_hints(cls).items():
             value = getattr(facts, name)
-            if (
-                name != "teacher"
-                and not isinstance(value, kind)
-                and not (float in get_args(kind) and type(value) is int)
-            ):
+            whole = type(value) is int and float in get_args(kind)  # JSON may write 1.0 as 1
+            if name != "teacher" and not isinstance(value, kind) and not whole:
                 raise TypeError(name)
         return facts
 
     @classmethod
     def contexts_in(cls, folder: Path) -> str | None:
-        """`context_sha256` of each training that made the student of a folder, the oldest first; None: of none."""
+        """Read `context_sha256` of each training of a folder's student, the oldest first; None: there are none."""
         facts = cls.read(folder)
         known = [facts.former_contexts, facts.context_sha256] if facts else []
         return ", ".join(one for one in known if one) or None
 
     def published(self) -> "Facts":
-        """The same with hub ids and names of files only: where they lie on this machine is nobody's business."""
+        """The same facts for publication: hub ids and file names, without paths of this machine."""
         teacher = {label: model and _name(model) for label, model in (self.teacher or {}).items()}
-        several = self.data is not None and "/" in self.data and " " in self.data  # data sets, each with its place
+        several = (
+            self.data is not None and "/" in self.data and " " in self.data
+        )  # several data sets, each with its path
         return replace(
             self,
             base=_name(self.base),
@@ -120,21 +119,20 @@ class Facts:
 
 
 def model_card(facts: Facts, adapter: bool = False, command: str | None = None) -> str:
-    """The README.md of a student's folder; facts that are not known have no row."""
-    known = {field.name: getattr(facts, field.name) for field in fields(facts)}
-    known = {name: None if value is None else markdown(value) for name, value in known.items()}
+    """Write the README.md of a student's folder; unknown facts have no row."""
+    known = {name: None if value is None else markdown(value) for name, value in vars(facts).items()}
     known["command"] = command and markdown_code(command)
     if facts.teacher is not None:
         taught = [f"{label} of {model}" if model else label for label, model in facts.teacher.items()]
         known["teacher"] = markdown("; ".join(taught))
     rows = [f"| {TITLES.get(name, name)} | {value} |" for name, value in known.items() if value is not None]
-    base = f"base_model: {facts.base}\n" if is_hub_id(facts.base) else ""  # the hub refuses anything else there
+    base = f"base_model: {facts.base}\n" if is_hub_id(facts.base) else ""  # the hub accepts nothing else there
     library = "peft" if adapter else "transformers"
     return CARD.format(library=library, base=base, name=markdown(_name(facts.base)), rows="\n".join(rows))
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is org/name and no path on this disk."""
+    """Whether a name is org/name, and not a local path."""
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 

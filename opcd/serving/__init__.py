@@ -1,4 +1,4 @@
-"""Models behind a server that speaks OpenAI's protocol with vLLM's additions."""
+"""Models behind a server with OpenAI's protocol and vLLM's additions."""
 
 from opcd.serving.client import Server, ServerError
 from opcd.serving.served_model import START, Card, ServedModel, find

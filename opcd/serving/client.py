@@ -1,15 +1,14 @@
-"""JSON over HTTP, several requests at a time, and none that is waited for without end.
+"""A concurrent client for JSON over HTTP, with timeouts and retries.
 
-How a request goes: an attempt has `timeout` seconds. Where it may succeed the next time (no connection, no answer in
-time, 429, 5xx, JSON that is cut), another one follows after a pause that doubles, or that the server asks for
-(Retry-After). Where it would begin later than `patience` seconds after the first, or where the server refuses,
-`ServerError` says why.
+An attempt has `timeout` seconds. After a failure that may pass (no connection, no answer in time, 429, 5xx, truncated
+JSON), another attempt follows, after a pause that doubles or that the server asks for (Retry-After). `ServerError` is
+raised where that attempt would begin later than `patience` seconds after the first, and for every other failure.
 """
 
 import asyncio
-import itertools
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 import httpx2
@@ -26,37 +26,42 @@ from opcd.models.hub_access import check_proxies
 from opcd.runtime.errors import UserError
 from opcd.runtime.interruption import check
 from opcd.runtime.output import hide, masked, shown
-from opcd.serving.pauses import pause
 
 Result = TypeVar("Result")
+Request = tuple[str, str, Any]
+"""Method, path and JSON body."""
 
 AGAIN = (408, 429, 500, 502, 503, 504)
 """Statuses after which the same request may succeed."""
 POLL = 0.1
-"""Seconds between two looks for a signal that ends the run."""
+"""Seconds between two checks for a signal that ends the run."""
 CONNECT = 10.0
-"""Seconds until a machine that does not answer counts as away."""
+"""Seconds for a connection to be made."""
+FIRST, LONGEST = 0.25, 30.0
+"""Longest first pause and longest pause of all, in seconds; each pause is drawn between half of its limit and all."""
 LARGEST = 2**28
 """Bytes of the largest answer: a table of 20 tokens at 8,000 positions takes 16 MiB."""
 SHOWN = 300
-"""Characters of what a server says in an error."""
+"""Most characters of a server's own message in an error."""
+
+_draw = random.Random()  # a generator of its own: a server must not change the draws of training
 
 
 class ServerError(Exception):
-    """A server that does not give what it is asked for: what it did, and its address.
+    """An error about a server that does not give what it is asked for.
 
     Args:
-        message: for the user.
-        status: of its answer, where it refused.
+        message: the server's address, and what it did.
+        status: the HTTP status, where the server refused.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(shown(message))  # a server's words may hold anything, the key too
+        super().__init__(shown(message))  # a server's message may hold anything, the key too
         self.status = status
 
 
 class _Again(Exception):
-    """An attempt that failed and may succeed the next time: why, and the server's Retry-After."""
+    """A failure that may pass: the reason, and the server's Retry-After."""
 
     def __init__(self, problem: str, retry_after: str | None = None) -> None:
         super().__init__(shown(problem))
@@ -65,12 +70,12 @@ class _Again(Exception):
 
 @dataclass(frozen=True)
 class Shortcut(Generic[Result]):
-    """A cheaper request in place of each body's own, which follows where this one fails; made once.
+    """Cheaper requests, each tried once before the ordinary request with the same number.
 
     Args:
-        path: where.
-        bodies: one for each body that it stands for.
-        read: as that of `Server.post`.
+        path: the path of the requests.
+        bodies: one for each ordinary body.
+        read: as in `Server.post`.
     """
 
     path: str
@@ -79,18 +84,18 @@ class Shortcut(Generic[Result]):
 
 
 class Server:
-    """A server's address, and how patiently it is asked.
+    """A server that answers requests with JSON.
 
     Args:
         base_url: http(s)://host:port, and a path where there is one.
-        key_env: environment variable that holds its key; where it is not set, no key is sent.
+        key_env: the environment variable that holds the server's key; if it is not set, no key is sent.
         concurrency: requests in flight at a time.
         timeout: seconds of one attempt.
-        patience: seconds after a request's first attempt within which others are begun.
+        patience: seconds after a request's first attempt within which further attempts begin.
 
     Raises:
-        ValueError: for an address that is none or holds a secret, a variable's name that is none, or numbers that make
-            no sense.
+        ValueError: the address is invalid or holds a secret, the variable's name is invalid, or a number is out of
+            range.
     """
 
     def __init__(self, base_url: str, key_env: str, concurrency: int, timeout: float, patience: float) -> None:
@@ -98,19 +103,19 @@ class Server:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", key_env):  # the value is not shown: it may be a key
             raise ValueError(
                 "api_key_env must be the name of an environment variable (capital letters, digits, _); a key itself "
-                "has no place in a config, which is saved with the run"
+                "must not be in a config, which is saved with the run"
             )
         if concurrency < 1 or not timeout > 0 or not patience >= 0:
             raise ValueError(
-                f"a server wants concurrency >= 1, timeout > 0 and patience >= 0, got concurrency {concurrency}, "
+                f"a server needs concurrency >= 1, timeout > 0 and patience >= 0, got concurrency {concurrency}, "
                 f"timeout {timeout:g} s, patience {patience:g} s"
             )
         self.base_url, self.key_env = base_url.rstrip("/"), key_env
         self.concurrency, self.timeout, self.patience = concurrency, timeout, patience
-        self._failed: set[str] = set()  # paths of shortcuts of which the user knows
+        self._failed: set[str] = set()  # paths of shortcuts whose failure has been logged
 
     def get(self, path: str, patience: float | None = None) -> Any:
-        """The JSON at a path. ServerError where it cannot be had; `patience` may be less than the server's."""
+        """Get the JSON at a path, or raise ServerError; `patience` may be less than the server's."""
         return self._all([("GET", path, None)], lambda answer, _: answer, patience)[0]
 
     def post(
@@ -121,31 +126,32 @@ class Server:
         shortcut: Shortcut[Result] | None = None,
         patience: float | None = None,
     ) -> list[Result]:
-        """What `read` makes of the JSON that each body is answered with, and of the body's number; in their order.
+        """Post all bodies; return what `read` makes of each answer's JSON and the body's number, in the bodies' order.
 
-        ServerError for the first that cannot be had, or that `read` raises; the others are then given up.
+        Raises:
+            ServerError: of the first request that fails, or of `read`; the other requests are then cancelled.
         """
         return self._all([("POST", path, body) for body in bodies], read, patience, shortcut)
 
     def _all(
         self,
-        requests: list[tuple[str, str, Any]],
+        requests: list[Request],
         read: Callable[[Any, int], Result],
         patience: float | None,
         shortcut: Shortcut[Result] | None = None,
     ) -> list[Result]:
         least = self.patience if patience is None else min(patience, self.patience)
-        # A thread of its own: a notebook has an event loop in the main one, and signals are noticed there meanwhile.
+        # In another thread: in a notebook the main one has an event loop already, and it must receive signals.
         left = threading.Event()
         with ThreadPoolExecutor(1) as thread:
             try:
                 return thread.submit(asyncio.run, self._gather(requests, read, least, left, shortcut)).result()
             finally:
-                left.set()  # an interrupt in this thread, in a notebook, must not wait for the other
+                left.set()  # an interrupt in this thread must not wait for the requests
 
     async def _gather(
         self,
-        requests: list[tuple[str, str, Any]],
+        requests: list[Request],
         read: Callable[[Any, int], Result],
         patience: float,
         left: threading.Event,
@@ -160,11 +166,11 @@ class Server:
         async with httpx2.AsyncClient(headers=self._headers(), timeout=timeout, limits=limits) as client:
 
             async def one(number: int) -> Result:
-                """What is read out of the answer to a request."""
+                """Make one request, by the shortcut where that succeeds."""
                 async with room:
                     if shortcut and (found := await self._taken(client, shortcut, number)) is not None:
                         return found
-                    return read(await self._answer(client, *requests[number], patience, told), number)
+                    return read(await self._answer(client, requests[number], patience, told), number)
 
             tasks = [asyncio.create_task(one(number)) for number in range(len(requests))]
             pending = set(tasks)
@@ -180,31 +186,35 @@ class Server:
                 await asyncio.gather(*tasks, return_exceptions=True)
             return [task.result() for task in tasks]
 
-    async def _answer(
-        self, client: httpx2.AsyncClient, method: str, path: str, body: Any, patience: float, told: asyncio.Event
-    ) -> Any:
-        """The JSON of the first attempt that succeeds; `told`: whether the user knows that it may take a while."""
-        begun = time.monotonic()
-        for attempt in itertools.count(1):
+    async def _answer(self, client: httpx2.AsyncClient, request: Request, patience: float, told: asyncio.Event) -> Any:
+        """The JSON of the first attempt that succeeds; `told` is set once a message about retries has been logged."""
+        where = self.base_url + request[1]
+        begun, attempt = time.monotonic(), 0
+        while True:
+            attempt += 1
             try:
-                return await self._attempt(client, method, path, body)
+                return await self._attempt(client, request)
             except _Again as problem:
                 wait = pause(attempt, problem.retry_after)
                 seconds = time.monotonic() - begun
                 if seconds + wait > patience:
                     raise ServerError(
-                        f"{self.base_url}{path}: {problem}; given up after {attempt} attempts in {seconds:.1f} s"
+                        f"{where}: {problem}; given up after {attempt} attempts in {seconds:.1f} s"
                     ) from problem
                 if not told.is_set():
                     told.set()
-                    rank_zero_info(f"{self.base_url}{path}: {problem}; asked again for up to {patience:g} s")
+                    rank_zero_info(f"{where}: {problem}; retried for up to {patience:g} s")
             await asyncio.sleep(wait)
-        raise AssertionError("counting has no end")
 
-    async def _attempt(self, client: httpx2.AsyncClient, method: str, path: str, body: Any) -> Any:
+    async def _attempt(self, client: httpx2.AsyncClient, request: Request) -> Any:
+        method, path, body = request
+        where, content = self.base_url + path, bytearray()
         try:
-            async with asyncio.timeout(self.timeout):
-                response, content = await self._received(client, method, path, body)
+            async with asyncio.timeout(self.timeout), client.stream(method, where, json=body) as response:
+                async for piece in response.aiter_bytes():
+                    content += piece
+                    if len(content) > LARGEST:
+                        raise ServerError(f"{where}: its answer is larger than {LARGEST >> 20} MiB")
         except TimeoutError:
             raise _Again(f"no answer within {self.timeout:g} s") from None
         except httpx2.RequestError as error:
@@ -214,55 +224,62 @@ class Server:
         if response.status_code != 200:
             key = f"; the key comes from the environment variable {self.key_env}"
             hint = key if response.status_code in (401, 403) else ""
-            raise ServerError(f"{self.base_url}{path}: {_said(response, content)}{hint}", response.status_code)
+            raise ServerError(f"{where}: {_said(response, content)}{hint}", response.status_code)
         try:
             return json.loads(content)
         except RecursionError as error:
-            raise ServerError(f"{self.base_url}{path}: its answer is nested too deep") from error
+            raise ServerError(f"{where}: its answer is nested too deeply") from error
         except ValueError as error:
-            raise _Again("its answer is no whole JSON") from error
-
-    async def _received(
-        self, client: httpx2.AsyncClient, method: str, path: str, body: Any
-    ) -> tuple[httpx2.Response, bytes]:
-        """A response and its content, which is not read without end."""
-        content = bytearray()
-        async with client.stream(method, self.base_url + path, json=body) as response:
-            async for piece in response.aiter_bytes():
-                content += piece
-                if len(content) > LARGEST:
-                    raise ServerError(f"{self.base_url}{path}: its answer is larger than {LARGEST >> 20} MiB")
-        return response, bytes(content)
+            raise _Again("its answer is truncated or invalid JSON") from error
 
     async def _taken(self, client: httpx2.AsyncClient, shortcut: Shortcut[Result], number: int) -> Result | None:
-        """What a shortcut gives in place of a body; None where it fails."""
+        """The result of a shortcut's request; None where it fails."""
         try:
-            answer = await self._attempt(client, "POST", shortcut.path, shortcut.bodies[number])
+            answer = await self._attempt(client, ("POST", shortcut.path, shortcut.bodies[number]))
             return shortcut.read(answer, number)
         except (ServerError, _Again) as problem:
             if shortcut.path not in self._failed:
                 self._failed.add(shortcut.path)
                 where = "" if isinstance(problem, ServerError) else f"{self.base_url}{shortcut.path}: "
-                rank_zero_info(f"{where}{problem}; asked in the ordinary way, here and where it fails again")
+                rank_zero_info(
+                    f"{where}{problem}; the ordinary request is made instead, here and where this fails again"
+                )
             return None
 
-    def _key(self) -> str:
-        return os.environ.get(self.key_env, "").strip()
-
     def _headers(self) -> dict[str, str]:
-        key = self._key()
-        if not re.fullmatch(r"[!-~]*", key):  # it would be shown by whoever refuses it later
-            raise ServerError(f"the environment variable {self.key_env} holds no key: blanks or other than ASCII")
+        key = os.environ.get(self.key_env, "").strip()
+        if not re.fullmatch(r"[!-~]*", key):  # a later error would show the key
+            raise ServerError(f"the environment variable {self.key_env} is not a key: it has blanks or non-ASCII text")
         hide(key)
         return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _said(response: httpx2.Response, content: bytes) -> str:
-    """The status and the beginning of a server's own words."""
+def _said(response: httpx2.Response, content: bytearray) -> str:
+    """The status and the beginning of the server's own message."""
     words = content[: 4 * SHOWN].decode("utf-8", "replace")
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         words = str(json.loads(content)["error"]["message"])
     return f"HTTP {response.status_code} {' '.join(masked(words).split())[:SHOWN]}".strip()
+
+
+def pause(attempt: int, retry_after: str | None) -> float:
+    """Seconds to wait after the n-th attempt (from 1): exponential backoff with jitter, at least Retry-After."""
+    longest = min(FIRST * 2.0 ** min(attempt - 1, 16), LONGEST)
+    return max(_draw.uniform(longest / 2, longest), _asked(retry_after))
+
+
+def _asked(retry_after: str | None) -> float:
+    """Seconds of a Retry-After header, which is a number or a date; 0 for anything else."""
+    if retry_after is None:
+        return 0.0
+    try:
+        return float(retry_after)
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return 0.0
 
 
 def _check_url(base_url: str) -> None:
@@ -271,10 +288,8 @@ def _check_url(base_url: str) -> None:
     except httpx2.InvalidURL:
         url = httpx2.URL("")
     if url.userinfo or url.query or url.fragment or "@" in base_url:  # not shown: it may be a key
-        raise ValueError(
-            "base_url must be http(s)://host:port alone: a name, a key or a query has no place in a config"
-        )
+        raise ValueError("base_url must be http(s)://host:port only: a name, a key or a query must not be in a config")
     if url.scheme not in ("http", "https") or not url.host or url.path.rstrip("/").endswith("/v1"):
-        raise ValueError(f"base_url must be http(s)://host:port, without the /v1 that follows, got {base_url!r}")
+        raise ValueError(f"base_url must be http(s)://host:port, without /v1, got {base_url!r}")
     if url.port is not None and not 0 < url.port < 65536:
-        raise ValueError(f"base_url: a port lies between 1 and 65535, got {url.port}")
+        raise ValueError(f"base_url: a port must be from 1 to 65535, got {url.port}")

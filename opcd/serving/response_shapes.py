@@ -1,4 +1,4 @@
-"""What a server's answers look like: checked once, before anything is made of them."""
+"""The shapes of a server's answers, checked once, before the answers are used."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,47 +9,46 @@ from opcd.serving.client import ServerError
 ROUNDING = 1e-3
 """Nats by which a log-probability may lie above 0."""
 LARGEST = 2**31
-"""No vocabulary has as many tokens."""
+"""More tokens than any vocabulary has."""
 
 Shape = Callable[[Any, str], None]
-"""Raises ServerError where a value, which stands at a place of an answer, is not of this shape."""
+"""A check of a value and of its place in an answer, for messages; raises ServerError."""
 
 
-def count(value: Any, where: str) -> None:
-    """A whole number from 0 on."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
-        raise wrong(where, "a whole number from 0 on", value)
+def integer(below: int, due: str) -> Shape:
+    """Make the shape of an integer from 0 to below a limit."""
 
+    def check(value: Any, where: str) -> None:
+        """Check the type and the limits."""
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < below:
+            raise wrong(where, due, value)
 
-def token_id(value: Any, where: str) -> None:
-    """An id of a vocabulary."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < LARGEST:
-        raise wrong(where, "a token's id", value)
+    return check
 
 
 def log_prob(value: Any, where: str) -> None:
-    """A finite number that is at most 0."""
+    """Check for a finite number that is at most 0."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise wrong(where, "a number", value)
     if not math.isfinite(value) or value > ROUNDING:
-        raise ServerError(f"{where}: {value} for a log-probability, which is finite and at most 0")
+        raise ServerError(f"{where}: {value} for a log-probability, which must be finite and at most 0")
 
 
 def text(value: Any, where: str) -> None:
-    """A text."""
+    """Check for a text."""
     if not isinstance(value, str):
         raise wrong(where, "a text", value)
 
 
 def anything(value: Any, where: str) -> None:
-    """Whatever it is."""
+    """Accept any value."""
 
 
 def optional(shape: Shape) -> Shape:
-    """That shape, or null."""
+    """Make a shape that accepts null too."""
 
     def check(value: Any, where: str) -> None:
-        """Null, or of the shape."""
+        """Check anything but null."""
         if value is not None:
             shape(value, where)
 
@@ -57,16 +56,16 @@ def optional(shape: Shape) -> Shape:
 
 
 def list_of(shape: Shape, length: int | None = None, most: int | None = None) -> Shape:
-    """A list, of this length or of so many at most."""
+    """Make the shape of a list, of exactly `length` or at most `most` values."""
 
     def check(value: Any, where: str) -> None:
-        """A list whose values are of the shape."""
+        """Check the list, then its values."""
         if not isinstance(value, list):
             raise wrong(where, "a list", value)
         if length not in (None, len(value)):
-            raise ServerError(f"{where}: {len(value)} values where {length} are due")
+            raise ServerError(f"{where}: {len(value)} values instead of {length}")
         if most is not None and len(value) > most:
-            raise ServerError(f"{where}: {len(value)} values where {most} were asked for at most")
+            raise ServerError(f"{where}: {len(value)} values, but at most {most} were asked for")
         for number, one in enumerate(value):
             shape(one, f"{where}[{number}]")
 
@@ -74,10 +73,10 @@ def list_of(shape: Shape, length: int | None = None, most: int | None = None) ->
 
 
 def fields(shapes: Mapping[str, Shape]) -> Shape:
-    """An object with these fields, among others; a field that is not there is null."""
+    """Make the shape of an object with these fields, among others; a missing field counts as null."""
 
     def check(value: Any, where: str) -> None:
-        """An object whose fields are of their shapes."""
+        """Check the object, then its fields."""
         if not isinstance(value, dict):
             raise wrong(where, "an object", value)
         for name, shape in shapes.items():
@@ -87,45 +86,52 @@ def fields(shapes: Mapping[str, Shape]) -> Shape:
 
 
 def table(value: Any, where: str) -> None:
-    """Tokens of a position, by their ids as text, each with its log-probability."""
+    """Check for the table of a position: token ids as text, each with its log-probability."""
     if not isinstance(value, dict):
         raise wrong(where, "a table of tokens", value)
     for key, entry in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 11 and int(key) < LARGEST):
-            raise wrong(where, "a token's id", key)
+            raise wrong(where, "a token id", key)
         if not isinstance(entry, dict):
             raise wrong(f"{where}[{key}]", "an object", entry)
         log_prob(entry.get("logprob"), f"{where}[{key}].logprob")
 
 
 def wrong(where: str, due: str, value: Any) -> ServerError:
-    """What an answer has in place of what is due; not more of it than its kind and its beginning."""
+    """The error for a value of another shape; its text is cut to the beginning."""
     shown = repr(value)[:40] if isinstance(value, int | float | str | None) else type(value).__name__
     return ServerError(f"an answer that is not of vLLM's form: {where} is {shown}, not {due}")
 
 
+COUNT, TOKEN_ID = integer(2**53, "an integer of at least 0"), integer(LARGEST, "a token id")
 MODELS = fields(
     {
         "data": list_of(
-            fields({"id": text, "root": optional(text), "parent": optional(text), "max_model_len": optional(count)})
+            fields({"id": text, "root": optional(text), "parent": optional(text), "max_model_len": optional(COUNT)})
         )
     }
 )
-"""The list of models."""
-TOKENS = fields({"tokens": list_of(token_id)})
-"""A text's tokens."""
-CACHED = fields({"usage": fields({"prompt_tokens_details": fields({"cached_tokens": count})})})
-"""How much of a prompt was cached."""
+"""An answer with the list of models."""
+TOKENS = fields({"tokens": list_of(TOKEN_ID)})
+"""An answer with the tokens of a text."""
+SCORED = fields({"choices": list_of(fields({"prompt_logprobs": optional(list_of(anything))}), length=1)})
+"""An answer of `/v1/completions` with the tables of a prompt."""
+REST = fields({"prompt_logprobs": list_of(anything)})
+"""An answer of `/inference/v1/generate` with the tables of the tokens that were not cached."""
+TABLES = list_of(table)
+"""The tables of a response's tokens; those of cached tokens may hold anything."""
+CACHED = fields({"usage": fields({"prompt_tokens_details": fields({"cached_tokens": COUNT})})})
+"""An answer that says how many tokens of a prompt were cached."""
 
 
 def completion(most: int | None, vocabulary: int | None) -> Shape:
-    """One response: its tokens and their log-probabilities."""
+    """Make the shape of an answer with one response: its tokens and their log-probabilities."""
 
     def known(value: Any, where: str) -> None:
-        """An id of the student's vocabulary."""
-        token_id(value, where)
+        """Check for a token id of the student's vocabulary."""
+        TOKEN_ID(value, where)
         if vocabulary is not None and value >= vocabulary:
-            raise ServerError(f"{where}: token {value} of a model that has {vocabulary}")
+            raise ServerError(f"{where}: token {value}, but the model has {vocabulary}")
 
     one = {"token_ids": list_of(known, most=most), "logprobs": fields({"token_logprobs": list_of(log_prob)})}
     return fields({"choices": list_of(fields(one), length=1)})

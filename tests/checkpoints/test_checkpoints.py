@@ -81,7 +81,7 @@ def test_the_newest_whole_one(runs, tmp_path):
         assert newest_whole(runs) == runs / "version_0/checkpoints/step=2.ckpt"
     for file in runs.rglob("*.ckpt.json"):
         file.unlink()
-    with pytest.raises(UserError, match=r"no checkpoint under .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint under .* is complete"):
         newest_whole(runs)
     assert newest_whole(tmp_path / "nothing here") is None
 

@@ -84,7 +84,9 @@ def test_weights_alone_are_enough_to_answer_and_not_to_train(tmp_path):
     path = tmp_path / "weights.ckpt"
     torch.save({"state_dict": WHOLE["state_dict"]}, path)
     assert check_checkpoint(path, CONFIG, training=False) == {}
-    with pytest.raises(BrokenCheckpoint, match="that training can go on from: it has no pytorch-lightning_version, ep"):
+    with pytest.raises(
+        BrokenCheckpoint, match="that training can resume from: it has no pytorch-lightning_version, ep"
+    ):
         check_checkpoint(path, CONFIG, training=True)
 
 
@@ -147,5 +149,5 @@ def test_every_command_asks_the_config_alone(command, opcd, rows, context, tmp_p
     assert code == 2 and "at model.temperature, model.student.name, model.loss.class_path" in text
     path.write_bytes(b"PK nothing")
     code, text = opcd(*words)
-    assert code == 2 and f"{path} is no checkpoint that can be loaded: it is cut" in text
+    assert code == 2 and f"{path} cannot be loaded as a checkpoint: it is cut" in text
     assert not (tmp_path / "it-ran").exists() and not list((tmp_path / "runs").glob("version_*"))

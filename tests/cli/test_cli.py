@@ -214,7 +214,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_loaded(fit
         (["--trainer.max_stepss", "3"], "max_stepss"),
         (["--model.student.name", "org/model"], "model.student.name: org/model is not on this machine"),
         (["--model.student.name", "smollm2-135"], "did you mean smollm2-135m"),
-        (["--model.student.name", "/"], "model.student.name: / is no model folder"),
+        (["--model.student.name", "/"], "model.student.name: / is not a model folder"),
         (["--model.student.revision", "main"], "model.student.revision"),
         (["--model.rollout", "RecordedRollout"], "model.rollout is RecordedRollout"),
         (["--model.micro_batch_tokens", "0"], "model.micro_batch_tokens"),

@@ -357,7 +357,7 @@ def test_runs_and_models_that_cannot_be_exported(opcd, from_checkpoint, tmp_path
     checkpoint = next(run.glob("checkpoints/*.ckpt"))
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
     code, text = opcd("export", run, "--to", "hf", "--out", tmp_path / "out")
-    assert code == 2 and "no checkpoint under" in text and "is whole" in text
+    assert code == 2 and "no checkpoint under" in text and "is complete" in text
     shutil.rmtree(run / "checkpoints")
     code, text = opcd("export", run, "--to", "hf", "--out", tmp_path / "out")
     assert code == 2 and "has neither student/ nor a checkpoint" in text

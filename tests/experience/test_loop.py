@@ -153,7 +153,7 @@ def test_a_folder_of_another_run_is_refused(scripted, tmp_path):
 
 
 def test_every_lesson_over_the_limit(scripted):
-    with pytest.raises(UserError, match=r"lessons.max_tokens: not one lesson fits into 8 tokens.*raise it"):
+    with pytest.raises(UserError, match=r"lessons.max_tokens: no lesson fits into 8 tokens.*raise it"):
         scripted("--lessons.max_tokens=8")
 
 

@@ -110,7 +110,7 @@ def test_a_journal_cut_anywhere_goes_on_with_whole_batches(tmp_path):
 def test_a_journal_that_somebody_changed(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"n": 1, "batch": [0, 1]}\nnonsense\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2: no record of this run"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not a record of this run"):
         Journal(file)
     assert file.read_text().endswith("nonsense\n")  # nothing is thrown away
 

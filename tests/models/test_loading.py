@@ -1,10 +1,12 @@
 """Models: the packaged one, GGUF conversion into the cache, and what is refused."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,6 +58,19 @@ def test_two_processes_convert_once_and_a_damaged_copy_is_made_again(tmp_path, m
     assert resolve(ModelConfig()) == str(folder)
     assert weights.read_bytes() == written
     assert [file.name for file in (tmp_path / "models").iterdir() if file.name.startswith(".conv")] == []
+
+
+def test_a_file_is_hashed_again_only_when_it_has_changed(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_bytes(b"a")
+    first, times = gguf._sha256(file), file.stat()
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", None)
+        assert gguf._sha256(file) == first
+    time.sleep(0.05)  # longer than the steps of a file system's clock
+    file.write_bytes(b"b")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as somebody would who hides the change
+    assert gguf._sha256(file) != first
 
 
 @pytest.mark.case("C24")

@@ -39,7 +39,7 @@ from opcd.runtime import interruption
 from opcd.runtime.errors import StepAbandoned, UserError
 from opcd.runtime.interruption import Interrupted
 from opcd.serving import client
-from opcd.serving.pauses import LONGEST, pause
+from opcd.serving.client import LONGEST, pause
 from opcd.serving.served_model import COMPLETIONS, GENERATE, MODELS, TOKENIZE
 from tests.helpers.teacher_server import Served, serving
 from tests.helpers.vllm_server import cached_tokens_of, vllm_here, vllm_serving
@@ -178,7 +178,7 @@ def test_a_response_that_was_cached_is_asked_for_again(connected, server, trajec
     with caplog.at_level("INFO"):
         ask(teacher, trajectories)  # every row is in the cache now, up to its response's last tokens
     assert paths(server) == {GENERATE, COMPLETIONS}
-    assert caplog.text.count("came from its cache, without values; asked in the ordinary way") == 1
+    assert caplog.text.count("came from its cache, without log-probabilities; the ordinary request is made") == 1
     assert_close(vars(teacher.score(trajectories, 0)), vars(first))
 
 
@@ -309,7 +309,7 @@ DRILLS = {
     "500 for ever": (status(500), None, "HTTP 500 not now; given up after"),
     "503 for a while": (status(503), 2, None),
     "403": (status(403), None, "HTTP 403 not now; the key comes from the environment variable OPCD_TEACHER_KEY"),
-    "cut JSON": (completions(cut), None, "its answer is no whole JSON; given up after"),
+    "cut JSON": (completions(cut), None, "its answer is truncated or invalid JSON; given up after"),
     "cut JSON once": (completions(cut), 1, None),
     "torn connection": (completions(lambda *both: cut(*both, length=True)), None, "RemoteProtocolError"),
     "no tables": (changed(lambda a, tables, e: a["choices"][0].pop("prompt_logprobs")), None, "no prompt_logprobs"),
@@ -319,7 +319,7 @@ DRILLS = {
     "another token": (
         changed(lambda a, tables, e: tables.insert(1, tables.pop())),
         None,
-        "without the token that was sent",
+        "a position lacks the token that was sent",
     ),
     "fewer tokens": (
         changed(lambda a, tables, e: keep(tables[-1], 3)),
@@ -341,12 +341,12 @@ DRILLS = {
         None,
         r"serves another teacher now: Card\(root='/other'",
     ),
-    "a negative id": (changed(lambda a, tables, e: tables[-1].update({"-5": dict(e)})), None, "'-5', not a token's id"),
-    "a huge id": (changed(lambda a, tables, e: tables[-1].update({str(2**40): dict(e)})), None, "not a token's id"),
+    "a negative id": (changed(lambda a, tables, e: tables[-1].update({"-5": dict(e)})), None, "'-5', not a token id"),
+    "a huge id": (changed(lambda a, tables, e: tables[-1].update({str(2**40): dict(e)})), None, "not a token id"),
     "an id that is no number": (
         changed(lambda a, tables, e: tables[-1].update(x=dict(e))),
         None,
-        "'x', not a token's id",
+        "'x', not a token id",
     ),
     "a table that is a list": (changed(lambda a, tables, e: tables.__setitem__(-1, [1])), None, "list, not a table"),
     "a table that is null": (changed(lambda a, tables, e: tables.__setitem__(-1, None)), None, "None, not a table"),
@@ -358,14 +358,14 @@ DRILLS = {
         None,
         "dict, not a list",
     ),
-    "no choices": (changed(lambda a, tables, e: a.update(choices=[])), None, "0 values where 1 are due"),
-    "two choices": (changed(lambda a, tables, e: a["choices"].append(1)), None, "2 values where 1 are due"),
+    "no choices": (changed(lambda a, tables, e: a.update(choices=[])), None, "0 values instead of 1"),
+    "two choices": (changed(lambda a, tables, e: a["choices"].append(1)), None, "2 values instead of 1"),
     "choices that are a text": (changed(lambda a, tables, e: a.update(choices="x")), None, "'x', not a list"),
     "null": (completions(lambda handler, answer: handler.say(200, None)), None, "None, not an object"),
     "nested": (
         completions(lambda handler, answer: handler.send(200, b'{"choices":' + b"[" * 200_000)),
         None,
-        "nested too deep",
+        "nested too deeply",
     ),
     "an error that is nested": (
         completions(lambda handler, answer: handler.send(400, b'{"error":' + b"[" * 200_000)),
@@ -461,13 +461,13 @@ def test_what_a_server_says_first_is_checked(path, answer, says, connected, serv
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("http_proxy", "gopher://proxy:1", "no scheme of a proxy"),
-        ("http_proxy", "http://proxy:99999", "http_proxy: no address"),
-        ("https_proxy", "http://proxy:abc", "https_proxy: no address"),
+        ("http_proxy", "gopher://proxy:1", "not a proxy scheme"),
+        ("http_proxy", "http://proxy:99999", "http_proxy: not a valid address"),
+        ("https_proxy", "http://proxy:abc", "https_proxy: not a valid address"),
         ("all_proxy", "socks5://proxy:1080", "needs the package socksio"),
-        ("ALL_PROXY", "socks4://proxy", "no scheme of a proxy"),
-        ("http_proxy", "http://[::1", "no address"),
-        ("http_proxy", "://", "no address"),
+        ("ALL_PROXY", "socks4://proxy", "not a proxy scheme"),
+        ("http_proxy", "http://[::1", "not a valid address"),
+        ("http_proxy", "://", "not a valid address"),
         ("http_proxy", "gopher://me:planted@proxy", r"got gopher://\*\*\*@proxy"),
     ],
 )
@@ -548,7 +548,7 @@ def test_a_server_that_is_not_there(student):
         ),
         (MODELS, lambda answer: {"models": []}, "/v1/models lists no models"),
         (TOKENIZE, lambda answer: {"tokens": answer["tokens"][::-1]}, "has another tokenizer than model.student"),
-        (COMPLETIONS, lambda answer: {"choices": [{"text": "a"}]}, "it gives no prompt_logprobs; vLLM does"),
+        (COMPLETIONS, lambda answer: {"choices": [{"text": "a"}]}, "its answer has no prompt_logprobs; vLLM's has"),
     ],
 )
 def test_a_server_that_is_not_the_right_one(path, change, says, server, student):
@@ -592,14 +592,14 @@ def test_an_adapter_has_the_window_of_its_base(server, connected):
     ("options", "says"),
     [
         ({"base_url": "localhost:8000"}, "base_url must be"),
-        ({"base_url": "http://localhost:8000/v1"}, "without the /v1"),
-        ({"base_url": f"http://user:{KEY}@localhost:8000"}, "has no place in a config"),
-        ({"base_url": f"http://localhost:8000/?key={KEY}"}, "has no place in a config"),
+        ({"base_url": "http://localhost:8000/v1"}, "without /v1"),
+        ({"base_url": f"http://user:{KEY}@localhost:8000"}, "must not be in a config"),
+        ({"base_url": f"http://localhost:8000/?key={KEY}"}, "must not be in a config"),
         ({"api_key_env": KEY}, "must be the name of an environment variable"),
         ({"concurrency": 0}, "concurrency >= 1"),
         ({"timeout": 0.0}, "timeout > 0"),
-        ({"base_url": "http://localhost:99999"}, "a port lies between"),
-        ({"base_url": "http://localhost:-1"}, "a port lies between"),
+        ({"base_url": "http://localhost:99999"}, "a port must be from 1"),
+        ({"base_url": "http://localhost:-1"}, "a port must be from 1"),
     ],
 )
 def test_arguments_that_make_no_sense(options, says):
@@ -699,7 +699,7 @@ def test_a_key_that_is_wrong_or_none(server, connected, monkeypatch):
     with pytest.raises(UserError, match=r"HTTP 401 Unauthorized; the key comes from .* OPCD_TEACHER_KEY"):
         connected()
     monkeypatch.setenv("OPCD_TEACHER_KEY", f"{KEY}\nX-More: 1")
-    with pytest.raises(UserError, match="OPCD_TEACHER_KEY holds no key") as raised:
+    with pytest.raises(UserError, match="OPCD_TEACHER_KEY is not a key") as raised:
         connected()
     assert KEY not in str(raised.value)
     monkeypatch.setenv("OPCD_TEACHER_KEY", KEY)

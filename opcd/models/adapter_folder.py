@@ -1,4 +1,4 @@
-"""An adapter's folder: a LoRA of peft's, whose settings are checked against its weights before peft reads them.
+"""The settings of a LoRA adapter's folder, checked against its weights before peft reads them.
 
 peft takes patterns of names as regular expressions, which can take exponential time, and some of its settings import
 a module or open further files. Here the layers are those that the weights name, and only known settings are passed on.
@@ -11,62 +11,70 @@ from typing import Any
 
 import torch
 
-from opcd.models.folders.folder_files import kind, read_object, shapes
+from opcd.models.model_folder import is_integer, kind, read_object, shapes
 from opcd.runtime.errors import UserError
 
 ADAPTER = "adapter_config.json"
-"""peft's file, which makes a folder an adapter's."""
+"""The file of peft that makes a folder an adapter's."""
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 LAYER = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.base_layer)*\.lora_(?:A\.weight|embedding_A)")
 PLAIN = re.compile(r"[\w.\\^$-]{1,500}")
 """A name, or a pattern that is matched in linear time."""
 PATTERN = re.compile(r"(?:\.\*\\\.)?" + PLAIN.pattern)
-"""One that may begin with any parents, as peft writes those of fused experts: squared time, of one short name."""
+"""A pattern that may begin with any parents, as peft writes those of fused experts: quadratic time in a short name."""
 INITIAL = re.compile(r"gaussian|orthogonal|olora|eva|loftq|pissa(_niter_\d{1,2})?")
 PASSED_OVER = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "loftq_config", "megatron_core", "peft_type"),
     *("peft_version", "qalora_group_size", "revision", "runtime_config"),
 }
-"""Have no effect where an adapter is only loaded."""
+"""Settings without an effect where an adapter is only loaded."""
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _positive(value: object) -> bool:
+    return is_integer(value) and value > 0  # type: ignore[operator]
 
 
 def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and PLAIN.fullmatch(name) for name in value)
-
-
-def _by_name(value: object, check: Callable[[object], bool]) -> bool:
-    return isinstance(value, dict) and all(PATTERN.fullmatch(name) and check(each) for name, each in value.items())
+def _plain(value: object) -> bool:
+    return isinstance(value, str) and PLAIN.fullmatch(value) is not None
 
 
 def _flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _numbers(value: object) -> bool:
-    return isinstance(value, list) and all(_whole(each) for each in value)
+def _list_of(value: object, check: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(map(check, value))
+
+
+def _by_name(value: object, check: Callable[[object], bool]) -> bool:
+    return isinstance(value, dict) and all(PATTERN.fullmatch(name) and check(each) for name, each in value.items())
+
+
+def _names(value: object) -> bool:
+    return _list_of(value, _plain)
+
+
+def _integers(value: object) -> bool:
+    return _list_of(value, is_integer)
 
 
 KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (lambda v: _whole(v) and v > 0, "a whole number greater than 0"),
+    "r": (_positive, "an integer greater than 0"),
     "lora_alpha": (_number, "a number"),
     "lora_dropout": (lambda v: _number(v) and v < 1, "a number below 1"),
     "target_modules": (lambda v: isinstance(v, str) or _names(v), "a text or a list of names"),
     "exclude_modules": (_names, "a list of names"),
     "modules_to_save": (_names, "a list of names"),
     "target_parameters": (_names, "a list of names"),
-    "layers_pattern": (lambda v: (isinstance(v, str) and bool(PLAIN.fullmatch(v))) or _names(v), "a list of names"),
-    "layers_to_transform": (lambda v: _whole(v) or _numbers(v), "a list of whole numbers"),
-    "rank_pattern": (lambda v: _by_name(v, lambda r: _whole(r) and r > 0), "ranks by plain names"),  # type: ignore[operator]
+    "layers_pattern": (lambda v: _plain(v) or _names(v), "a list of names"),
+    "layers_to_transform": (lambda v: is_integer(v) or _integers(v), "a list of integers"),
+    "rank_pattern": (lambda v: _by_name(v, _positive), "ranks by plain names"),
     "alpha_pattern": (lambda v: _by_name(v, _number), "numbers by plain names"),
-    "trainable_token_indices": (lambda v: _numbers(v) or _by_name(v, _numbers), "lists of token ids"),
+    "trainable_token_indices": (lambda v: _integers(v) or _by_name(v, _integers), "lists of token ids"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
     "init_lora_weights": (lambda v: _flag(v) or (isinstance(v, str) and bool(INITIAL.fullmatch(v))), "a known method"),
     "task_type": (lambda v: v == "CAUSAL_LM", "CAUSAL_LM"),
@@ -74,35 +82,34 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"), (_flag, "true or false")
     ),
 }
-"""Settings of a LoRA that are passed on to peft: what is right, and how that is called."""
+"""Settings of a LoRA that are passed on to peft: the check of a value, and what the value must be in words."""
 
 
 def base_name(folder: Path, key: str) -> str:
-    """The model that an adapter belongs to, as its folder says.
+    """Read the name of an adapter's base model from its folder.
 
     Raises:
-        UserError: the folder does not say it.
+        UserError: the folder does not name it.
     """
     base = read_object(folder / ADAPTER, key).get("base_model_name_or_path")
     if not isinstance(base, str) or not base or "\0" in base:
         raise UserError(
-            f"{key}.name: {folder / ADAPTER} does not say which model it belongs to: base_model_name_or_path is "
-            f"{kind(base)}"
+            f"{key}.name: {folder / ADAPTER} does not name its base model: base_model_name_or_path is {kind(base)}"
         )
     return base
 
 
 def lora_settings(folder: Path, key: str, pickled: bool, remedy: str) -> dict[str, Any]:
-    """The arguments of peft's `LoraConfig` for an adapter's folder.
+    """Read the arguments of peft's `LoraConfig` from an adapter's folder.
 
     Args:
         folder: the adapter's.
-        key: the config key that named it.
+        key: the config key that named the adapter.
         pickled: whether weights may be a pickle.
-        remedy: the option that allows it, for the message.
+        remedy: the option that allows a pickle, for the message.
 
     Raises:
-        UserError: it is no LoRA, a setting is wrong or not known, or the weights are not those of the settings.
+        UserError: the adapter is not a LoRA, a setting is wrong or unknown, or the weights do not fit the settings.
     """
     where = f"{key}.name: {folder / ADAPTER}"
     values = read_object(folder / ADAPTER, key)
@@ -119,11 +126,11 @@ def lora_settings(folder: Path, key: str, pickled: bool, remedy: str) -> dict[st
                 raise UserError(f"{where}: {name} must be {called}, not {value!r:.60}")
             settings[name] = value
         elif name not in PASSED_OVER and value:
-            raise UserError(f"{where}: {name} is set to {value!r:.60}, which is not known here; merge it with peft")
+            raise UserError(f"{where}: {name} is set to {value!r:.60}, which is not supported; merge it with peft")
     found = _weights(folder, key, pickled, remedy)
     ranks = {match[1]: shape for name, shape in found.items() if (match := LAYER.fullmatch(name))}
     if not ranks:
-        raise UserError(f"{key}.name: the weights of {folder} are no LoRA's: none is named lora_A")
+        raise UserError(f"{key}.name: the weights of {folder} are not those of a LoRA: none is named lora_A")
     most = max(shape[0] for shape in ranks.values() if shape)
     for rank in (settings.get("r", 8), *settings.get("rank_pattern", {}).values()):
         if rank > most:
@@ -134,7 +141,7 @@ def lora_settings(folder: Path, key: str, pickled: bool, remedy: str) -> dict[st
 
 
 def _weights(folder: Path, key: str, pickled: bool, remedy: str) -> dict[str, list[int]]:
-    """Names and shapes."""
+    """Names and shapes of the weights."""
     if (folder / WEIGHTS).exists():
         return shapes(folder / WEIGHTS, key)
     if not (folder / PICKLED).is_file():
