@@ -9,6 +9,7 @@ TRAINER = {
 """Lightning's subcommands."""
 COMMANDS = {
     "init": ("opcd.cli.init", "a folder to begin with: a commented recipe, a context, questions"),
+    "queries": ("opcd.cli.queries", "questions to a context, where there is a context and nothing else"),
     "evaluate": ("opcd.cli.evaluate", "ask any model rows of your own, IFEval, or any task of lm-eval"),
     "chat": ("opcd.cli.chat", "the same question to a model before and after, and with the context, side by side"),
     "report": ("opcd.cli.report", "one page on a run, or on several side by side"),

@@ -38,14 +38,15 @@ def cleaned(text: str) -> str:
     return line
 
 
-def flaw(question: str, raw: str, cut_off: bool, is_fact: bool) -> str | None:
+def flaw(question: str, raw: str, cut_off: bool, about: str | None) -> str | None:
     """Why a question cannot be used, by its own text; None where nothing speaks against it.
 
     Args:
         question: as `cleaned`.
         raw: what the model wrote.
         cut_off: whether the limit of tokens ended it.
-        is_fact: whether it asks for a fact: then it must be a question.
+        about: the text that holds the fact, with its subject: the question must name something of it. None: no fact is
+            asked for.
     """
     if SPECIAL.search(raw):
         return "control tokens"
@@ -55,9 +56,17 @@ def flaw(question: str, raw: str, cut_off: bool, is_fact: bool) -> str | None:
         return "truncated"
     if NAMES_THE_TEXT.search(question):
         return "names the text"
-    if is_fact and "?" not in question:
+    if about is not None and "?" not in question:
         return "no question"
+    if about is not None and not (names(about) & words(question)):
+        return "does not name what it is about"
     return None
+
+
+def names(text: str) -> frozenset[str]:
+    """Words and numbers of a text by which one can tell what it is about: those with a capital; else its long words."""
+    capital = {word.lower() for word in re.findall(r"\b[A-Z\u00c0-\u00de]\w+", text)} - COMMON
+    return frozenset(capital) or frozenset(word for word in words(text) if len(word) > 4)
 
 
 @lru_cache(maxsize=4096)

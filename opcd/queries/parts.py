@@ -1,8 +1,10 @@
 """How documents are cut: into chunks that fit a model's window, and each chunk into parts to ask about."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from opcd.queries.documents import Document
 from opcd.runtime.errors import UserError
@@ -11,6 +13,7 @@ HEADING = re.compile(r"\s*#{1,6}\s+(?P<title>.+?)\s*#*\s*$")
 BULLET = re.compile(r"^\s*([-*+]|\d{1,2}[.)])\s+(?=\S)")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'\u201d\u2019)]*\s+(?=[\"'\u201c\u2018(]?[A-Z0-9\u00c0-\u00de])")
 ABBREVIATION = re.compile(r"\b(Mr|Mrs|Ms|Dr|Prof|St|No|Nr|vs|etc|approx|e\.g|i\.e|[A-Z])\.$")
+NAME = re.compile(r"[A-Z\u00c0-\u00de]\w+(?: [A-Z\u00c0-\u00de]\w+)+")
 LEAST_WORDS = 4
 """Words of a sentence that is a part of its own; a shorter one belongs to the sentence before it."""
 
@@ -84,8 +87,8 @@ def chunks(documents: Sequence[Document], most_tokens: int, count: CountTokens) 
 
 def _paragraphs(document: Document) -> list[_Paragraph]:
     """Paragraphs; a heading stands with the paragraph that follows it."""
-    title, heading, found = "", "", []
-    pending = ""
+    title, heading, pending, fallback = "", "", "", _name(document)
+    found = []
     for block in re.split(r"\n\s*\n", document.text):
         lines = block.strip("\n").split("\n")
         while lines and (match := HEADING.match(lines[0])):
@@ -93,10 +96,17 @@ def _paragraphs(document: Document) -> list[_Paragraph]:
             pending = f"{pending}{lines.pop(0).strip()}\n\n"
         if not "".join(lines).strip():
             continue
-        subject = title if heading in ("", title) else f"{title}: {heading}"
+        about = title or fallback
+        subject = about if heading in ("", title) else f"{about}: {heading}"
         found.append(_Paragraph(document.name, subject, pending + "\n".join(lines).strip()))
         pending = ""
     return found
+
+
+def _name(document: Document) -> str:
+    """What a document without a title is about: the name of several words that stands in it most often."""
+    found = Counter(NAME.findall(document.text)).most_common(1)
+    return found[0][0] if found else Path(document.name).stem.replace("_", " ")
 
 
 def _parts(paragraphs: Sequence[_Paragraph], chunk: int) -> list[Part]:

@@ -12,6 +12,8 @@ from opcd.writing.claimed_folder import claim
 from opcd.writing.journal import Journal
 from opcd.writing.prompt_files import Prompt
 
+EXTRACT = PROMPTS / "extract.txt"
+
 
 @pytest.mark.case("B8")
 @pytest.mark.timeout(30)
@@ -137,7 +139,7 @@ def test_prompts(tmp_path):
 
 def test_the_prompts_of_the_package():
     known = {"transcript", "outcome", "lessons", "marker"}
-    extract = Prompt(PROMPTS / "extract.txt", None, "extract.prompt", known, known)
+    extract = Prompt(EXTRACT, None, "extract.prompt", known, known)
     text = extract(transcript="T", outcome="O", lessons=["one", "two"], marker="LESSON:")
     assert "\nHow it went: O\n" in text and "LESSON: one\nLESSON: two\n" in text
     bare = extract(transcript="T", outcome=None, lessons=[], marker="LESSON:")
