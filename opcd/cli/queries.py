@@ -16,10 +16,9 @@ from typing import Any
 from opcd.cli.evaluate import torch_device
 from opcd.config.parsing import Parser
 from opcd.models import ModelConfig
-from opcd.modules.lm.generation import Sampling
 from opcd.queries.askers import Asker, ModelAsker, ServerAsker
 from opcd.queries.documents import read_documents
-from opcd.queries.making import PROMPTS, Maker, Plan, Rows, kind_of, rows
+from opcd.queries.making import MOST_ROUNDS, PROMPTS, Maker, Plan, Rows, kind_of, rows
 from opcd.queries.parts import Chunk, chunks
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import write_atomic
@@ -46,11 +45,11 @@ def main(args: list[str]) -> int:
         _summarize(options.out, made)
         return 0
     maker, _ = _maker(options)
-    prompts = [maker.asker.count(request) for request in maker.prompts_of_a_round()]
-    calls = maker.rounds * len(maker.parts)
-    print(f"{len(maker.chunks)} chunks, {len(maker.parts)} parts ({maker.plan.kind}); {maker.rounds} rounds at most")
-    print(f"at most {calls} questions: {maker.rounds * sum(prompts)} tokens of prompts, and")
-    print(f"{calls * options.max_new_tokens} that are written; each of those that are kept is answered three times")
+    prompts = sum(maker.asker.count(request) for request in maker.prompts_of_a_round())
+    print(f"{len(maker.chunks)} chunks, {len(maker.parts)} parts ({maker.plan.kind})")
+    print(f"a round: {len(maker.parts)} questions, {prompts} tokens of prompts, and at most")
+    print(f"{len(maker.parts) * options.max_new_tokens} written; each question that passes the rules is answered twice")
+    print(f"at most {MOST_ROUNDS} rounds, until there are enough questions")
     return 0
 
 
@@ -95,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="what the context holds: facts to know, or a manner to answer in; auto: told from its sentences",
     )
-    parser.add_argument("--count", type=int, help="rows to train on; default: what three rounds over all parts give")
+    parser.add_argument("--count", type=int, help="rows to train on; default: three for each part of the context")
     parser.add_argument("--val", type=int, default=16, help="rows to hold out (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
     parser.add_argument(
@@ -124,7 +123,7 @@ def _maker(options: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
     cut: list[Chunk] = chunks(documents, most, asker.count)
     text = "\n\n".join(document.text for document in documents)
     kind = kind_of(text) if options.kind == "auto" else options.kind
-    plan = Plan(kind, options.count, options.val, options.seed, options.prompts)
+    plan = Plan(kind, options.count, options.val, options.seed, options.temperature, options.prompts)
     maker = Maker(asker, cut, plan, Journal(options.out / JOURNAL))
     identity: dict[str, Any] = {
         "context": hashlib.sha256(text.encode()).hexdigest(),
@@ -143,6 +142,8 @@ def _maker(options: argparse.Namespace) -> tuple[Maker, dict[str, Any]]:
 
 
 def _check(options: argparse.Namespace) -> None:
+    if not 0 <= options.temperature <= 2:
+        raise UserError(f"--temperature must be from 0 to 2, got {options.temperature}")
     least = {"count": 1, "val": 0, "chunk_tokens": 16, "max_new_tokens": 4, "answer_tokens": 4}
     for name, smallest in least.items():
         value = getattr(options, name)
@@ -158,14 +159,14 @@ def _check(options: argparse.Namespace) -> None:
 
 def _asker(options: argparse.Namespace) -> Asker:
     try:
-        sampling = Sampling(options.max_new_tokens, options.temperature)
         if options.server is not None:
             server = Server(options.server, options.api_key_env, concurrency=8, timeout=120.0, patience=300.0)
-            return ServerAsker(server, options.name, sampling, options.answer_tokens)
+            return ServerAsker(server, options.name, options.max_new_tokens, options.answer_tokens)
     except ValueError as error:
         raise UserError(str(error)) from error
     config = ModelConfig(options.model or ModelConfig().name)
-    return ModelAsker(config, "--model", torch_device(options.device), sampling, options.answer_tokens)
+    device = torch_device(options.device)
+    return ModelAsker(config, "--model", device, options.max_new_tokens, options.answer_tokens)
 
 
 def _chunk_tokens(options: argparse.Namespace, asker: Asker) -> int:

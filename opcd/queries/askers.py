@@ -19,6 +19,8 @@ from opcd.writing.model_writer import ModelWriter
 from opcd.writing.writer import Written
 
 CHAT = "/v1/chat/completions"
+SECOND = 0.5
+"""The temperature of the second answer."""
 MAX_TOKENS = 4096
 """Most tokens of one forward pass (rows x longest row) where answers are compared."""
 
@@ -29,7 +31,7 @@ class Tried:
 
     Attributes:
         answer: the likeliest answer with the context.
-        second: an answer with the context that was drawn at temperature 0.7.
+        second: an answer with the context that was drawn at the temperature `SECOND`.
         effect: how much the context changes the answer: KL(p(c) || p) in nats a token on `answer`, of a model on this
             machine; of a server, 1 - likeness of the answers with and without the context.
     """
@@ -57,8 +59,8 @@ class Asker(ABC):
         """Tokens of a text."""
 
     @abstractmethod
-    def write(self, conversations: Sequence[list[Message]], seed: int) -> list[Written]:
-        """One question to each conversation, drawn with this seed."""
+    def write(self, conversations: Sequence[list[Message]], seed: int, temperature: float) -> list[Written]:
+        """One question to each conversation, drawn with this seed at this temperature."""
 
     @abstractmethod
     def try_out(self, questions: Sequence[str], context: str, seed: int) -> list[Tried]:
@@ -72,7 +74,7 @@ class ModelAsker(Asker):
         config: how to load it.
         key: the option that named it, for messages.
         device: where it computes.
-        question: how questions are drawn.
+        question_tokens: most tokens of a question.
         answer_tokens: most tokens of an answer.
 
     Raises:
@@ -82,23 +84,24 @@ class ModelAsker(Asker):
     least_effect = 0.1
 
     def __init__(
-        self, config: ModelConfig, key: str, device: torch.device, question: Sampling, answer_tokens: int
+        self, config: ModelConfig, key: str, device: torch.device, question_tokens: int, answer_tokens: int
     ) -> None:
         self.name, self._config, self._key, self._device = config.name, config, key, device
         self._tokenizer = load_tokenizer(config, key)
         self._views = Views(self._tokenizer, self._tokenizer, keys=(key, key, "--"))
-        self._question, self.window = question, context_window(config, key)
-        self._answers = [Sampling(answer_tokens, temperature) for temperature in (0.0, 0.7)]
+        self._question_tokens, self.window = question_tokens, context_window(config, key)
+        self._answers = [Sampling(answer_tokens, temperature) for temperature in (0.0, SECOND)]
         self._student: Student | None = None
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
         return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def write(self, conversations: Sequence[list[Message]], seed: int) -> list[Written]:
-        """One question to each conversation, drawn with this seed."""
+    def write(self, conversations: Sequence[list[Message]], seed: int, temperature: float) -> list[Written]:
+        """One question to each conversation, drawn with this seed at this temperature."""
         self._load()
         torch.manual_seed(seed)
+        self._writer.sampling = Sampling(self._question_tokens, temperature)
         return self._writer.write(conversations)
 
     @torch.no_grad()
@@ -128,7 +131,7 @@ class ModelAsker(Asker):
             self._teacher.prefix.use("frozen")
             advice = "lower --chunk_tokens"
             name = f"{self._key} {self.name}"
-            self._writer = ModelWriter(self._student, self._views, self._question, self.window, name, advice)
+            self._writer = ModelWriter(self._student, self._views, Sampling(), self.window, name, advice)
         return self._student
 
     def _text(self, ids: list[int]) -> str:
@@ -141,28 +144,29 @@ class ServerAsker(Asker):
     Args:
         server: its address and patience.
         model: its name there.
-        question: how questions are drawn.
+        question_tokens: most tokens of a question.
         answer_tokens: most tokens of an answer.
     """
 
     least_effect = 0.2
 
-    def __init__(self, server: Server, model: str, question: Sampling, answer_tokens: int) -> None:
-        self.server, self.name, self._question, self._answer_tokens = server, model, question, answer_tokens
+    def __init__(self, server: Server, model: str, question_tokens: int, answer_tokens: int) -> None:
+        self.server, self.name = server, model
+        self._question_tokens, self._answer_tokens = question_tokens, answer_tokens
 
     def count(self, text: str) -> int:
         """About how many tokens a text has: the server's tokenizer is not known, and 4 characters are one of most."""
         return len(text) // 4 + 1
 
-    def write(self, conversations: Sequence[list[Message]], seed: int) -> list[Written]:
+    def write(self, conversations: Sequence[list[Message]], seed: int, temperature: float) -> list[Written]:
         """One question to each conversation; a server that takes a seed repeats them."""
-        return self._chat(conversations, self._question, seed)
+        return self._chat(conversations, Sampling(self._question_tokens, temperature), seed)
 
     def try_out(self, questions: Sequence[str], context: str, seed: int) -> list[Tried]:
         """Answer each question with and without the context."""
         asked = [[{"role": "user", "content": question}] for question in questions]
         seeing = [[{"role": "system", "content": context}, *messages] for messages in asked]
-        greedy, drawn = Sampling(self._answer_tokens, 0.0), Sampling(self._answer_tokens, 0.7)
+        greedy, drawn = Sampling(self._answer_tokens, 0.0), Sampling(self._answer_tokens, SECOND)
         first, second = self._chat(seeing, greedy, seed), self._chat(seeing, drawn, seed)
         without = self._chat(asked, greedy, seed)
         return [

@@ -40,6 +40,7 @@ NEEDED = {"manner": {"passage", "persona", "topic"}, "combined": {"passage", "te
 TURN = "\n---\n"
 """Stands between the turns of a prompt: examples of the user's and the assistant's, then the user's own."""
 MOST_ROUNDS = 10
+WARMER = 0.2
 BATCH = 16
 """Questions that are written at once."""
 AGREE = 0.4
@@ -55,9 +56,10 @@ class Plan:
 
     Attributes:
         kind: whether the context holds facts, or a manner to answer in.
-        train: rows to train on; None: as many as three rounds give.
+        train: rows to train on; None: three for each part.
         val: rows to hold out.
         seed: of all draws.
+        temperature: of the first round; each later one draws at `WARMER` more.
         prompts: a folder of files that replace those of `opcd/queries/prompts`; None: the package's.
     """
 
@@ -65,6 +67,7 @@ class Plan:
     train: int | None = None
     val: int = 16
     seed: int = 0
+    temperature: float = 0.3
     prompts: Path | None = None
 
 
@@ -121,23 +124,16 @@ class Maker:
         """The records of the questions that passed every filter."""
         return [record for record in self.journal.records if record["dropped"] is None]
 
-    @property
-    def rounds(self) -> int:
-        """How many rounds there are at most."""
-        return 3 if self.plan.train is None else MOST_ROUNDS
-
     def run(self) -> None:
         """Write and try out questions until there are enough, or the rounds are over."""
-        wanted = None if self.plan.train is None else self.plan.train + self.plan.val
-        total = self.rounds * len(self.parts) if wanted is None else wanted
-        done = len(self.journal.records) if wanted is None else min(len(self.kept), total)
-        with progress("questions", total, done) as advance:
+        wanted = (self.plan.train or 3 * len(self.parts)) + self.plan.val
+        with progress("questions", wanted, min(len(self.kept), wanted)) as advance:
             for batch in self._batches():
+                if len(self.kept) >= wanted:
+                    return
                 records = self._made(batch)
                 self.journal.append(records)
-                advance(len(records) if wanted is None else sum(record["dropped"] is None for record in records))
-                if wanted is not None and len(self.kept) >= wanted:
-                    return
+                advance(sum(record["dropped"] is None for record in records))
 
     def conversation(self, request: Request) -> list[dict[str, str]]:
         """The prompt of a request."""
@@ -162,7 +158,7 @@ class Maker:
     def _batches(self) -> Iterator[list[Request]]:
         """What is still to be asked: whole batches, each after the one before is in the journal."""
         kinds = list(self.prompts)
-        for number in range(self.rounds):
+        for number in range(MOST_ROUNDS):
             kind, first = kinds[number % len(kinds)], number * len(self.parts)
             for start in range(0, len(self.parts), BATCH):
                 requests = [
@@ -179,7 +175,8 @@ class Maker:
     def _made(self, requests: list[Request]) -> list[dict[str, Any]]:
         """The records of a batch of requests: the question, why it was dropped, and its answers."""
         seed, began = self.plan.seed * 1_000_003 + requests[0].number, time.perf_counter()
-        written = self.asker.write([self.conversation(request) for request in requests], seed)
+        temperature = self.plan.temperature + WARMER * (requests[0].number // len(self.parts))
+        written = self.asker.write([self.conversation(request) for request in requests], seed, temperature)
         known, records = [record["query"] for record in self.kept], []
         for request, said in zip(requests, written, strict=True):
             query = filters.cleaned(said.text)

@@ -28,7 +28,7 @@ class Part:
         name: document, chunk and number, such as "manual.md/2/14". Parts are held out as a whole.
         chunk: the number of its chunk.
         subject: the document's title and the heading above the part.
-        passage: the paragraph around it.
+        passage: the part behind the sentence before it, which often says what it is about.
         text: the part itself.
     """
 
@@ -113,27 +113,37 @@ def _parts(paragraphs: Sequence[_Paragraph], chunk: int) -> list[Part]:
     found = []
     for paragraph in paragraphs:
         passage = "\n".join(line for line in paragraph.text.split("\n") if not HEADING.match(line)).strip()
-        for text in _sentences(passage):
-            name = f"{paragraph.document}/{chunk + 1}/{len(found) + 1}"
-            found.append(Part(name, chunk, paragraph.subject, passage, text))
+        before = ""
+        for item in _items(passage):
+            for text in _sentences(item):
+                name = f"{paragraph.document}/{chunk + 1}/{len(found) + 1}"
+                found.append(Part(name, chunk, paragraph.subject, f"{before} {text}".strip(), text))
+                before = text
+            before = "" if _is_list(passage) else before
     return found
 
 
-def _sentences(passage: str) -> list[str]:
-    """Sentences, list items and rows of tables."""
+def _items(passage: str) -> list[str]:
+    """List items, rows of tables, or the passage as one."""
     items: list[str] = []
     for line in passage.split("\n"):
         if items and line.strip() and not BULLET.match(line) and not line.lstrip().startswith("|"):
             items[-1] += " " + line.strip()  # a line that was wrapped
         elif line.strip() and not re.fullmatch(r"[\s|:\-=_*]+", line):
             items.append(BULLET.sub("", line).strip())
+    return items
+
+
+def _is_list(passage: str) -> bool:
+    return any(BULLET.match(line) or line.lstrip().startswith("|") for line in passage.split("\n"))
+
+
+def _sentences(item: str) -> list[str]:
+    """The sentences of an item; a short one, or one that an abbreviation cut off, belongs to the one before."""
     found: list[str] = []
-    for item in items:
-        begun = len(found)
-        for sentence in SENTENCE_END.split(item):
-            short = len(sentence.split()) < LEAST_WORDS
-            if len(found) > begun and (short or ABBREVIATION.search(found[-1])):
-                found[-1] += " " + sentence
-            else:
-                found.append(sentence.strip())
+    for sentence in SENTENCE_END.split(item):
+        if found and (len(sentence.split()) < LEAST_WORDS or ABBREVIATION.search(found[-1])):
+            found[-1] += " " + sentence
+        else:
+            found.append(sentence.strip())
     return [sentence for sentence in found if len(re.findall(r"\w+", sentence)) >= 2]
