@@ -21,8 +21,8 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"experience", "planning"},
-    {"callbacks", "chat", "sweep"},
+    {"experience", "planning", "queries"},
+    {"callbacks", "chat", "sweep", "writing"},
     {"results"},
     {"evaluation"},
     {"export", "games"},
@@ -40,7 +40,7 @@ MOST_FILES = 15
 PUBLIC = {
     "callbacks": [
         *("Alarms", "AnswerSamples", "ExactResume", "ExportStudent", "KeepHistory", "LMEval", "LeaveOnSignal"),
-        *("PredictionWriter", "SaveCheckpoints", "StepProgress", "WriteEnvironment"),
+        *("PredictionWriter", "RecoveryAndDrift", "SaveCheckpoints", "StepProgress", "WriteEnvironment"),
     ],
     "data": [
         *("Batch", "ContextQueryDataModule", "ContextSource", "DataSet", "DataSets", "Example", "ExampleSource"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from opcd.callbacks.history import KeepHistory
     from opcd.callbacks.lm_eval import LMEval
     from opcd.callbacks.predictions import PredictionWriter
+    from opcd.callbacks.recovery_and_drift import RecoveryAndDrift
     from opcd.callbacks.save_checkpoints import SaveCheckpoints
     from opcd.callbacks.signals import LeaveOnSignal
     from opcd.callbacks.step_progress import StepProgress
@@ -27,6 +28,7 @@ __all__ = [
     "LMEval",
     "LeaveOnSignal",
     "PredictionWriter",
+    "RecoveryAndDrift",
     "SaveCheckpoints",
     "StepProgress",
     "WriteEnvironment",

@@ -9,11 +9,12 @@ TRAINER = {
 """Lightning's subcommands."""
 COMMANDS = {
     "init": ("opcd.cli.init", "a folder to begin with: a commented recipe, a context, questions"),
+    "queries": ("opcd.cli.queries", "questions to a context, where there is a context and nothing else"),
     "evaluate": ("opcd.cli.evaluate", "ask any model rows of your own, IFEval, or any task of lm-eval"),
     "chat": ("opcd.cli.chat", "the same question to a model before and after, and with the context, side by side"),
-    "report": ("opcd.cli.report", "one page about a run, or several side by side"),
+    "report": ("opcd.cli.pages.report", "one page about a run, or several side by side"),
     "experience": ("opcd.cli.experience", "make a context: lessons from attempts, the list that serves best"),
-    "show": ("opcd.cli.show", "the results of an experience run, also as a page"),
+    "show": ("opcd.cli.pages.show", "the results of an experience run, also as a page"),
     "sweep": ("opcd.cli.sweep", "many fits from one file"),
     "record": (
         "opcd.cli.record",

@@ -18,14 +18,13 @@ from jsonargparse import ArgumentParser
 
 from opcd.cli.evaluate import torch_device
 from opcd.cli.fit import fit_parser
-from opcd.cli.show import print_run
+from opcd.cli.pages.show import print_run
 from opcd.cli.sweep import INTERRUPTED
 from opcd.data.chat_template import TextEncoder
 from opcd.experience.experience_config import Experience, made
-from opcd.experience.experience_folder import claim, fingerprint
+from opcd.experience.experience_folder import PROMPTS, fingerprint
 from opcd.experience.lessons import Growth
 from opcd.experience.loop import Loop
-from opcd.experience.prompts import Prompt
 from opcd.experience.rounds import Rounds, check_rounds
 from opcd.experience.writers import ModelWriters, Writers
 from opcd.models import load_tokenizer
@@ -35,6 +34,8 @@ from opcd.runtime.lazy import all_of
 from opcd.sweep.arm_checks import ConfigChecker
 from opcd.sweep.job_engine import Engine, explain, locked
 from opcd.sweep.launchers import LocalLauncher
+from opcd.writing.claimed_folder import claim
+from opcd.writing.prompt_files import Prompt
 
 DESCRIPTION = """Make a list of lessons: solve problems, extract lessons from the attempts, accumulate them in lists,
 and select the list that helps most on validation problems. With rounds, distil it into the student, and repeat.
@@ -115,8 +116,10 @@ class _Run:
         hidden = {"outcome": not stage.show_outcome, "lessons": not stage.show_earlier}
         needed = {name for name in known if not hidden.get(name)}
         self.prompts = {
-            "extract": Prompt("extract.txt", stage.prompt, "extract.prompt", known, needed),
-            "context": Prompt("context.txt", config.lessons.prompt, "lessons.prompt", {"lessons"}, {"lessons"}),
+            "extract": Prompt(PROMPTS / "extract.txt", stage.prompt, "extract.prompt", known, needed),
+            "context": Prompt(
+                PROMPTS / "context.txt", config.lessons.prompt, "lessons.prompt", {"lessons"}, {"lessons"}
+            ),
         }
         self.inputs = _checked_items(config) | {
             "text of extract.prompt": self.prompts["extract"].text,

@@ -29,6 +29,7 @@ from opcd.callbacks import (
     KeepHistory,
     LeaveOnSignal,
     PredictionWriter,
+    RecoveryAndDrift,
     SaveCheckpoints,
     StepProgress,
     WriteEnvironment,
@@ -207,7 +208,7 @@ class Command(LightningCLI):
         if config["enable_checkpointing"] is not False:
             own.append(SaveCheckpoints())
         if self.subcommand == "fit":
-            own += [AnswerSamples(), Alarms(), KeepHistory()]
+            own += [AnswerSamples(), RecoveryAndDrift(), Alarms(), KeepHistory()]
         return [callback for callback in own if not any(isinstance(c, type(callback)) for c in configured)]
 
 

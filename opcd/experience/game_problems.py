@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from opcd.data.example import Message
-from opcd.experience.problems import Attempt, Problems, Writer, Written
+from opcd.experience.problems import Attempt, Problems
 from opcd.games import Game, GameExample, GameSeeds, play
 from opcd.games.game_seeds import as_game
 from opcd.runtime.errors import UserError
+from opcd.writing.writer import Writer, Written
 
 KEY = "problems.init_args"
 

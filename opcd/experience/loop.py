@@ -31,17 +31,17 @@ from opcd.experience.experience_folder import (
     SCORES,
     SELECTION,
     VALIDATION,
-    write_records,
 )
-from opcd.experience.journal import Journal, Record
 from opcd.experience.lessons import Growth, LessonList, read_lessons
 from opcd.experience.problems import Attempt
-from opcd.experience.prompts import Prompt
 from opcd.experience.selection import Score, best, best_of_each, to_score
-from opcd.experience.stage_progress import progress
 from opcd.experience.writers import Writers
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import write_atomic
+from opcd.writing.claimed_folder import write_records
+from opcd.writing.journal import Journal, Record
+from opcd.writing.prompt_files import Prompt
+from opcd.writing.stage_progress import progress
 
 Place = tuple[int, int]
 """(number of a list from 0, step from 1)."""

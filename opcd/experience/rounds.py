@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd.experience.experience_config import Experience
-from opcd.experience.experience_folder import CONTEXT, CONTEXTS, write_records
+from opcd.experience.experience_folder import CONTEXT, CONTEXTS
 from opcd.experience.loop import Loop
 from opcd.experience.rounds_table import TABLE, Round
 from opcd.results.run_files import figures
@@ -19,6 +19,7 @@ from opcd.runtime.errors import UserError
 from opcd.sweep.arm_checks import ConfigChecker
 from opcd.sweep.job_engine import Engine, Task
 from opcd.sweep.jobs import fit_job
+from opcd.writing.claimed_folder import write_records
 
 TEACHER = "model.teacher.init_args.model"
 OWN = {"model.student.name": "student.name", "data.context": "the selected lists"}

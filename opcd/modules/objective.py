@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,9 +55,9 @@ class Objective:
         if isinstance(teacher, Routed):
             return self._routed(student, teacher, trajectories, weights)
         terms: Callable[..., dict[str, Tensor]]
-        sides: tuple[Any, ...] = (student.hidden, student.head)
+        hidden, head = None, None
         if isinstance(teacher, HiddenStates):
-            terms, sides = self._terms, (*sides, teacher.hidden, teacher.head)
+            terms, hidden, head = self._terms, teacher.hidden, teacher.head
             per_token: tuple[Tensor, ...] = (torch.cat(trajectories.responses).to(student.hidden.device),)
         else:
             terms, per_token = self._recorded_terms, teacher.rows
@@ -70,7 +69,8 @@ class Objective:
             names[:] = found
             return tuple(found.values())
 
-        results = chunked(values, *sides, per_token=per_token, weights=weights, temperature=self.temperature)
+        sides = (student.hidden, student.head, hidden, head)
+        results = chunked(values, *sides, per_token, weights=weights, temperature=self.temperature)
         return dict(zip(names, results, strict=True))
 
     def _routed(

@@ -81,6 +81,11 @@ class Student(nn.Module):
         """Token id that fills short rows."""
         return int(self.tokenizer.pad_token_id)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows, padding included."""
+        return int(self.model.config.get_text_config().vocab_size)
+
     def share_beginnings(self, mode: Mode) -> None:
         """Set whether `score` computes the common prefix of a pass's rows once; see `StudentPrefix`."""
         self._rows = StudentPrefix(mode)

@@ -5,12 +5,12 @@ from dataclasses import asdict
 
 import pytest
 
-from opcd.cli.show import EXAMPLES, _first_records
-from opcd.experience.journal import Journal
+from opcd.cli.pages.show import EXAMPLES, _first_records
 from opcd.experience.rounds_table import TABLE, Round, read_rounds
 from opcd.results.run_files import read_jsonl as read_rows_of_a_run
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.user_files import parse_json, read_jsonl
+from opcd.writing.journal import Journal
 
 ENDS_FOR_STR = ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"]
 """What `str.splitlines` splits at too."""

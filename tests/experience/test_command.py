@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from opcd.cli.show import make_page, print_run
+from opcd.cli.pages.show import make_page, print_run
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import read_rows, sums, write_rows
 

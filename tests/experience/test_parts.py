@@ -4,12 +4,15 @@ import json
 
 import pytest
 
-from opcd.experience.experience_folder import claim
-from opcd.experience.journal import Journal
+from opcd.experience.experience_folder import PROMPTS
 from opcd.experience.lessons import Growth, LessonList, read_lessons
-from opcd.experience.prompts import Prompt
 from opcd.experience.selection import Score, best, best_of_each, to_score
 from opcd.runtime.errors import UserError
+from opcd.writing.claimed_folder import claim
+from opcd.writing.journal import Journal
+from opcd.writing.prompt_files import Prompt
+
+EXTRACT = PROMPTS / "extract.txt"
 
 
 @pytest.mark.case("B8")
@@ -118,7 +121,9 @@ def test_a_journal_that_somebody_changed(tmp_path):
 def test_prompts(tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("{{ transcript }} {{ marker }}\n")
-    prompt = Prompt("extract.txt", str(file), "extract.prompt", {"transcript", "marker"}, {"transcript", "marker"})
+    prompt = Prompt(
+        PROMPTS / "extract.txt", str(file), "extract.prompt", {"transcript", "marker"}, {"transcript", "marker"}
+    )
     assert prompt(transcript="{{ marker }} <b>", marker="L:") == "{{ marker }} <b> L:"  # data is no template
     for text, message in (
         ("{{ transcript }}", "lacks marker"),
@@ -127,12 +132,14 @@ def test_prompts(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=f"extract.prompt: .*{message}"):
-            Prompt("extract.txt", str(file), "extract.prompt", {"transcript", "marker"}, {"transcript", "marker"})
+            Prompt(
+                PROMPTS / "extract.txt", str(file), "extract.prompt", {"transcript", "marker"}, {"transcript", "marker"}
+            )
 
 
 def test_the_prompts_of_the_package():
     known = {"transcript", "outcome", "lessons", "marker"}
-    extract = Prompt("extract.txt", None, "extract.prompt", known, known)
+    extract = Prompt(EXTRACT, None, "extract.prompt", known, known)
     text = extract(transcript="T", outcome="O", lessons=["one", "two"], marker="LESSON:")
     assert "\nHow it went: O\n" in text and "LESSON: one\nLESSON: two\n" in text
     bare = extract(transcript="T", outcome=None, lessons=[], marker="LESSON:")

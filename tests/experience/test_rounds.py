@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from opcd.cli.fit import fit_parser
-from opcd.cli.show import make_page
+from opcd.cli.pages.show import make_page
 from opcd.experience import MathProblems
 from opcd.experience.experience_config import Experience, Fit
 from opcd.experience.rounds import fit_settings

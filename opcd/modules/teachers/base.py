@@ -51,6 +51,7 @@ class Teacher(ABC):
         config: the model that it loads; None: no model of its own, or the student's.
         key: its config key, for messages.
         shard: whether its weights are sharded over the ranks, which must then call `score` equally often.
+        writes: whether `generate` works.
     """
 
     provides: ClassVar[tuple[Known, ...]] = ("distribution",)
@@ -59,6 +60,7 @@ class Teacher(ABC):
     config: ModelConfig | None = None
     key = teacher_key()
     shard = False
+    writes: bool = False
 
     @property
     def parts(self) -> "dict[str | None, Teacher]":
@@ -141,6 +143,11 @@ class ModelTeacher(Teacher):
     """A teacher with a model in this process; `setup` sets `_model`, or `model` is overridden."""
 
     _model: PreTrainedModel | None = None
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]
+        """Whether its weights are whole, as generation needs them."""
+        return not self.shard
 
     @property
     def model(self) -> PreTrainedModel:

@@ -39,6 +39,11 @@ class RoutedTeachers(Teacher):
         return dict(self.teachers.items())
 
     @property
+    def writes(self) -> bool:  # type: ignore[override]
+        """Whether all of them do."""
+        return all(teacher.writes for teacher in self.teachers.values())
+
+    @property
     def models(self) -> TeacherModels:
         """The models of the teachers, for the `teacher` of a ContextQueryDataModule."""
         return TeacherModels({name: teacher.config for name, teacher in self.teachers.items()}, self.default)

@@ -1,4 +1,4 @@
-"""The prompts: Jinja files in `opcd/experience/prompts`, or files of the user in their place."""
+"""Prompts as Jinja files: those of the package, or files of the user in their place."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.user_files import read_text, require_file
 
-FOLDER = Path(__file__).parent / "prompts"
-
 
 class Prompt:
     """A Jinja template; the values are never read as a template.
 
     Args:
-        name: the file of the package, such as "extract.txt".
+        default: the file of the package.
         file: a file that replaces it, or None.
         key: the config key of that file, for messages.
         known: the names that the template may use.
@@ -26,8 +24,8 @@ class Prompt:
         UserError: the file cannot be read, is not a template, uses an unknown name, or lacks a needed one.
     """
 
-    def __init__(self, name: str, file: str | None, key: str, known: set[str], needed: set[str]) -> None:
-        path = FOLDER / name if file is None else require_file(file, key)
+    def __init__(self, default: Path, file: str | None, key: str, known: set[str], needed: set[str]) -> None:
+        path = default if file is None else require_file(file, key)
         self.text = read_text(path, key)
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         try:

@@ -17,16 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opcd.config.parsing import Parser
-from opcd.experience.experience_folder import (
-    ATTEMPTS,
-    CONTEXT,
-    EXTRACTIONS,
-    IDENTITY,
-    LISTS,
-    SCORES,
-    SELECTION,
-    VALIDATION,
-)
+from opcd.experience.experience_folder import ATTEMPTS, CONTEXT, EXTRACTIONS, LISTS, SCORES, SELECTION, VALIDATION
 from opcd.experience.rounds_table import Round, read_rounds
 from opcd.experience.selection import Score, best_of_each
 from opcd.results.pages import render
@@ -37,6 +28,7 @@ from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import DiskError, write_atomic
 from opcd.runtime.files.user_files import refuse_existing
 from opcd.runtime.output import Screen, plain
+from opcd.writing.claimed_folder import IDENTITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
