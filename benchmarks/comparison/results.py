@@ -58,6 +58,8 @@ class ArmOutcome:
     """Seconds of each fit, with start-up and sample answers."""
     step_seconds: list[float] = field(default_factory=list)
     peak_mib: list[float] = field(default_factory=list)
+    recovery: list[float] = field(default_factory=list)
+    drift: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     """Jobs that did not finish."""
 
@@ -103,6 +105,8 @@ def _arm(name: str, plan: Plan, engine: Engine) -> ArmOutcome:
         arm.seconds.append(engine.tasks[fit.name].seconds)
         arm.step_seconds.append(numbers["seconds/step"])
         arm.peak_mib.append(numbers["memory/peak_mib"])
+        arm.recovery += [numbers[name] for name in ("context/recovery",) if name in numbers]
+        arm.drift += [numbers[name] for name in ("context/drift",) if name in numbers]
         column = f"eval/{task.name}/{task.metric}"
         sampled = right_over_steps(run) if task.name == SAMPLES else []
         arm.curves.append(sampled or arm.metrics[-1].get(column, []))
@@ -166,7 +170,7 @@ def header(outcome: Outcome) -> list[str]:
     for measure in outcome.measures.values():
         columns += [f"{measure.title}, %", "95 % interval"]
         columns += [f"minus {outcome.reference}, points"] if outcome.reference else []
-    return [*columns, "seconds a step", "seconds of training", "peak GiB"]
+    return [*columns, "recovery, %", "drift, nats a token", "seconds a step", "seconds of training", "peak GiB"]
 
 
 def cells(outcome: Outcome) -> list[list[str]]:
@@ -183,6 +187,8 @@ def _cells(arm: ArmOutcome, outcome: Outcome) -> list[str]:
         row += [f"{100 * score.mean.value:.1f}{spread}" if score.mean else "-", interval(score.mean)]
         if outcome.reference:
             row.append(f"{100 * score.gap.value:+.1f} ({interval(score.gap)})" if score.gap else "-")
+    row.append(f"{100 * statistics.fmean(arm.recovery):.0f}" if arm.recovery else "-")
+    row.append(f"{statistics.fmean(arm.drift):.3f}" if arm.drift else "-")
     for values, unit in ((arm.step_seconds, 1), (arm.seconds, 1), (arm.peak_mib, 1024)):
         row.append(f"{statistics.fmean(values) / unit:.1f}" if values else "-")
     return row
@@ -222,6 +228,8 @@ def write_tables(out: Path, outcome: Outcome) -> str:
         arm.name: {
             "scores": {name: asdict(score) for name, score in arm.scores.items()},
             "training": {"seconds": arm.seconds, "step_seconds": arm.step_seconds, "peak_mib": arm.peak_mib},
+            "recovery": arm.recovery,
+            "drift": arm.drift,
             "curves": arm.curves,
             "failed": arm.failed,
         }

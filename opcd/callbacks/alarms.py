@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from opcd.callbacks.recovery_and_drift import RecoveryAndDrift
 from opcd.runtime.errors import StepAbandoned
 from opcd.runtime.interruption import Interrupted
 
@@ -24,6 +25,7 @@ class Alarms(Callback):
         entropy: warn about collapse when the student's entropy falls below this share of its value in the first window.
         rollout_logprob_gap: warn when, in any one step, the mean of |log p_S(y) - log p_B(y)| over the tokens that an
             inference engine drew is larger, in nats.
+        drift: warn when the answers to general prompts have moved by more, in nats a token (`RecoveryAndDrift`).
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Alarms(Callback):
         repetition: float = 0.5,
         entropy: float = 0.1,
         rollout_logprob_gap: float = 0.05,
+        drift: float = 0.5,
     ) -> None:
         if window < 1 or not all(0 <= share <= 1 for share in (finished_fraction, repetition, entropy)):
             raise ValueError(
@@ -40,7 +43,7 @@ class Alarms(Callback):
                 f"{entropy}"
             )
         self.window, self.finished_fraction, self.repetition = window, finished_fraction, repetition
-        self.entropy, self.rollout_logprob_gap = entropy, rollout_logprob_gap
+        self.entropy, self.rollout_logprob_gap, self.drift = entropy, rollout_logprob_gap, drift
         self._recent: deque[dict[str, float]] = deque(maxlen=window)
         self._first: dict[str, float] = {}
         self._rung: list[str] = []
@@ -83,6 +86,19 @@ class Alarms(Callback):
         self._first = self._first or now
         for alarm, message in self._messages(now).items():
             self._warn(alarm, f"step {trainer.global_step}, mean of {self.window} steps: {message} (samples.jsonl)")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the drift that was just measured."""
+        measured = RecoveryAndDrift.last(trainer)
+        drift = None if measured is None else measured.drift
+        if drift is not None and drift > self.drift:
+            self._warn(
+                "drift",
+                f"step {trainer.global_step}: answers to general prompts have moved by {drift:.2f} nats a token: the "
+                "student forgets; a smaller learning rate or fewer steps may help",
+            )
+
+    on_fit_end = on_validation_end
 
     def state_dict(self) -> dict[str, Any]:
         """The window, the first window's means, and the warnings given."""

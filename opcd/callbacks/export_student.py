@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from opcd.callbacks.log_folder import run_folder, still_there
+from opcd.callbacks.recovery_and_drift import RecoveryAndDrift
 from opcd.data import ContextQueryDataModule
 from opcd.export.merge import write_merged
 from opcd.models import architecture
@@ -110,7 +111,8 @@ def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
     """The facts of the model card: the student's training so far, and its origin."""
     datamodule = getattr(trainer, "datamodule", None)
     data = datamodule if isinstance(datamodule, ContextQueryDataModule) else None
-    base = distiller.student_config.name
+    base, measured = distiller.student_config.name, RecoveryAndDrift.last(trainer)
+    of_now = measured.in_words() if measured and measured.step == trainer.global_step else {}
     return Facts(
         base=base,
         teacher={
@@ -125,6 +127,7 @@ def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
         reduction=distiller.reduction,
         rollout=type(distiller.rollout).__name__,
         steps=trainer.global_step,
+        **of_now,
         batch_size=data.batch_size * trainer.world_size if data else None,
         precision=str(trainer.precision),
         **_optimizer(trainer),

@@ -36,6 +36,12 @@ from opcd.tasks.matching import right
 
 FILE = "recovery.jsonl"
 GENERAL = Path(__file__).with_name("general_prompts.jsonl")
+LOGGED = (
+    *("effect", "left", "recovery", "recovery_low", "recovery_high"),
+    *("drift", "drift_low", "drift_high"),
+)
+SHOWN = ("context/recovery", "context/drift")
+"""What the progress display has."""
 NO_EFFECT = 0.02
 """Nats a token under which a context has no effect to speak of: recovery, a share of it, is not computed."""
 
@@ -64,25 +70,29 @@ class Measurement:
     @property
     def logged(self) -> dict[str, float]:
         """What loggers and monitors get."""
-        values = {name: getattr(self, name) for name in ("effect", "left", "recovery", "drift")}
-        return {f"context/{name}": value for name, value in values.items() if value is not None}
+        values = {f"context/{name}": getattr(self, name) for name in LOGGED}
+        return {name: value for name, value in values.items() if value is not None}
 
-    def sentence(self) -> str:
-        """What a reader wants to know."""
-        parts = []
-        if self.recovery is not None and self.effect is not None and self.left is not None:
-            parts.append(
-                f"{self.recovery:.0%} of the context's effect is in the weights"
-                + _interval(self.recovery_low, self.recovery_high, "{:.0%}")
-                + f": {self.effect:.3f} nats a token at the start, {self.left:.3f} left ({self.queries} queries of "
-                f"data.{self.split})"
-            )
-        elif self.effect is not None:
-            parts.append(f"the context changes the teacher's answers by {self.effect:.3f} nats a token only")
+    def in_words(self) -> dict[str, str]:
+        """Recovery and drift with their intervals; what was not measured is left out."""
+        words = {}
+        if self.recovery is not None:
+            interval = _interval(self.recovery_low, self.recovery_high, "{:.0%}")
+            words["recovery"] = f"{self.recovery:.0%}{interval}, on {self.queries} queries of data.{self.split}"
         if self.drift is not None:
             interval = _interval(self.drift_low, self.drift_high, "{:.3f}")
-            parts.append(f"drift on {self.prompts} general prompts: {self.drift:.3f} nats a token{interval}")
-        return "; ".join(parts)
+            words["drift"] = f"{self.drift:.3f}{interval}, on {self.prompts} general prompts"
+        return words
+
+    def sentence(self) -> str:
+        """What a reader wants to know at the end of a run."""
+        words, parts = self.in_words(), []
+        if self.recovery is not None:
+            nats = f"{self.effect:.3f} nats a token at the start, {self.left:.3f} left"
+            parts.append(f"the context's effect in the weights: {words['recovery']} ({nats})")
+        elif self.effect is not None:
+            parts.append(f"the context changes the teacher's answers by {self.effect:.3f} nats a token only")
+        return "; ".join(parts + [f"drift: {words['drift']}, nats a token"] * ("drift" in words))
 
 
 class RecoveryAndDrift(Callback):
@@ -129,6 +139,13 @@ class RecoveryAndDrift(Callback):
         """Choose the folder to write to."""
         self._file = run_folder(trainer) / FILE
 
+    @staticmethod
+    def last(trainer: Trainer) -> Measurement | None:
+        """The last measurement of a trainer's callback; None where there is none."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        found = [one for callback in callbacks if isinstance(callback, RecoveryAndDrift) for one in callback.measured]
+        return found[-1] if found else None
+
     def state_dict(self) -> dict[str, Any]:
         """The responses, what was recorded on them, and all measurements: a resumed run compares with its start."""
         return {
@@ -159,7 +176,7 @@ class RecoveryAndDrift(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self.measured:
             self._measure_once(trainer, pl_module)
             for name, value in self.measured[-1].logged.items():
-                pl_module.log(name, value, logger=False, prog_bar=True, batch_size=1)
+                pl_module.log(name, value, logger=False, prog_bar=name in SHOWN, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the last weights."""

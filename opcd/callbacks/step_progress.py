@@ -161,6 +161,10 @@ class StepProgress(ProgressBar):
     def _describe(self, metrics: dict[str, Any], step: int, total: int | None) -> str:
         shown = {name: float(value) for name, value in metrics.items()}
         held_out = f"  held out {shown['val/divergence']:.4f}" if "val/divergence" in shown else ""
+        if "context/recovery" in shown:
+            held_out += f"  {shown['context/recovery']:.0%} recovered"
+        if "context/drift" in shown:
+            held_out += f"  drift {shown['context/drift']:.3f}"
         return (
             f"{shown['train/divergence']:.4f} nats/token  {shown['train/tokens_per_s']:.0f} tokens/s  "
             f"{shown['train/response_tokens']:.0f} tokens a response, {shown['train/finished_fraction']:.0%} ended  "

@@ -28,6 +28,8 @@ answer with it.
 {rows}
 """
 TITLES = {
+    "recovery": "share of the context's effect in the weights",
+    "drift": "drift on general prompts, nats a token",
     "context_sha256": "context (sha256)",
     "former_contexts": "contexts of former trainings (sha256)",
     "learning_rate": "learning rate",
@@ -48,6 +50,8 @@ class Facts:
         learning_rate: the optimizer's, before a scheduler changes it.
         batch_size: rows of a step, on all ranks.
         precision: the trainer's.
+        recovery: the share of the context's effect that is in the weights, in words with its interval.
+        drift: how far answers to general prompts have moved, in words with its interval.
         former_contexts: `context_sha256` of each earlier training of the base, the oldest first.
         opcd: the version that trained the student.
     """
@@ -67,6 +71,8 @@ class Facts:
     batch_size: int | None = None
     precision: str | None = None
     steps: int | None = None
+    recovery: str | None = None
+    drift: str | None = None
     former_contexts: str | None = None
     opcd: str | None = VERSION
 

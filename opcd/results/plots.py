@@ -25,6 +25,8 @@ FIRST = {
     "train/divergence": "nats a token",
     "val/divergence": "nats a token",
     RIGHT: "share of the sample answers",
+    "context/recovery": "share of the context's effect",
+    "context/drift": "nats a token",
     "train/gradient_norm": "norm before clipping",
     "train/response_tokens": "tokens",
     "train/student_entropy": "nats a token",
@@ -40,7 +42,8 @@ def plots(runs: Sequence[Run]) -> dict[str, str]:
         UserError: matplotlib is not installed.
     """
     series = [run.series | {RIGHT: right_over_steps(run.folder)} for run in runs]
-    names = [*FIRST, *sorted({name for one in series for name in one} - set(FIRST))]
+    others = {name for one in series for name in one if not name.endswith(("_low", "_high"))}
+    names = [*FIRST, *sorted(others - set(FIRST))]
     found = {}
     for name in names:
         groups = {run.name: [one[name]] for run, one in zip(runs, series, strict=True) if one.get(name)}

@@ -115,10 +115,14 @@ def _resumed(folder: Path) -> list[Path]:
 
 def overview(runs: Sequence[Run]) -> Table:
     """A row for each run: steps, right answers, the last divergence, time and memory."""
-    header = ("run", "steps", "right before", "right after", "with the context", "divergence at the end, nats a token")
+    header = (
+        *("run", "steps", "right before", "right after", "with the context", "recovery", "drift, nats a token"),
+        "divergence at the end, nats a token",
+    )
     rows = [
         (
             *(run.name, str(run.steps), run.right(False, False), run.right(False, True), run.right(True, True)),
+            *(_number(run.numbers.get(f"context/{name}")) for name in ("recovery", "drift")),
             _number(run.numbers.get("train/divergence")),
             clock(sum(seconds for _, seconds in run.series.get("seconds/step", []) if is_finite(seconds))),
             _number(run.numbers.get("seconds/step")),

@@ -20,6 +20,8 @@ SHOWN = (
     "val/divergence",
     "samples/right_before",
     "samples/right",
+    "context/recovery",
+    "context/drift",
     "seconds/step",
     "memory/peak_mib",
 )
@@ -71,7 +73,8 @@ def as_markdown(results: Sequence[ArmResult]) -> str:
     """A table with a row for each arm, and one with mean and sample standard deviation over several seeds."""
     known = list(dict.fromkeys(name for result in results for name in result.numbers))
     # The first metric of an evaluation has bounds.
-    shown = [name for name in SHOWN if name in known] + [name for name in known if name + "_low" in known]
+    bounded = [name for name in known if name + "_low" in known and name not in SHOWN]
+    shown = [name for name in SHOWN if name in known] + bounded
     rows = [
         [r.arm.name, r.task.status, clock(r.task.seconds), *(_with_bounds(r.numbers, name) for name in shown)]
         for r in results

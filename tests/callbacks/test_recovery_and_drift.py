@@ -201,9 +201,9 @@ def test_no_share_of_nothing():
 
 def test_sentence_names_both_figures_with_their_intervals():
     said = Measurement(9, "val", 6, 0.74, 0.1, 0.865, 0.8, 0.92, 32, 0.0654, 0.05, 0.08).sentence()
-    assert "86% of the context's effect is in the weights (95 %: 80% to 92%)" in said
-    assert "0.740 nats a token at the start, 0.100 left (6 queries of data.val)" in said
-    assert "drift on 32 general prompts: 0.065 nats a token (95 %: 0.050 to 0.080)" in said
+    assert "effect in the weights: 86% (95 %: 80% to 92%), on 6 queries of data.val" in said
+    assert "(0.740 nats a token at the start, 0.100 left)" in said
+    assert "drift: 0.065 (95 %: 0.050 to 0.080), on 32 general prompts, nats a token" in said
 
 
 def test_state_keeps_every_number(tmp_path, rows, context, tiny):
