@@ -140,6 +140,7 @@ def only_parse(monkeypatch):
 
     monkeypatch.setattr("opcd.cli.sweep.read_sweep", read)
     monkeypatch.setattr("opcd.cli.record.fit_parser", PARSER)
+    monkeypatch.setattr("opcd.cli.record.checked", lambda _, words: words)  # it reads the rows of a recipe
 
 
 LIGHTNINGS = [command for command in commands() if command.split()[0] in TRAINER]

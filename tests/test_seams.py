@@ -38,7 +38,8 @@ def fit(opcd, tiny, rows, context, tmp_path):
         assert code == 0, text
         folder = tmp_path / "runs" / "version_0"
         with (folder / "metrics.csv").open() as lines:
-            return list(csv.DictReader(lines))[-1], yaml.safe_load((folder / "config.yaml").read_text())
+            steps = [row for row in csv.DictReader(lines) if row["train/divergence"]]
+            return steps[-1], yaml.safe_load((folder / "config.yaml").read_text())
 
     return run
 

@@ -112,7 +112,8 @@ def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
     datamodule = getattr(trainer, "datamodule", None)
     data = datamodule if isinstance(datamodule, ContextQueryDataModule) else None
     base, measured = distiller.student_config.name, RecoveryAndDrift.last(trainer)
-    of_now = measured.in_words() if measured and measured.step == trainer.global_step else {}
+    is_current = measured is not None and measured.step == trainer.global_step
+    of_now = measured.in_words() if measured is not None and is_current else {}
     return Facts(
         base=base,
         teacher={
@@ -127,7 +128,8 @@ def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
         reduction=distiller.reduction,
         rollout=type(distiller.rollout).__name__,
         steps=trainer.global_step,
-        **of_now,
+        recovery=of_now.get("recovery"),
+        drift=of_now.get("drift"),
         batch_size=data.batch_size * trainer.world_size if data else None,
         precision=str(trainer.precision),
         **_optimizer(trainer),

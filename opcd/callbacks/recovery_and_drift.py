@@ -29,7 +29,7 @@ from opcd.modules import Distiller, Sampling, Student, Trajectories
 from opcd.modules.fixed_responses import Divergences, FixedResponses
 from opcd.modules.lm.generation import computing_dtype, generate
 from opcd.modules.step.runner import use_weights
-from opcd.runtime.errors import UserError
+from opcd.runtime.errors import StepAbandoned, UserError
 from opcd.runtime.files.disk import append_lines
 from opcd.runtime.interruption import doing
 from opcd.tasks.matching import right
@@ -210,6 +210,8 @@ class RecoveryAndDrift(Callback):
             writer = student.plain(computing_dtype(trainer.precision, student.model.dtype))
             try:
                 self._taught = self._responses_with_context(distiller, writer, batch)
+            except StepAbandoned:
+                raise  # a server that is away
             except (UserError, ValueError) as error:
                 rank_zero_info(f"recovery is not measured with {type(distiller.teacher).__name__}: {error}")
             if self.general_prompts:

@@ -43,7 +43,8 @@ def bootstrap(
     tops, bottoms = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
     random = np.random.default_rng(0)  # a separate generator: training's stays as it is
     draws = (random.integers(len(tops), size=len(tops)) for _ in range(RESAMPLES))
-    low, high = np.quantile([tops[draw].sum() / bottoms[draw].sum() for draw in draws], [0.025, 0.975])
+    ratios = [tops[draw].sum() / bottoms[draw].sum() for draw in draws if bottoms[draw].sum()]
+    low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import is_zipfile
 
 from opcd.runtime.errors import UserError
 from opcd.runtime.extras import require
@@ -54,6 +55,9 @@ def _converted(path: Path, key: str) -> str:
     from markitdown._exceptions import MarkItDownException
 
     try:
+        is_pdf = b"%PDF" in path.read_bytes()[:1024]
+        if (path.suffix == ".pdf" and not is_pdf) or (path.suffix == ".docx" and not is_zipfile(path)):
+            raise ValueError("its content is of another kind")  # markitdown would take it for text
         return str(MarkItDown(enable_plugins=False).convert_local(str(path)).text_content)
     except (MarkItDownException, OSError, ValueError) as error:
         raise UserError(f"{key}: {path} cannot be read as {path.suffix[1:].upper()}: {_first(error)}") from error

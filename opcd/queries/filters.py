@@ -52,7 +52,7 @@ def flaw(question: str, raw: str, cut_off: bool, about: str | None) -> str | Non
         return "control tokens"
     if not re.search(r"\w{2}", question):
         return "empty"
-    if cut_off and question in raw.rstrip().split("\n")[-1]:
+    if cut_off and question[-1] not in "?.!" and question in raw.rstrip().split("\n")[-1]:
         return "truncated"
     if NAMES_THE_TEXT.search(question):
         return "names the text"
@@ -82,11 +82,14 @@ def likeness(one: str, other: str) -> float:
 
 
 def repeats(question: str, others: Iterable[str]) -> str | None:
-    """Whether a question says again what another one asks."""
+    """Why a question repeats another one: near duplicates have nearly the same words, and the same that say something.
+
+    A question of other names or numbers asks for something else; one of other words is a paraphrase, which is wanted.
+    """
     for other in others:
         if " ".join(question.lower().split()) == " ".join(other.lower().split()):
             return "duplicate"
-        if likeness(question, other) >= NEAR:
+        if likeness(question, other) >= NEAR and words(question) - COMMON == words(other) - COMMON:
             return "near duplicate"
     return None
 

@@ -140,10 +140,16 @@ def _is_list(passage: str) -> bool:
 
 def _sentences(item: str) -> list[str]:
     """The sentences of an item; a short one, or one that an abbreviation cut off, belongs to the one before."""
-    found: list[str] = []
+    whole: list[str] = []
     for sentence in SENTENCE_END.split(item):
-        if found and (len(sentence.split()) < LEAST_WORDS or ABBREVIATION.search(found[-1])):
+        if whole and ABBREVIATION.search(whole[-1]):
+            whole[-1] += " " + sentence
+        else:
+            whole.append(sentence.strip())
+    found = whole[:1]
+    for sentence in whole[1:]:
+        if len(sentence.split()) < LEAST_WORDS:
             found[-1] += " " + sentence
         else:
-            found.append(sentence.strip())
+            found.append(sentence)
     return [sentence for sentence in found if len(re.findall(r"\w+", sentence)) >= 2]

@@ -50,6 +50,7 @@ def test_a_run_says_and_saves_what_it_computes_in(opcd, tmp_path, rows, context,
     words += ["--model.rollout.init_args.sampling.max_new_tokens", 2, "--trainer.accelerator", "cpu"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of emulation: nothing was asked for
+        warnings.filterwarnings("ignore", "with the context, the teacher is right on")
         code, text = opcd("fit", *words, "--trainer.default_root_dir", tmp_path / "runs")
     assert code == 0, text
     config = (tmp_path / "runs/version_0/config.yaml").read_text()

@@ -96,8 +96,9 @@ def test_a_run_says_what_it_does_and_nothing_else(opcd, words, caplog, tiny):
     begun = lines[: next(number for number, line in enumerate(lines) if line.startswith("step 1/2"))]
     assert begun[:2] == [f"loading {tiny}", "sample answers"]  # student and teacher are one model here
     assert "sample answers with the context" in begun and "first pass over the context (once)" in begun
+    assert "recovery: answers with the context" in begun and "drift: answers to general prompts" in begun
     assert "first step" in begun and "comparing the shared context with a full pass (once)" in begun
-    assert not [line for line in begun if not re.match("loading|sample answers|first|comparing", line)]
+    assert not [line for line in begun if not re.match("loading|sample answers|first|comparing|recovery|drift", line)]
     about_types = [text for text in caplog.messages if re.search("float32|bfloat16|precision|GPU", text)]
     assert len(about_types) <= 1
     chatter = [text for text in caplog.messages if re.search("Seed set|Using |available|stopped:|Converting", text)]

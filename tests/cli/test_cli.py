@@ -48,13 +48,16 @@ def test_what_a_run_leaves(fit, tmp_path, tiny, tiny_teacher):
         "config.yaml",
         "environment.json",
         "metrics.csv",
+        "recovery.jsonl",
         "samples.jsonl",
         "student",
     ]
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["loss"]["class_path"].endswith("JSD")
     assert config["model"]["teacher"]["init_args"]["model"]["name"] == tiny_teacher
-    metrics = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows if row["context/drift"]] == ["0", "2"]
+    metrics = [row for row in rows if row["train/divergence"]]
     assert [row["step"] for row in metrics] == ["0", "1"]
     for name in (
         *(
@@ -184,13 +187,13 @@ def test_resume_from_a_checkpoint(fit, tmp_path):
     checkpoint = tmp_path / "runs/version_0/checkpoints/step=2.ckpt"
     code, text = fit("--ckpt_path", checkpoint, "--trainer.max_steps", 3)
     assert code == 0, text
-    assert len((tmp_path / "runs/version_1/metrics.csv").read_text().splitlines()) == 2
+    assert len((tmp_path / "runs/version_1/metrics.csv").read_text().splitlines()) == 3  # one of recovery and drift
     (tmp_path / "runs/version_1/checkpoints/step=3.ckpt").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"step=3.ckpt is not what was written.*Going on from .*step=2.ckpt"):
         code, text = fit("--ckpt_path", "last", "--trainer.max_steps", 4)
     assert code == 0, text
     steps = list(csv.DictReader((tmp_path / "runs/version_2/metrics.csv").read_text().splitlines()))
-    assert [row["step"] for row in steps] == ["2", "3"]
+    assert [row["step"] for row in steps if row["train/divergence"]] == ["2", "3"]
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_loaded(fit, tmp_path):

@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from opcd.cli.pages.show import EXAMPLES, _first_records
 from opcd.experience.rounds_table import TABLE, Round, read_rounds
 from opcd.results.run_files import read_jsonl as read_rows_of_a_run
+from opcd.results.run_files import read_shaped
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.user_files import parse_json, read_jsonl
 from opcd.writing.journal import Journal
@@ -23,7 +23,7 @@ def test_lines_end_at_a_line_feed_alone(tmp_path):
     file.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     assert [row for _, row in read_jsonl(file, "key")] == rows
     assert read_rows_of_a_run(file) == rows
-    assert _first_records(file, {"answer": str}, []) == rows[:EXAMPLES]
+    assert read_shaped(file, {"answer": str}, first=4) == rows[:4]
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append(rows)
     assert [row["answer"] for row in Journal(tmp_path / "journal.jsonl").records] == [row["answer"] for row in rows]

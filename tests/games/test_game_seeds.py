@@ -7,7 +7,9 @@ from opcd.callbacks import LMEval
 from opcd.data import ContextQueryDataModule
 from opcd.evaluation import Evaluation
 from opcd.games import FrozenLake, GameSeeds, Sokoban
+from opcd.modules import Distiller
 from opcd.runtime.errors import UserError
+from tests.helpers.training import trainer
 
 
 def test_rows():
@@ -46,11 +48,12 @@ def test_rows_to_predict_may_be_those_of_the_test():
     assert ContextQueryDataModule(test=seeds, predict=seeds).sources["predict"] is seeds
 
 
-def test_games_that_are_evaluated_are_not_trained_on():
+def test_games_that_are_evaluated_are_not_trained_on(tmp_path):
     callback = LMEval(Evaluation(tasks=["doors"], data={"doors": GameSeeds(Doors(), 9, 5)}))
     data = ContextQueryDataModule(train=GameSeeds(Doors(), 0, 10))
     with pytest.raises(UserError, match=r"evaluation\.data\.doors and data.train share seed 9 of Doors"):
-        callback._refuse_trained(data, "LMEval.evaluation.")
+        run = trainer(tmp_path, callbacks=[callback])
+        run.fit(Distiller(), datamodule=data)
 
 
 @pytest.mark.parametrize("wrong", [{"start": -1, "count": 1}, {"start": 0, "count": 0}])
