@@ -92,7 +92,9 @@ class Measurement:
             parts.append(f"the context's effect in the weights: {words['recovery']} ({nats})")
         elif self.effect is not None:
             parts.append(f"the context changes the teacher's answers by {self.effect:.3f} nats a token only")
-        return "; ".join(parts + [f"drift: {words['drift']}, nats a token"] * ("drift" in words))
+        if self.drift is not None:
+            parts.append(f"drift: {words['drift']}, nats a token")
+        return "; ".join(parts) or "recovery and drift were not measured"
 
 
 class RecoveryAndDrift(Callback):
@@ -317,6 +319,8 @@ def _computing(trainer: Trainer, distiller: Distiller) -> Iterator[None]:
 
 def _recovery(effect: Divergences, left: Divergences) -> dict[str, float | None]:
     """The fields of a `Measurement` that come from the teacher's answers."""
+    if not effect.is_finite or not left.is_finite:
+        return {}
     found = {"effect": effect.mean, "left": left.mean}
     if effect.mean < NO_EFFECT:
         return dict(found)
@@ -332,6 +336,8 @@ def _drift(drift: Divergences | None) -> dict[str, float | None]:
     """The fields of a `Measurement` that come from the general prompts; None: of the weights that were recorded."""
     if drift is None:
         return {"drift": 0.0}
+    if not drift.is_finite:
+        return {}
     low, high = bootstrap(drift.nats, drift.tokens) or (None, None)
     return {"drift": drift.mean, "drift_low": low, "drift_high": high}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,11 @@ class Divergences:
 
     nats: list[float]
     tokens: list[int]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of them are; weights that are not finite give none."""
+        return all(map(math.isfinite, self.nats))
 
     @property
     def mean(self) -> float:

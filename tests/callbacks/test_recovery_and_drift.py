@@ -197,6 +197,9 @@ def test_warns_of_a_context_without_effect_and_of_a_teacher_that_is_wrong(tmp_pa
 
 def test_no_share_of_nothing():
     assert "recovery" not in _recovery(Divergences([0.01, 0.01], [2, 2]), Divergences([0.01, 0.0], [2, 2]))
+    assert _recovery(Divergences([1.0, 1.0], [2, 2]), Divergences([float("nan"), 0.0], [2, 2])) == {}
+    half = _recovery(Divergences([1.0, 0.0], [2, 2]), Divergences([0.5, 0.0], [2, 2]))  # a draw of the second alone
+    assert half["recovery"] == half["recovery_low"] == half["recovery_high"] == 0.5
 
 
 def test_sentence_names_both_figures_with_their_intervals():

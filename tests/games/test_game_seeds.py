@@ -48,9 +48,9 @@ def test_rows_to_predict_may_be_those_of_the_test():
     assert ContextQueryDataModule(test=seeds, predict=seeds).sources["predict"] is seeds
 
 
-def test_games_that_are_evaluated_are_not_trained_on(tmp_path):
+def test_games_that_are_evaluated_are_not_trained_on(tmp_path, context):
     callback = LMEval(Evaluation(tasks=["doors"], data={"doors": GameSeeds(Doors(), 9, 5)}))
-    data = ContextQueryDataModule(train=GameSeeds(Doors(), 0, 10))
+    data = ContextQueryDataModule(train=GameSeeds(Doors(), 0, 10), context=str(context))
     with pytest.raises(UserError, match=r"evaluation\.data\.doors and data.train share seed 9 of Doors"):
         run = trainer(tmp_path, callbacks=[callback])
         run.fit(Distiller(), datamodule=data)

@@ -680,7 +680,7 @@ def test_a_run_whose_teacher_dies_goes_on_exactly(opcd, words, server, served, t
     whole = tmp_path / "runs/version_0"
     assert_same_student(tmp_path / "runs/version_1", whole, rtol=1e-4, atol=1e-5)
     server.seen.clear()
-    server.fault = completions(lambda handler, answer: die(handler, answer) if len(server.seen) > 16 else answer)
+    server.fault = completions(lambda handler, answer: die(handler, answer) if len(server.seen) > 18 else answer)
     broken = (*words, "--trainer.default_root_dir", tmp_path / "broken", "--ckpt_path", "last")
     code, said = opcd("fit", *broken, "--model.teacher.init_args.patience", 0.4)
     assert code == 2 and "model.teacher: http://127.0.0.1" in said and "resume with --ckpt_path last" in said, said
