@@ -42,7 +42,8 @@ def main(args: list[str]) -> int:
     options = make_parser().parse_args(args)
     if not options.dry_run:
         made = make(options)
-        _summarize(options.out, made)
+        print_counts(made)
+        _print_next(options.out, made)
         return 0
     maker, _ = _maker(options)
     prompts = sum(maker.asker.count(request) for request in maker.prompts_of_a_round())
@@ -182,15 +183,24 @@ def _chunk_tokens(options: argparse.Namespace, asker: Asker) -> int:
     return int(options.chunk_tokens)
 
 
-def _summarize(folder: Path, made: Rows) -> None:
-    """Print what was kept and dropped, and what to type next."""
+def print_counts(made: Rows) -> None:
+    """Print what was kept and dropped, and how much of the context is covered."""
     report = made.report
     print(f"{report['kept']} of {report['asked']} questions kept ({report['kind']}, {report['model']})")
+    if report["train"] < (report["wanted"] or 0):
+        print(
+            f"  {report['train']} rows to train on, not {report['wanted']}: the model found no more in {MOST_ROUNDS} rounds"
+        )
     for why, count in report["dropped"].items():
         print(f"  dropped {count}: {why}")
     for chunk, covered in report["coverage_by_chunk"].items():
         print(f"  chunk {chunk}: {covered} have a question")
+
+
+def _print_next(folder: Path, made: Rows) -> None:
+    """Print the files, and what to type next."""
     print(f"wrote {folder / TRAIN} ({len(made.train)} rows), {folder / VAL} ({len(made.val)}) and {folder / REPORT}")
-    context = f" --data.context {folder / CONTEXT}" if (folder / CONTEXT).is_file() else " --data.context null"
-    val = f" --data.val {folder / VAL}" if made.val else " --data.val null"
-    print(f"next:\n    opcd fit --config configs/quickstart.yaml --data.train {folder / TRAIN}{val}{context}")
+    context = folder / CONTEXT if (folder / CONTEXT).is_file() else "null"
+    val = folder / VAL if made.val else "null"
+    print("next:\n    opcd fit --config configs/quickstart.yaml", end=" ")
+    print(f"--data.train {folder / TRAIN} --data.val {val} --data.context {context}")

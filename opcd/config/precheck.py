@@ -50,6 +50,7 @@ def checked(command: str, words: list[str], data: bool = True) -> list[str]:
     if single := next((word for word in words if re.match(r"-[a-zA-Z]\w", word)), None):
         raise UserError(unknown_words([single], list(options(command))))
     config = _settings(command, words)
+    _check_same_subject(words, config)
     if data and not any(word.startswith("--print_config") or word.partition("=")[0] == "--data" for word in words):
         _check_data(command, config, words)
     return _optimizer_in_full(_teacher_in_full(words, config), config)
@@ -175,6 +176,28 @@ def _flat(command: str, file: str, config: dict[str, Any], above: str = "") -> d
 def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
     """Each word with the next one; "" after the last."""
     return zip(words, [*words, ""][1:], strict=True)
+
+
+def _check_same_subject(words: list[str], config: dict[str, Any]) -> None:
+    """Raise UserError if a word replaces the context of a recipe, whose rows ask about its own.
+
+    Rows ask about a context where their files are called alike: quickstart_train.jsonl and quickstart_context.txt.
+    """
+    given = {word.partition("=")[0] for word, _ in _pairs(words)}
+    if "--data.context" not in given or "--data.train" in given:
+        return
+    rows = Path(str(config.get("data.train")))
+    own = rows.with_name(rows.name.replace("_train", "_context")).with_suffix(".txt")
+    if "_train" in rows.name and own.is_file() and not _is_same(own, config.get("data.context")):
+        raise UserError(
+            f"--data.context: data.train, {rows.name}, asks about {own.name}, and not about yours; `opcd queries "
+            f"--context {config['data.context']} --out FOLDER` writes questions about it, for --data.train "
+            "FOLDER/train.jsonl and --data.val FOLDER/val.jsonl"
+        )
+
+
+def _is_same(own: Path, context: Any) -> bool:
+    return not isinstance(context, str) or Path(context).expanduser().resolve() == own.resolve()
 
 
 def _check_data(command: str, config: dict[str, Any], words: list[str]) -> None:

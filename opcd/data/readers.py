@@ -203,6 +203,6 @@ def not_set(stage: str) -> str:
     """The message where a stage's first split is not set."""
     name = str.__str__(stage)  # Lightning's enumeration formats differently
     return (
-        f"data.{STAGES[stage][0]} is not set; `{name}` needs it: name a file or a hub data set (`opcd init FOLDER` "
-        "makes a recipe to begin with)"
+        f"data.{STAGES[stage][0]} is not set; `{name}` needs it: name a file or a hub data set (`opcd queries "
+        "--context FILE --out FOLDER` writes questions about a context, `opcd init FOLDER` a recipe to begin with)"
     )

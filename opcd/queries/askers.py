@@ -3,19 +3,21 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
 from opcd.data import Batch, Example, Views
 from opcd.data.example import Message
+from opcd.evaluation.batched_answers import prompt_ids
 from opcd.models import ModelConfig, context_window, load_model, load_tokenizer
 from opcd.modules import SelfTeacher, Student, Trajectories
 from opcd.modules.fixed_responses import FixedResponses
-from opcd.modules.lm.generation import Sampling
+from opcd.modules.lm.generation import Sampling, eval_mode, generate, own_precision
+from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.queries.filters import likeness
 from opcd.runtime.errors import UserError
 from opcd.serving.client import Server, ServerError
-from opcd.writing.model_writer import ModelWriter
 from opcd.writing.writer import Written
 
 CHAT = "/v1/chat/completions"
@@ -92,6 +94,7 @@ class ModelAsker(Asker):
         self._question_tokens, self.window = question_tokens, context_window(config, key)
         self._answers = [Sampling(answer_tokens, temperature) for temperature in (0.0, SECOND)]
         self._student: Student | None = None
+        self._examples = PrefixCache()
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
@@ -99,10 +102,25 @@ class ModelAsker(Asker):
 
     def write(self, conversations: Sequence[list[Message]], seed: int, temperature: float) -> list[Written]:
         """One question to each conversation, drawn with this seed at this temperature."""
-        self._load()
+        student, sampling = self._load(), Sampling(self._question_tokens, temperature)
+        prompts = [prompt_ids(self._views, messages, None, "a question") for messages in conversations]
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        if self.window is not None and longest > self.window:
+            raise UserError(
+                f"{self._key} {self.name} takes {self.window} tokens, and a prompt with its question has {longest}: "
+                "shorten the prompt (--prompts), or the context's sentences"
+            )
+        # The examples that prompts of one kind begin with are computed once.
+        same = takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))
+        shared = torch.tensor([ids[0] for ids in same])
+        rows = [torch.tensor(prompt) for prompt in prompts]
+        with torch.no_grad(), eval_mode(student.model), own_precision(student.model):
+            prefixes = self._examples.encoded(student.model, [shared] * len(rows), rows)
         torch.manual_seed(seed)
-        self._writer.sampling = Sampling(self._question_tokens, temperature)
-        return self._writer.write(conversations)
+        responses = generate(student.model, rows, sampling, student.eos_ids, student.pad_id, prefixes)
+        cut_off = [int(response[-1]) not in student.eos_ids for response in responses]
+        texts = [self._text(response.tolist()) for response in responses]
+        return [Written(text, len(ids), cut) for text, ids, cut in zip(texts, responses, cut_off, strict=True)]
 
     @torch.no_grad()
     def try_out(self, questions: Sequence[str], context: str, seed: int) -> list[Tried]:
@@ -129,9 +147,7 @@ class ModelAsker(Asker):
             self._teacher.setup(self._student, self._config, self._device)
             self._teacher.share_contexts("auto", 2048)
             self._teacher.prefix.use("frozen")
-            advice = "lower --chunk_tokens"
-            name = f"{self._key} {self.name}"
-            self._writer = ModelWriter(self._student, self._views, Sampling(), self.window, name, advice)
+            self._examples.use("frozen")
         return self._student
 
     def _text(self, ids: list[int]) -> str:

@@ -41,7 +41,8 @@ NEEDED = {"manner": {"passage", "persona", "topic"}, "combined": {"passage", "te
 TURN = "\n---\n"
 """Stands between the turns of a prompt: examples of the user's and the assistant's, then the user's own."""
 MOST_ROUNDS = 10
-WARMER = 0.2
+WARMER = 0.1
+"""By how much each round draws at a higher temperature than the one before, up to 1."""
 BATCH = 16
 """Questions that are written at once."""
 AGREE = 0.4
@@ -130,7 +131,7 @@ class Maker:
         wanted = (self.plan.train or 3 * len(self.parts)) + self.plan.val
         with progress("questions", wanted, min(len(self.kept), wanted)) as advance:
             for batch in self._batches():
-                if len(self.kept) >= wanted:
+                if len(self.kept) >= wanted or self._is_exhausted():
                     return
                 records = self._made(batch)
                 self.journal.append(records)
@@ -169,6 +170,11 @@ class Maker:
                 if requests[-1].number >= len(self.journal.records):
                     yield requests
 
+    def _is_exhausted(self) -> bool:
+        """Whether the last round of all kinds gave nothing new."""
+        last = self.journal.records[-len(self.parts) * len(self.prompts) :]
+        return len(last) == len(self.parts) * len(self.prompts) and all(record["dropped"] for record in last)
+
     def _earlier(self, part: Part) -> list[str]:
         asked = [record["query"] for record in self.journal.records if record["part"] == part.name]
         return [query for query in dict.fromkeys(asked) if query][-4:]
@@ -176,7 +182,7 @@ class Maker:
     def _made(self, requests: list[Request]) -> list[dict[str, Any]]:
         """The records of a batch of requests: the question, why it was dropped, and its answers."""
         seed, began = self.plan.seed * 1_000_003 + requests[0].number, time.perf_counter()
-        temperature = self.plan.temperature + WARMER * (requests[0].number // len(self.parts))
+        temperature = min(1.0, self.plan.temperature + WARMER * (requests[0].number // len(self.parts)))
         written = self.asker.write([self.conversation(request) for request in requests], seed, temperature)
         known, records = [record["query"] for record in self.kept], []
         for request, said in zip(requests, written, strict=True):
@@ -290,6 +296,7 @@ def _report(maker: Maker, train: Sequence[dict[str, Any]], val: Sequence[dict[st
         "model": maker.asker.name,
         "kind": maker.plan.kind,
         "seed": maker.plan.seed,
+        "wanted": maker.plan.train,
         "asked": len(records),
         "kept": len(maker.kept),
         "train": len(train),

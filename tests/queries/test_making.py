@@ -73,7 +73,7 @@ def test_rounds_ask_in_other_ways_and_get_warmer_and_see_what_was_asked(tmp_path
     made.run()
     kinds = [record["kind"] for record in made.journal.records]
     assert kinds[:20] == ["direct"] * 20 and kinds[20:40] == ["reworded"] * 20
-    assert asker.temperatures[0] == pytest.approx(0.3) and asker.temperatures[2] == pytest.approx(0.5)
+    assert asker.temperatures[0] == pytest.approx(0.3) and asker.temperatures[2] == pytest.approx(0.4)
     request = next(iter(made._batches()))[0]
     asked = [record["query"] for record in made.journal.records if record["part"] == request.part.name]
     assert asked[-1] in made.conversation(request)[-1]["content"]
