@@ -31,7 +31,7 @@ def main(args: list[str]) -> int:
     """
     options, rest = make_parser().parse_known_args(args)
     if rest and not options.context:
-        raise UserError(f"no option {rest[0]}; the options of `opcd queries` go with --context FILE")
+        make_parser().parse_args(args)  # names the word that is not known
     folder: Path = options.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

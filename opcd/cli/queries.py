@@ -16,7 +16,7 @@ from typing import Any
 from opcd.cli.evaluate import torch_device
 from opcd.config.parsing import Parser
 from opcd.models import ModelConfig
-from opcd.queries.askers import Asker, ModelAsker, ServerAsker
+from opcd.queries.askers import Asker, ModelAsker, ServerAsker, TriedOutBy
 from opcd.queries.documents import read_documents
 from opcd.queries.making import MOST_ROUNDS, PROMPTS, Maker, Plan, Rows, kind_of, rows
 from opcd.queries.parts import Chunk, chunks
@@ -85,7 +85,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="documents or a system prompt: text, Markdown, HTML, PDF or DOCX",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, or one to resume")
-    parser.add_argument("--model", default=None, help="writes and answers; a name, folder or hub id; smollm2-135m")
+    parser.add_argument("--model", default=None, help="writes the questions; a name, folder or hub id; smollm2-135m")
+    parser.add_argument(
+        "--student",
+        help="tries the questions out: the model that you will train; default: the one that writes them",
+    )
     parser.add_argument("--server", metavar="URL", help="a server of the OpenAI protocol in place of a model here")
     parser.add_argument("--name", metavar="MODEL", help="the model's name on the server")
     parser.add_argument("--api_key_env", default="OPENAI_API_KEY", help="variable with its key (default: %(default)s)")
@@ -159,15 +163,23 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _asker(options: argparse.Namespace) -> Asker:
+    writer = _writer(options)
+    return writer if options.student is None else TriedOutBy(writer, _model(options, options.student, "--student"))
+
+
+def _writer(options: argparse.Namespace) -> Asker:
+    if options.server is None:
+        return _model(options, options.model or ModelConfig().name, "--model")
     try:
-        if options.server is not None:
-            server = Server(options.server, options.api_key_env, concurrency=8, timeout=120.0, patience=300.0)
-            return ServerAsker(server, options.name, options.max_new_tokens, options.answer_tokens)
+        server = Server(options.server, options.api_key_env, concurrency=8, timeout=120.0, patience=300.0)
     except ValueError as error:
         raise UserError(str(error)) from error
-    config = ModelConfig(options.model or ModelConfig().name)
+    return ServerAsker(server, options.name, options.max_new_tokens, options.answer_tokens)
+
+
+def _model(options: argparse.Namespace, name: str, key: str) -> ModelAsker:
     device = torch_device(options.device)
-    return ModelAsker(config, "--model", device, options.max_new_tokens, options.answer_tokens)
+    return ModelAsker(ModelConfig(name), key, device, options.max_new_tokens, options.answer_tokens)
 
 
 def _chunk_tokens(options: argparse.Namespace, asker: Asker) -> int:
@@ -188,9 +200,7 @@ def print_counts(made: Rows) -> None:
     report = made.report
     print(f"{report['kept']} of {report['asked']} questions kept ({report['kind']}, {report['model']})")
     if report["train"] < (report["wanted"] or 0):
-        print(
-            f"  {report['train']} rows to train on, not {report['wanted']}: the model found no more in {MOST_ROUNDS} rounds"
-        )
+        print(f"  {report['train']} rows to train on, not {report['wanted']}: no more came in {MOST_ROUNDS} rounds")
     for why, count in report["dropped"].items():
         print(f"  dropped {count}: {why}")
     for chunk, covered in report["coverage_by_chunk"].items():

@@ -154,6 +154,32 @@ class ModelAsker(Asker):
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
+class TriedOutBy(Asker):
+    """One model writes the questions, and the one that will be trained answers them.
+
+    Args:
+        writer: writes.
+        student: answers.
+    """
+
+    def __init__(self, writer: Asker, student: ModelAsker) -> None:
+        self._writer, self._student = writer, student
+        self.name, self.least_effect = f"{writer.name}, tried out by {student.name}", student.least_effect
+        self.window = min((asker.window for asker in (writer, student) if asker.window is not None), default=None)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, by the student's tokenizer."""
+        return self._student.count(text)
+
+    def write(self, conversations: Sequence[list[Message]], seed: int, temperature: float) -> list[Written]:
+        """One question to each conversation, by the writer."""
+        return self._writer.write(conversations, seed, temperature)
+
+    def try_out(self, questions: Sequence[str], context: str, seed: int) -> list[Tried]:
+        """Answer each question with and without the context, by the student."""
+        return self._student.try_out(questions, context, seed)
+
+
 class ServerAsker(Asker):
     """A model behind a server that speaks the OpenAI protocol (`POST /v1/chat/completions`).
 

@@ -13,6 +13,7 @@ from tests.helpers.paths import QUICKSTART, ROOT
 from tests.helpers.rows import write_rows
 
 RECIPE = str(QUICKSTART)
+ROWS = str(ROOT / "configs" / "data" / "quickstart_train.jsonl")
 
 
 def test_the_signatures_have_the_keys_of_the_parser():
@@ -94,7 +95,8 @@ def test_another_optimizer_takes_no_weight_decay_over(opcd, rows, capsys):
         (["fit", "--config"], "--config: expected one argument"),
         (["fit", "--config", "quickstrt.yaml"], "quickstrt.yaml does not exist"),
         (["fit", "--config", RECIPE, "--data.train", "nope.jsonl"], "data.train: no file"),
-        (["fit", "--config", RECIPE, "--data.context", "nope.txt"], "data.context: no file"),
+        (["fit", "--config", RECIPE, "--data.context", "nope.txt"], "opcd queries --context nope.txt --out FOLDER"),
+        (["fit", "--config", RECIPE, "--data.train", ROWS, "--data.context", "nope.txt"], "data.context: no file"),
     ],
     ids=lambda value: " ".join(value)[:50].replace(str(ROOT), "") if isinstance(value, list) else "",
 )

@@ -57,7 +57,7 @@ def test_setup_reads_what_the_stage_needs(files):
     ("stage", "split"), [("fit", "train"), ("validate", "val"), ("test", "test"), ("predict", "predict")]
 )
 def test_a_missing_source_is_named(files, stage, split):
-    expected = f"data.{split} is not set; `{stage}` needs it: name a file or a hub data set (`opcd init FOLDER` makes"
+    expected = f"data.{split} is not set; `{stage}` needs it: name a file or a hub data set (`opcd queries"
     assert refusal(stage, train=None).startswith(expected)
 
 

@@ -256,3 +256,33 @@ def test_wrong_words(opcd, tmp_path, words, says):
     (tmp_path / "a.txt").write_text("The captain of the Silverfin Ferry is Nora Kestrel.")
     code, text = opcd("queries", "--context", tmp_path / "a.txt", "--out", tmp_path / "out", *words)
     assert code == 2 and says in text and not (tmp_path / "out/asked.jsonl").exists()
+
+
+def test_init_with_a_context_writes_a_folder_that_is_ready_to_fit(opcd, tmp_path, server, tiny, monkeypatch):
+    context = tmp_path / "ferries.txt"
+    context.write_text("\n".join(f"- Ferry number {n} of Lindholm sails to Island7." for n in range(30)))
+    words = ["init", tmp_path / "mine", "--context", context, "--server", server, "--name", "m", "--count", 8]
+    code, text = opcd(*words, "--val", 2)
+    assert code == 0, text
+    assert "opcd fit --config recipe.yaml" in text and "questions kept (facts, m)" in text
+    monkeypatch.chdir(tmp_path / "mine")
+    code, text = opcd("fit", "--config", "recipe.yaml", "--model.student.name", tiny, "--trainer.max_steps", 1)
+    assert code == 0, text
+    code, text = opcd(*words, "--val", 2)
+    assert code == 2 and "is not empty" in text
+
+
+def test_init_of_a_context_in_chunks_and_without_held_out_rows(opcd, tmp_path, server):
+    context = tmp_path / "ferries.txt"
+    context.write_text("\n\n".join(f"Ferry number {n} of Lindholm sails to Island7." for n in range(30)))
+    words = ["--context", context, "--server", server, "--name", "m", "--count", 8, "--val", 0, "--chunk_tokens", 60]
+    code, text = opcd("init", tmp_path / "mine", *words)
+    assert code == 0, text
+    recipe = (tmp_path / "mine/recipe.yaml").read_text()
+    assert "\n  context: null " in recipe and "\n  val: null " in recipe
+    assert all("context" in json.loads(line) for line in (tmp_path / "mine/train.jsonl").read_text().splitlines())
+
+
+def test_options_of_queries_without_a_context(opcd, tmp_path):
+    code, text = opcd("init", tmp_path / "mine", "--count", 3)
+    assert code == 2 and "no option --count" in text and not (tmp_path / "mine").exists()
