@@ -24,7 +24,7 @@ from opcd.modules.teachers.base import ModelTeacher
 PLACES: dict[str, tuple[Any, str, int]] = {
     "rollout": (generation, "draw", STEPS * 8),
     "teacher": (ModelTeacher, "score", STEPS),
-    "backward": (Distiller, "_backward", STEPS),
+    "backward": (Distiller, "manual_backward", STEPS),
     "save": (files, "_write", STEPS // 2),
 }
 EVERY, ANSWER = 5, 6

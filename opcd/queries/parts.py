@@ -27,7 +27,7 @@ class Part:
     Attributes:
         name: document, chunk and number, such as "manual.md/2/14". Parts are held out as a whole.
         chunk: the number of its chunk.
-        subject: the document's title and the heading above the part.
+        subject: what the document is about: its title up to a colon, or its most frequent name.
         passage: the part behind the sentence before it, which often says what it is about.
         text: the part itself.
     """
@@ -87,18 +87,17 @@ def chunks(documents: Sequence[Document], most_tokens: int, count: CountTokens) 
 
 def _paragraphs(document: Document) -> list[_Paragraph]:
     """Paragraphs; a heading stands with the paragraph that follows it."""
-    title, heading, pending, fallback = "", "", "", _name(document)
+    # The model asks about the heading of a section, not about the sentence, where it sees both.
+    title, pending, subject = "", "", _name(document)
     found: list[_Paragraph] = []
     for block in re.split(r"\n\s*\n", document.text):
         lines = block.strip("\n").split("\n")
         while lines and (match := HEADING.match(lines[0])):
-            title, heading = title or match["title"], match["title"]
+            title = title or match["title"]
             pending = f"{pending}{lines.pop(0).strip()}\n\n"
         if not "".join(lines).strip():
             continue
-        about = title or fallback
-        subject = about if heading in ("", title) else f"{about}: {heading}"
-        found.append(_Paragraph(document.name, subject, pending + "\n".join(lines).strip()))
+        found.append(_Paragraph(document.name, title.partition(":")[0] or subject, pending + "\n".join(lines).strip()))
         pending = ""
     return found
 

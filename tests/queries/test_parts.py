@@ -48,7 +48,7 @@ def test_sentences_items_and_rows_are_parts():
 def test_a_part_knows_its_subject_and_the_sentence_before():
     first, second, _, fourth, *_ = parts_of(MANUAL)
     assert first.subject == "The Kestrel 40 Radio"
-    assert fourth.subject == "The Kestrel 40 Radio: Care"
+    assert fourth.subject == "The Kestrel 40 Radio"
     assert second.passage == "The Kestrel 40 was built in 2017. It weighs 3 kg."
     assert fourth.passage == fourth.text  # an item of a list stands alone
     assert [first.name, second.name] == ["radio.md/1/1", "radio.md/1/2"]
