@@ -149,9 +149,15 @@ class Fits:
 
 
 def saving(every_n_steps: int, **arguments: Any) -> dict[str, Any]:
-    """The trainer's section with a checkpoint every n steps."""
+    """The trainer's section with a checkpoint every n steps, and a record of recovery and drift that is small."""
     arguments["every_n_steps"] = every_n_steps
-    return {"callbacks": [{"class_path": "opcd.callbacks.SaveCheckpoints", "init_args": arguments}]}
+    few = {"queries": 1, "general_prompts": 1, "max_new_tokens": 2}
+    return {
+        "callbacks": [
+            {"class_path": "opcd.callbacks.SaveCheckpoints", "init_args": arguments},
+            {"class_path": "opcd.callbacks.RecoveryAndDrift", "init_args": few},
+        ]
+    }
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -133,9 +133,10 @@ def _settings(command: str, words: list[str]) -> dict[str, Any]:
         elif not name.startswith("--") or above is None or (known[above] and key != above):
             raise UserError(unknown_words([word], [*known, *inner_keys()]))
         elif key == above:
-            with suppress(UserError):  # no YAML: the full parser has a message
+            loaded: Any = value
+            with suppress(UserError):  # no YAML, such as a name of a file: the full parser has a message
                 loaded = load_yaml(value, name)
-                settings[key] = loaded if loaded is None or isinstance(loaded, dict | list) else value
+            settings[key] = loaded if loaded is None or isinstance(loaded, dict | list) else value
     return settings
 
 

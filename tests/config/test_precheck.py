@@ -97,6 +97,7 @@ def test_another_optimizer_takes_no_weight_decay_over(opcd, rows, capsys):
         (["fit", "--config", RECIPE, "--data.train", "nope.jsonl"], "data.train: no file"),
         (["fit", "--config", RECIPE, "--data.context", "nope.txt"], "opcd queries --context nope.txt --out FOLDER"),
         (["fit", "--config", RECIPE, "--data.train", ROWS, "--data.context", "nope.txt"], "data.context: no file"),
+        (["fit", "--config", RECIPE, "--data.train", '"no.jsonl'], "data.train: no file"),  # no YAML, but a name
     ],
     ids=lambda value: " ".join(value)[:50].replace(str(ROOT), "") if isinstance(value, list) else "",
 )
