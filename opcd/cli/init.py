@@ -29,9 +29,10 @@ def main(args: list[str]) -> int:
     Raises:
         UserError: the folder is not empty, or cannot be made.
     """
-    options, rest = make_parser().parse_known_args(args)
-    if rest and not options.context:
-        make_parser().parse_args(args)  # names the word that is not known
+    if "--context" in args:  # the other words are those of `opcd queries`
+        options, rest = make_parser().parse_known_args(args)
+    else:
+        options, rest = make_parser().parse_args(args), []
     folder: Path = options.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

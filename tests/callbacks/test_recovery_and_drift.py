@@ -8,7 +8,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from opcd.callbacks import ExactResume, RecoveryAndDrift
+from opcd.callbacks import Alarms, ExactResume, RecoveryAndDrift
 from opcd.callbacks.recovery_and_drift import Measurement, _recovery
 from opcd.data import ContextQueryDataModule
 from opcd.losses import ForwardKL
@@ -215,6 +215,16 @@ def test_state_keeps_every_number(tmp_path, rows, context, tiny):
     trainer(tmp_path, callbacks=[measure]).fit(distiller, data_of(rows, context))
     again = FixedResponses.from_state_dict(measure._taught.state_dict(), torch.device("cpu"))
     assert again.divergences(distiller.student, 4096) == measure._taught.divergences(distiller.student, 4096)
+
+
+@pytest.mark.filterwarnings("always:.*answers to general prompts have moved by")
+@pytest.mark.parametrize(("limit", "warned"), [(1e-6, 1), (1e6, 0)])
+def test_alarms_warn_once_of_drift(tmp_path, rows, context, tiny, recwarn, limit, warned):
+    callbacks = [RecoveryAndDrift(queries=1, general_prompts=2, max_new_tokens=4), Alarms(drift=limit)]
+    run = trainer(tmp_path, steps=3, callbacks=callbacks, val_check_interval=1)
+    run.fit(distiller_of(tiny), data_of(rows, context))
+    said = [str(warning.message) for warning in recwarn if "general prompts have moved by" in str(warning.message)]
+    assert len(said) == warned and all("step 1: " in text for text in said)
 
 
 @pytest.mark.parametrize("options", [{"queries": 0}, {"general_prompts": 65}, {"max_new_tokens": 0}])
