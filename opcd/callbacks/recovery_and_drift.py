@@ -118,7 +118,7 @@ class RecoveryAndDrift(Callback):
         max_new_tokens: most tokens of a response.
     """
 
-    def __init__(self, queries: int = 32, general_prompts: int = 32, max_new_tokens: int = 24) -> None:
+    def __init__(self, queries: int = 32, general_prompts: int = 16, max_new_tokens: int = 24) -> None:
         most = len(_general_prompts())
         if queries < 1 or max_new_tokens < 1 or not 0 <= general_prompts <= most:
             raise ValueError(
