@@ -31,6 +31,7 @@ JOURNAL, TRAIN, VAL, REPORT, CONTEXT = "asked.jsonl", "train.jsonl", "val.jsonl"
 PROMPT_TOKENS = 400
 """About the most tokens that a prompt has beside a chunk: its words, and what was asked before."""
 DEFAULT_CHUNK = 1500
+KEY_ENV = "OPENAI_API_KEY"
 
 
 def main(args: list[str]) -> int:
@@ -92,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--server", metavar="URL", help="a server of the OpenAI protocol in place of a model here")
     parser.add_argument("--name", metavar="MODEL", help="the model's name on the server")
-    parser.add_argument("--api_key_env", default="OPENAI_API_KEY", help="variable with its key (default: %(default)s)")
+    parser.add_argument("--api_key_env", metavar="NAME", help=f"variable with the server's key (default: {KEY_ENV})")
     parser.add_argument(
         "--kind",
         choices=["auto", "facts", "manner"],
@@ -158,6 +159,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--name is a model on a server: give --server too, or use --model")
     if options.server is not None and (options.name is None or options.model is not None):
         raise UserError("--server wants --name, the model's name there, and no --model")
+    if options.server is None and options.api_key_env is not None:
+        raise UserError("--api_key_env has no effect without --server; remove it")
+    if options.server is not None and options.student is None and options.device is not None:
+        raise UserError("--device has no effect where a server writes and answers; remove it, or give --student")
     if options.prompts is not None and not options.prompts.is_dir():
         raise UserError(f"--prompts: {options.prompts} is not a folder")
 
@@ -171,7 +176,7 @@ def _writer(options: argparse.Namespace) -> Asker:
     if options.server is None:
         return _model(options, options.model or ModelConfig().name, "--model")
     try:
-        server = Server(options.server, options.api_key_env, concurrency=8, timeout=120.0, patience=300.0)
+        server = Server(options.server, options.api_key_env or KEY_ENV, concurrency=8, timeout=120.0, patience=300.0)
     except ValueError as error:
         raise UserError(str(error)) from error
     return ServerAsker(server, options.name, options.max_new_tokens, options.answer_tokens)

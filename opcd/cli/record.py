@@ -11,16 +11,12 @@ from opcd.cli.fit import fit_parser
 from opcd.config.parsing import Parser
 from opcd.config.precheck import checked
 from opcd.data import ContextQueryDataModule
-from opcd.losses import Head
-from opcd.losses.log_probs import log_probs
 from opcd.models import architecture, load_tokenizer
 from opcd.modules import RecordedTeacher, Student, Trajectories
+from opcd.modules.fixed_responses import likeliest
 from opcd.modules.teachers.record_folder import Origin, RecordWriter, tokenizer_hash
 from opcd.modules.validation import Run, validate
 from opcd.runtime.errors import UserError
-
-ROWS_AT_A_TIME = 128
-"""Positions whose logits are in memory at the same time."""
 
 
 def main(args: list[str]) -> int:
@@ -112,16 +108,5 @@ def _batch(
     states = teacher.score(trajectories, distiller.micro_batch_tokens)
     # The student's vocabulary, as in training with the teacher: further tokens of either model are padding.
     vocabulary = architecture(distiller.student_config).get_text_config().vocab_size
-    likeliest = [
-        _likeliest(states.head, hidden, vocabulary, distiller.objective.temperature, options.k)
-        for hidden in states.hidden.split(ROWS_AT_A_TIME)
-    ]
-    log_probs, tokens = (torch.cat(column) for column in zip(*likeliest, strict=True))
-    return trajectories.teacher_prompts, trajectories.responses, tokens, log_probs
-
-
-def _likeliest(head: Head, hidden: Tensor, vocabulary: int, temperature: float, k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and ids of the k likeliest tokens among the first `vocabulary` ones: [n, H] -> 2 x [n, k]."""
-    of_all = log_probs(head(hidden)[:, :vocabulary], temperature)
-    values, tokens = of_all.topk(min(k, of_all.shape[-1]), -1)
-    return values, tokens
+    recorded = likeliest(states, options.k, vocabulary, distiller.objective.temperature)
+    return trajectories.teacher_prompts, trajectories.responses, recorded.tokens, recorded.log_probs

@@ -10,8 +10,8 @@ from opcd.runtime.lazy import lazily
 if TYPE_CHECKING:
     from opcd.experience.game_problems import GameProblems
     from opcd.experience.math_problems import MathProblems
-    from opcd.experience.problems import Attempt, Problems
-    from opcd.writing.writer import Writer, Written
+    from opcd.experience.problems import Attempt, Problems, Writer
+    from opcd.writing.written import Written
 
 __all__ = ["Attempt", "GameProblems", "MathProblems", "Problems", "Writer", "Written"]
 

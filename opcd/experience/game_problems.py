@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from opcd.data.example import Message
-from opcd.experience.problems import Attempt, Problems
+from opcd.experience.problems import Attempt, Problems, Writer
 from opcd.games import Game, GameExample, GameSeeds, play
 from opcd.games.game_seeds import as_game
 from opcd.runtime.errors import UserError
-from opcd.writing.writer import Writer, Written
+from opcd.writing.written import Written
 
 KEY = "problems.init_args"
 

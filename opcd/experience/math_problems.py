@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from opcd.data import Example, read_examples
 from opcd.data.example import Message
-from opcd.experience.problems import Attempt, Problems
+from opcd.experience.problems import Attempt, Problems, Writer
 from opcd.runtime.extras import require
 from opcd.tasks.dapo_math import process_results
 from opcd.tasks.docs import question_docs
-from opcd.writing.writer import Writer, Written
+from opcd.writing.written import Written
 
 KEY = "problems.init_args"
 

@@ -1,17 +1,22 @@
 """The models of the loop, loaded when a stage needs them, one at a time."""
 
 import gc
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from opcd.data import Views
+from opcd.data.example import Message
+from opcd.evaluation.batched_answers import prompt_ids
 from opcd.experience.experience_config import Experience, StageName
+from opcd.experience.problems import Writer
 from opcd.models import ModelConfig, context_window, load_model, load_tokenizer
-from opcd.modules.student import Student
+from opcd.modules.lm.generation import Sampling
+from opcd.modules.prefix.prefix_cache import PrefixCache
+from opcd.modules.student import Student, respond
 from opcd.runtime.errors import UserError
-from opcd.writing.model_writer import ModelWriter
-from opcd.writing.writer import Writer
+from opcd.writing.written import Written
 
 STAGES: tuple[StageName, ...] = ("solve", "extract", "select")
 STUDENT: StageName = "student"
@@ -26,6 +31,46 @@ class Writers(Protocol):
 
     def close(self) -> None:
         """Free the memory of the models, for another process."""
+
+
+class ModelWriter(Writer):
+    """A model on this machine.
+
+    Args:
+        student: the model and its tokenizer.
+        views: renders conversations as prompts.
+        sampling: how tokens are drawn.
+        window: most tokens of prompt and answer together; None: not known.
+        name: config key and name of the model, for messages.
+    """
+
+    def __init__(self, student: Student, views: Views, sampling: Sampling, window: int | None, name: str) -> None:
+        self.student, self.views, self.sampling, self.window, self.name = student, views, sampling, window, name
+        self._prefix = PrefixCache()
+        self._context: str | None = None
+
+    def write(self, conversations: Sequence[list[Message]], context: str | None = None) -> list[Written]:
+        """One continuation of each conversation, all in one batch."""
+        if context != self._context:
+            self._prefix.clear()  # one context serves many calls before the next one
+            self._context = context
+        prompts = [self._prompt(messages, context) for messages in conversations]
+        responses = respond(self.student, self.views, prompts, context, self.sampling, self._prefix)
+        return [self._written(response.tolist()) for response in responses]
+
+    def _prompt(self, messages: list[Message], context: str | None) -> list[int]:
+        ids = prompt_ids(self.views, messages, context, "a conversation")
+        most = self.sampling.max_new_tokens
+        if self.window is not None and len(ids) + most > self.window:
+            raise UserError(
+                f"{self.name} takes {self.window} tokens, but a prompt has {len(ids)} and up to {most} are added: "
+                f"{ADVICE}; the prompt begins with {messages[-1]['content'][:80]!r}"
+            )
+        return ids
+
+    def _written(self, ids: list[int]) -> Written:
+        text = str(self.student.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return Written(text, len(ids), ids[-1] not in self.student.eos_ids)
 
 
 class ModelWriters:
@@ -55,7 +100,7 @@ class ModelWriters:
         window = context_window(config, key)
         name = f"{key}.name: {config.name}"
         sampling = self.config.stage(stage).sampling
-        return ModelWriter(self._loaded[1], self._views[stage], sampling, window, name, ADVICE)
+        return ModelWriter(self._loaded[1], self._views[stage], sampling, window, name)
 
     def close(self) -> None:
         """Free the memory of the model."""

@@ -18,7 +18,7 @@ from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.queries.filters import likeness
 from opcd.runtime.errors import UserError
 from opcd.serving.client import Server, ServerError
-from opcd.writing.writer import Written
+from opcd.writing.written import Written
 
 CHAT = "/v1/chat/completions"
 SECOND = 0.5

@@ -1,1 +1,1 @@
-"""Models that continue conversations, and the files that they need: prompts, a journal, a claimed folder."""
+"""What the commands that let a model write share: prompts as files, a journal, a claimed folder, progress."""

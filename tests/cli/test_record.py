@@ -8,8 +8,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from opcd.cli.record import _likeliest
 from opcd.losses import Head
+from opcd.modules.fixed_responses import likeliest
+from opcd.modules.lm.hidden_states import HiddenStates
 from opcd.modules.teachers.record_folder import INDEX, Origin, Record, RecordWriter
 from opcd.runtime.errors import UserError
 
@@ -72,9 +73,9 @@ def test_a_record_that_was_stopped_goes_on_to_the_same_files(opcd, words, record
 
 
 def test_what_the_student_has_no_token_for_is_not_recorded():
-    values, tokens = _likeliest(Head(torch.eye(10)), torch.arange(10.0)[None], 8, 2.0, 3)
-    assert tokens.tolist() == [[7, 6, 5]]
-    torch.testing.assert_close(values, (torch.arange(8.0) / 2).log_softmax(-1)[[7, 6, 5]][None])
+    found = likeliest(HiddenStates(torch.arange(10.0)[None], Head(torch.eye(10))), 3, 8, temperature=2.0)
+    assert found.tokens.tolist() == [[7, 6, 5]]
+    torch.testing.assert_close(found.log_probs, (torch.arange(8.0) / 2).log_softmax(-1)[[7, 6, 5]][None])
 
 
 def test_several_responses_to_a_query(opcd, words, tmp_path):

@@ -12,7 +12,7 @@ from opcd.queries.making import BATCH, FACT_KINDS, Maker, Plan, Request, kind_of
 from opcd.queries.parts import chunks
 from opcd.runtime.errors import UserError
 from opcd.writing.journal import Journal
-from opcd.writing.writer import Written
+from opcd.writing.written import Written
 
 FACTS = "\n".join(f"- Ferry number {n} of Lindholm sails to Island{n}." for n in range(20))
 MANNER = "You are the assistant of a shop. Always be polite. Never use lists. Answer in one sentence. Tea costs 6."
@@ -244,6 +244,8 @@ def test_a_server_asks_and_its_death_keeps_what_was_written(opcd, tmp_path, serv
     [
         (["--server", "http://127.0.0.1:9"], "--server wants --name"),
         (["--name", "m"], "give --server too"),
+        (["--api_key_env", "KEY"], "--api_key_env has no effect"),
+        (["--server", "http://127.0.0.1:9", "--name", "m", "--device", "cpu"], "--device has no effect"),
         (["--count", "0"], "--count must be at least 1"),
         (["--val", "-1"], "--val must be at least 0"),
         (["--prompts", "nowhere"], "nowhere is not a folder"),
