@@ -105,9 +105,10 @@ class Maker:
         self.personas, self.topics = (_lines(plan, name) for name in ("personas.txt", "topics.txt"))
         kinds = ("manner",) if plan.kind == "manner" else FACT_KINDS
         self.prompts = {kind: _prompt(plan, kind) for kind in kinds}
-        self.parts = [part for chunk in chunks for part in chunk.parts] if plan.kind == "facts" else self._topics()
-        if not self.parts:
+        self.all_parts = [part for chunk in chunks for part in chunk.parts] if plan.kind == "facts" else self._topics()
+        if not self.all_parts:
             raise UserError("--context: no sentence to ask about; give a text of sentences or a list")
+        self.parts = self._sampled()
 
     @property
     def prompt_texts(self) -> dict[str, str]:
@@ -127,20 +128,22 @@ class Maker:
         return [record for record in self.journal.records if record["dropped"] is None]
 
     def run(self) -> None:
-        """Write and try out questions until there are enough, or the rounds are over."""
+        """Write and try out questions until a round ends with enough, or the rounds are over."""
         wanted = (self.plan.train or 3 * len(self.parts)) + self.plan.val
         with progress("questions", wanted, min(len(self.kept), wanted)) as advance:
             for batch in self._batches():
-                if len(self.kept) >= wanted or self._is_exhausted():
+                # A round is finished: else nothing would be asked about the end of the context.
+                begins = batch[0].number % len(self.parts) == 0
+                if self._is_exhausted() or (begins and len(self.kept) >= wanted):
                     return
-                records = self._made(batch)
+                records, before = self._made(batch), len(self.kept)
                 self.journal.append(records)
-                advance(sum(record["dropped"] is None for record in records))
+                advance(min(len(self.kept), wanted) - min(before, wanted))
 
     def conversation(self, request: Request) -> list[dict[str, str]]:
         """The prompt of a request."""
         part, random_ = request.part, random.Random(f"{self.plan.seed}/{request.number}")
-        others = [other.text for other in self.parts if other.chunk == part.chunk and other is not part]
+        others = [other.text for other in self.all_parts if other.chunk == part.chunk and other is not part]
         text = self.prompts[request.kind](
             passage=part.passage,
             text=part.text,
@@ -228,6 +231,14 @@ class Maker:
             return "two answers with the context disagree"
         return None
 
+    def _sampled(self) -> list[Part]:
+        """The parts to ask about: of many more than the questions that are wanted, a sample."""
+        most = len(self.all_parts) if self.plan.train is None else 2 * (self.plan.train + self.plan.val)
+        if len(self.all_parts) <= most:
+            return self.all_parts
+        drawn = random.Random(self.plan.seed).sample(range(len(self.all_parts)), most)
+        return [self.all_parts[number] for number in sorted(drawn)]
+
     def _topics(self) -> list[Part]:
         """A manner is asked about by topics, under its whole text."""
         if len(self.chunks) > 1:
@@ -262,7 +273,7 @@ def rows(maker: Maker) -> Rows:
     by_part = Counter(record["part"] for record in kept)
     while plan.val and parts and sum(by_part[part] for part in held_out) < plan.val:
         held_out.add(parts.pop())
-    train = [record for record in kept if record["part"] not in held_out][: plan.train]
+    train = _spread([record for record in kept if record["part"] not in held_out], plan)
     val = [record for record in kept if record["part"] in held_out][: plan.val]
     if not train:
         raise UserError(
@@ -272,6 +283,20 @@ def rows(maker: Maker) -> Rows:
     several = len(maker.chunks) > 1
     of_train, of_val = ([_row(record, maker, several) for record in records] for records in (train, val))
     return Rows(of_train, of_val, _report(maker, train, val))
+
+
+def _spread(records: list[dict[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+    """As many of the records as are wanted, about as many parts as possible."""
+    if plan.train is None or len(records) <= plan.train:
+        return records
+    asked: Counter[str] = Counter()
+    place = []  # of a question among those about its part
+    for record in records:
+        place.append(asked[record["part"]])
+        asked[record["part"]] += 1
+    order = list(range(len(records)))
+    random.Random(plan.seed).shuffle(order)
+    return [records[number] for number in sorted(sorted(order, key=place.__getitem__)[: plan.train])]
 
 
 def _row(record: dict[str, Any], maker: Maker, several: bool) -> dict[str, Any]:
@@ -290,7 +315,7 @@ def _report(maker: Maker, train: Sequence[dict[str, Any]], val: Sequence[dict[st
     samples: dict[str, list[str]] = {}
     for record in dropped:
         samples.setdefault(record["dropped"], []).append(record["query"])
-    asked = Counter(part.chunk for part in maker.parts)
+    asked = Counter(part.chunk for part in maker.all_parts)
     covered = Counter(chunk for chunk, _ in {(record["chunk"], record["part"]) for record in maker.kept})
     return {
         "model": maker.asker.name,

@@ -79,6 +79,20 @@ def test_rounds_ask_in_other_ways_and_get_warmer_and_see_what_was_asked(tmp_path
     assert asked[-1] in made.conversation(request)[-1]["content"]
 
 
+def test_few_questions_are_spread_over_the_whole_context(tmp_path):
+    made = maker(tmp_path, train=10, val=0)
+    made.run()
+    assert len({record["part"] for record in made.kept}) == 20
+    assert len({row["part"] for row in rows(made).train}) == 10
+
+    (tmp_path / "sample").mkdir()
+    sample = maker(tmp_path / "sample", train=3, val=1)
+    sample.run()
+    asked = {record["part"] for record in sample.journal.records}
+    assert len(asked) == 8 and max(int(part.rpartition("/")[2]) for part in asked) > 10
+    assert rows(sample).report["coverage_by_chunk"]["1"].endswith("of 20 parts")
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_rows(tmp_path):
     (tmp_path / "whole").mkdir()
     whole = maker(tmp_path / "whole", train=40, val=4)
