@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of the documents that fits a prompt; neighbours overlap by a paragraph."""
+    """A piece of the documents that fits a prompt, below its document's title; neighbours overlap by a paragraph."""
 
     text: str
     parts: tuple[Part, ...]
@@ -51,6 +51,8 @@ class Chunk:
 class _Paragraph:
     document: str
     subject: str
+    above: str
+    """Stands above it where a chunk begins with it: the title, which says what the text is about."""
     text: str
 
 
@@ -65,7 +67,9 @@ def chunks(documents: Sequence[Document], most_tokens: int, count: CountTokens) 
     """
     paragraphs = [paragraph for document in documents for paragraph in _paragraphs(document)]
     sizes = [count(paragraph.text) + 2 for paragraph in paragraphs]
-    for paragraph, size in zip(paragraphs, sizes, strict=True):
+    above = {text: count(text) for text in {paragraph.above for paragraph in paragraphs}}
+    first = [size + above[paragraph.above] for paragraph, size in zip(paragraphs, sizes, strict=True)]
+    for paragraph, size in zip(paragraphs, first, strict=True):
         if size > most_tokens:
             raise UserError(
                 f"--context: a paragraph of {paragraph.document} has {size} tokens and --chunk_tokens is {most_tokens} "
@@ -73,15 +77,16 @@ def chunks(documents: Sequence[Document], most_tokens: int, count: CountTokens) 
             )
     groups: list[list[int]] = [[]]
     for number, size in enumerate(sizes):
-        if groups[-1] and sum(sizes[n] for n in groups[-1]) + size > most_tokens:
+        if groups[-1] and first[groups[-1][0]] + sum(sizes[n] for n in groups[-1][1:]) + size > most_tokens:
             last = groups[-1][-1]
-            groups.append([last] if sizes[last] + size <= most_tokens else [])
+            groups.append([last] if first[last] + size <= most_tokens else [])
         groups[-1].append(number)
     found, known = [], -1
     for number, group in enumerate(groups):
         own = [paragraphs[n] for n in group if n > known]
         known = group[-1]
-        found.append(Chunk("\n\n".join(paragraphs[n].text for n in group), tuple(_parts(own, number))))
+        text = paragraphs[group[0]].above + "\n\n".join(paragraphs[n].text for n in group)
+        found.append(Chunk(text, tuple(_parts(own, number))))
     return found
 
 
@@ -97,7 +102,9 @@ def _paragraphs(document: Document) -> list[_Paragraph]:
             pending = f"{pending}{lines.pop(0).strip()}\n\n"
         if not "".join(lines).strip():
             continue
-        found.append(_Paragraph(document.name, title.partition(":")[0] or subject, pending + "\n".join(lines).strip()))
+        above = f"# {title}\n\n" if title and title not in pending else ""
+        text = pending + "\n".join(lines).strip()
+        found.append(_Paragraph(document.name, title.partition(":")[0] or subject, above, text))
         pending = ""
     return found
 

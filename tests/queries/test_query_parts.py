@@ -79,3 +79,15 @@ def test_what_fits_is_one_chunk_of_all_documents():
 def test_a_paragraph_that_is_too_long_is_named():
     with pytest.raises(UserError, match=r"a paragraph of long\.txt has 52 tokens and --chunk_tokens is 20"):
         chunks([Document("long.txt", "word " * 50)], 20, words)
+
+
+def test_every_chunk_stands_below_its_documents_title():
+    text = "# The Heron Inn: rules\n\n" + "\n\n".join(f"## Room {n}\n\nIt has {n} beds and a lamp." for n in range(6))
+    cut = chunks([Document("inn.md", text), Document("b.md", "Elm is a tree of the park.")], 30, words)
+    assert len(cut) > 2 and all(words(chunk.text) <= 30 for chunk in cut)
+    assert all(chunk.text.startswith("# The Heron Inn: rules\n\n## Room") for chunk in cut[:-1])
+    assert all(chunk.text.count("The Heron Inn") == 1 for chunk in cut)
+    assert [part.text for chunk in cut for part in chunk.parts][:2] == [
+        "It has 0 beds and a lamp.",
+        "It has 1 beds and a lamp.",
+    ]
