@@ -16,13 +16,15 @@ BEFORE = re.compile(r"(\w|\w[-\u2011\u2013/]|\d[.,:])\Z")
 AFTER = re.compile(r"\w|[-\u2011\u2013/]\w|['\u2019](?!s\b)\w|[.,:]\d")
 """Text after a match that does so; "Martha's" contains Martha."""
 NUMBER = re.compile(r"\d[\d.,:]*")
-NUMBER_BEFORE = re.compile(rf"[-\u2212\u2013]\Z|\d[ \u00a0\u202f]\Z|\b({MONTHS})\.?\s+\Z", re.IGNORECASE)
-"""Text before a number that makes it a part of another number or of a date: -5, 10 000, May 1."""
+NUMBER_BEFORE = re.compile(r"[-\u2212\u2013]\Z|\d[ \u00a0\u202f]\Z")
+"""Text before a number that makes it a part of another number: -5, 10 000."""
 NUMBER_AFTER = re.compile(
-    rf"[ \u00a0\u202f]\d{{3}}(?!\d)|\s+(hundred|thousand|million|billion|trillion|dozen)\b|"
-    rf"\s+(of\s+)?({MONTHS})\b",
-    re.IGNORECASE,
+    r"[ \u00a0\u202f]\d{3}(?!\d)|\s+(hundred|thousand|million|billion|trillion|dozen)\b", re.IGNORECASE
 )
+DAY = re.compile(r"\d{1,2}")
+DAY_BEFORE = re.compile(rf"\b({MONTHS})\.?\s+\Z", re.IGNORECASE)
+"""Text before a number of up to two digits that makes it a day: May 1. The 1908 of "May 1908" is a year."""
+DAY_AFTER = re.compile(rf"\s+(of\s+)?({MONTHS})\b", re.IGNORECASE)
 NEAR = 16
 """Characters before and after a match that are checked; the longest month is shorter."""
 
@@ -40,12 +42,14 @@ def holds(answer: str, reference: str) -> bool:
     words = reference.split()
     if not words:
         return False
-    number = NUMBER.fullmatch("".join(words)) is not None
+    number, day = (kind.fullmatch("".join(words)) is not None for kind in (NUMBER, DAY))
     for found in _pattern(tuple(words)).finditer(answer):
         before, after = answer[max(0, found.start() - NEAR) : found.start()], answer[found.end() : found.end() + NEAR]
         if BEFORE.search(before) or AFTER.match(after):
             continue
-        if not (number and (NUMBER_BEFORE.search(before) or NUMBER_AFTER.match(after))):
+        if number and (NUMBER_BEFORE.search(before) or NUMBER_AFTER.match(after)):
+            continue
+        if not (day and (DAY_BEFORE.search(before) or DAY_AFTER.match(after))):
             return True
     return False
 

@@ -22,6 +22,8 @@ from opcd.tasks.matching import holds, right
         ("It is 1. May I help?", "1"),
         ("on the 1  may", "1 May"),
         ("13 of them, on 3 May: 3", "3"),
+        ("founded on 21 May 1908, opened in June 1931", "1908"),
+        ("since Sept. 1931", "1931"),
         ("-5", "-5"),
         ("1,005", "1,005"),
         ("C++ is", "C++"),
