@@ -38,6 +38,8 @@ FIRST = {
 def plots(runs: Sequence[Run]) -> dict[str, str]:
     """Metric -> SVG with a line for each run, for metrics that change. Of seconds, only those of a step are drawn.
 
+    A metric that is logged with its interval (`_low` and `_high`) gets a band.
+
     Raises:
         UserError: matplotlib is not installed.
     """
@@ -49,7 +51,12 @@ def plots(runs: Sequence[Run]) -> dict[str, str]:
         groups = {run.name: [one[name]] for run, one in zip(runs, series, strict=True) if one.get(name)}
         changes = any(len({value for _, value in curve if is_finite(value)}) > 1 for (curve,) in groups.values())
         if changes and (name == "seconds/step" or not name.startswith("seconds/")):
-            found[name] = drawn(partial(curves, groups=groups), name, "step", FIRST.get(name, ""), name)
+            bounds = {
+                run.name: (one[f"{name}_low"], one[f"{name}_high"])
+                for run, one in zip(runs, series, strict=True)
+                if one.get(f"{name}_low") and one.get(f"{name}_high")
+            }
+            found[name] = drawn(partial(curves, groups=groups, bounds=bounds), name, "step", FIRST.get(name, ""), name)
     return found
 
 
@@ -86,8 +93,13 @@ def drawn(draw: "Callable[[Axes], None]", title: str, x: str, y: str, seed: str 
     return _unique_ids(text.getvalue(), seed)
 
 
-def curves(axes: "Axes", groups: Mapping[str, Sequence[Curve]]) -> None:
-    """Draw a line for the mean of each group's curves, and a band from the least to the greatest."""
+def curves(
+    axes: "Axes", groups: Mapping[str, Sequence[Curve]], bounds: Mapping[str, tuple[Curve, Curve]] | None = None
+) -> None:
+    """Draw a line for the mean of each group's curves, and a band from the least to the greatest.
+
+    `bounds` are the lower and the upper curve of a group of one.
+    """
     for name, members in groups.items():
         by_step: dict[int, list[float]] = {}
         for curve in members:
@@ -100,9 +112,14 @@ def curves(axes: "Axes", groups: Mapping[str, Sequence[Curve]]) -> None:
         (line,) = axes.plot(
             steps, [statistics.fmean(by_step[s]) for s in steps], label=_label(name), marker=".", markersize=3
         )
-        if len(members) > 1:
-            low, high = ([bound(by_step[s]) for s in steps] for bound in (min, max))
-            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        band = {s: (min(by_step[s]), max(by_step[s])) for s in steps if len(members) > 1}
+        if bounds and name in bounds:
+            low, high = (dict(curve) for curve in bounds[name])
+            both = sorted(low.keys() & high.keys())
+            band = {s: (low[s], high[s]) for s in both if is_finite(low[s]) and is_finite(high[s])}
+        if band:
+            least, most = zip(*band.values(), strict=True)
+            axes.fill_between(list(band), least, most, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def bars(axes: "Axes", values: Mapping[str, Sequence[float]]) -> None:

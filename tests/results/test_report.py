@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from opcd.cli.main import main
+from opcd.results.plots import curves, drawn
 from opcd.results.run_tables import Run
 from opcd.runtime.extras import install_hint
 from tests.helpers.browser import check_plots, opened
@@ -136,6 +137,19 @@ def test_its_numbers_are_those_of_the_runs(runs, page_file):
         memory = float(steps[-1]["memory/peak_mib"]) / 1024
         assert page.column("results", "peak memory, GiB")[str(run)] == f"{memory:.4g}"
     assert page.column("results", "right before")[str(runs[0])].endswith(" of 6")
+
+
+def test_a_metric_with_an_interval_has_a_band():
+    found = []
+
+    def draw(axes):
+        line = [(0, 0.0), (5, 0.5), (10, 0.6)]
+        curves(axes, {"run": [line]}, {"run": ([(5, 0.4), (10, 0.5)], [(5, 0.7), (10, float("nan"))])})
+        (band,) = axes.collections
+        found.extend(band.get_paths()[0].vertices.tolist())
+
+    drawn(draw, "context/recovery", "step", "share")
+    assert {(x, y) for x, y in found} == {(5.0, 0.4), (5.0, 0.7)}
 
 
 def test_config_differences_are_named(runs, page_file):
