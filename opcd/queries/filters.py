@@ -38,15 +38,14 @@ def cleaned(text: str) -> str:
     return line
 
 
-def flaw(question: str, raw: str, cut_off: bool, about: str | None) -> str | None:
+def flaw(question: str, raw: str, cut_off: bool, about: frozenset[str] | None) -> str | None:
     """Why a question cannot be used, by its own text; None where nothing speaks against it.
 
     Args:
         question: as `cleaned`.
         raw: what the model wrote.
         cut_off: whether the limit of tokens ended it.
-        about: the text that holds the fact, with its subject: the question must name something of it. None: no fact is
-            asked for.
+        about: `names` of the fact and its subject, of which the question must hold one. None: no fact is asked for.
     """
     if SPECIAL.search(raw):
         return "control tokens"
@@ -58,15 +57,20 @@ def flaw(question: str, raw: str, cut_off: bool, about: str | None) -> str | Non
         return "names the text"
     if about is not None and "?" not in question:
         return "no question"
-    if about is not None and not (names(about) & words(question)):
+    if about is not None and not (about & words(question)):
         return "does not name what it is about"
     return None
 
 
-def names(text: str) -> frozenset[str]:
-    """Words and numbers of a text by which one can tell what it is about: those with a capital; else its long words."""
+def names(text: str, around: str = "") -> frozenset[str]:
+    """Words of a text by which one can tell what it is about, in lower case.
+
+    Those with a capital, but no words that `around`, the text that it is from, has in lower case too: the Hut of "Kolm
+    Hut" does not tell which hut. Of a text without such words, the long ones.
+    """
     capital = {word.lower() for word in re.findall(r"\b[A-Z\u00c0-\u00de]\w+", text)} - COMMON
-    return frozenset(capital) or frozenset(word for word in words(text) if len(word) > 4)
+    small = frozenset(re.findall(r"\b[^\W\dA-Z\u00c0-\u00de]\w+", around))
+    return frozenset(capital - small) or frozenset(capital) or frozenset(word for word in words(text) if len(word) > 4)
 
 
 @lru_cache(maxsize=4096)

@@ -190,12 +190,14 @@ class Maker:
         known, records = [record["query"] for record in self.kept], []
         for request, said in zip(requests, written, strict=True):
             query = filters.cleaned(said.text)
-            about = f"{request.part.subject} {request.part.passage}" if self.plan.kind == "facts" else None
+            part, about = request.part, None
+            if self.plan.kind == "facts":
+                about = filters.names(f"{part.subject} {part.passage}", self.chunks[part.chunk].text)
             dropped = filters.flaw(query, said.text, said.cut_off, about)
             dropped = dropped or filters.repeats(query, known)
             if dropped is None:
                 known.append(query)
-            record = {"part": request.part.name, "chunk": request.part.chunk, "kind": request.kind, "query": query}
+            record = {"part": part.name, "chunk": part.chunk, "kind": request.kind, "query": query}
             records.append({**record, "dropped": dropped, "tokens": said.tokens})
         self._try_out(requests, records, seed)
         seconds = (time.perf_counter() - began) / len(records)

@@ -5,6 +5,7 @@ import pytest
 from opcd.queries import filters
 
 ABOUT = "The Silverfin Ferry: the captain of the Silverfin Ferry is Nora Kestrel."
+NAMES = filters.names(ABOUT, f"{ABOUT} Another ferry sails at noon.")
 
 
 @pytest.mark.parametrize(
@@ -29,19 +30,29 @@ def test_cleaned(raw, question):
         ("According to the text, who is the captain of the Silverfin Ferry?", "names the text"),
         ("What does the given passage say of Nora Kestrel?", "names the text"),
         ("What is the name of the cat?", "does not name what it is about"),
+        ("What is the name of the ferry?", "does not name what it is about"),  # there are two
         ("The captain of the Silverfin Ferry.", "no question"),
         ("<|im_start|>Who is the captain of the Silverfin Ferry?", "control tokens"),
         ("?!", "empty"),
     ],
 )
 def test_flaws_of_a_question_for_a_fact(question, flaw):
-    assert filters.flaw(question, question, False, ABOUT) == flaw
+    assert filters.flaw(question, question, False, NAMES) == flaw
+
+
+def test_names_are_those_with_a_capital_that_stand_nowhere_without():
+    assert filters.names("The Kolm Hut is high.", "The Kolm Hut is high. The hut has beds.") == {"kolm"}
+    assert filters.names("The Kolm Hut is high.") == {"kolm", "hut"}
+    assert filters.names("Boots are required.", "Boots are required. Clean boots.") == {
+        "boots"
+    }  # nothing else is there
+    assert filters.names("it lies beside water") == {"beside", "water"}
 
 
 def test_a_question_that_the_limit_cut_off():
-    assert filters.flaw("Who is Nora Kestrel and", "Who is Nora Kestrel and", True, ABOUT) == "truncated"
+    assert filters.flaw("Who is Nora Kestrel and", "Who is Nora Kestrel and", True, NAMES) == "truncated"
     both = "Who is Nora Kestrel?\nThe answer is that she"
-    assert filters.flaw("Who is Nora Kestrel?", both, True, ABOUT) is None  # what was cut off comes after it
+    assert filters.flaw("Who is Nora Kestrel?", both, True, NAMES) is None  # what was cut off comes after it
 
 
 def test_a_message_to_an_assistant_need_not_be_a_question():
