@@ -5,6 +5,7 @@ opcd init my_manual --context manual.pdf
 """
 
 import argparse
+import math
 import re
 import shlex
 from pathlib import Path
@@ -21,6 +22,10 @@ LOOK = (
 CHAT_ALONE = "opcd chat runs/version_0"
 RECIPE, CONTEXT, JOURNAL = "recipe.yaml", "context.txt", "asked.jsonl"
 CHAT = "opcd chat runs/version_0 --context context.txt"
+STEPS, BATCH_SIZE = 36, 8
+"""Of the recipe for facts."""
+PASSES = 6
+"""Over many questions about a document: as many as the quickstart makes."""
 
 
 def main(args: list[str]) -> int:
@@ -67,6 +72,9 @@ def _write_with_questions(folder: Path, options: argparse.Namespace, rest: list[
         recipe = _without(recipe, "context", "every row has its own part of the context")
     if not made.val:
         recipe = _without(recipe, "val", "no questions were held out")
+    if made.report["kind"] == "facts":
+        steps = max(STEPS, math.ceil(PASSES * len(made.train) / BATCH_SIZE))
+        recipe = re.sub(rf"(?<=: ){STEPS}\b", str(steps), recipe)
     write_atomic(folder / RECIPE, recipe)
     for file in sorted(folder.iterdir()):
         if not file.name.startswith("."):

@@ -291,12 +291,15 @@ def test_init_with_a_context_writes_a_folder_that_is_ready_to_fit(opcd, tmp_path
 def test_init_of_a_context_in_chunks_and_without_held_out_rows(opcd, tmp_path, server):
     context = tmp_path / "ferries.txt"
     context.write_text("\n\n".join(f"Ferry number {n} of Lindholm sails to Island7." for n in range(30)))
-    words = ["--context", context, "--server", server, "--name", "m", "--count", 8, "--val", 0, "--chunk_tokens", 60]
+    words = ["--context", context, "--server", server, "--name", "m", "--count", 60, "--val", 0, "--chunk_tokens", 60]
     code, text = opcd("init", tmp_path / "mine", *words)
     assert code == 0, text
     recipe = (tmp_path / "mine/recipe.yaml").read_text()
     assert "\n  context: null " in recipe and "\n  val: null " in recipe
-    assert all("context" in json.loads(line) for line in (tmp_path / "mine/train.jsonl").read_text().splitlines())
+    train = [json.loads(line) for line in (tmp_path / "mine/train.jsonl").read_text().splitlines()]
+    assert all("context" in row for row in train)
+    steps = -(-6 * len(train) // 8)  # six passes in batches of eight
+    assert steps > 36 and f"max_steps: {steps} " in recipe and f"total_iters: {steps}}}" in recipe
 
 
 def test_options_of_queries_without_a_context(opcd, tmp_path):
