@@ -1,9 +1,6 @@
-"""`opcd blend RUN --scales 0.5 0.75 1.0`: score students between a run's start and its end, and keep one.
+"""`opcd blend RUN`: score students between a run's start and its end, and keep one.
 
-Each has the weights start + scale (student - start), in float32; an adapter's product B A is scaled. Recovery and drift
-are measured as in training, on the run's data.val and on general prompts. The table stands in RUN/blend.json, too.
-
-    opcd blend runs/version_0
+    opcd blend runs/version_0 --scales 0.5 0.75 1.0
     opcd blend runs/version_0 --tasks contains --data.contains VAL.jsonl
     opcd blend runs/version_0 --keep 0.75 --out student
 """
@@ -15,8 +12,8 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Trainer
 
+from opcd.accel.precision import device_of
 from opcd.callbacks import RecoveryAndDrift
 from opcd.callbacks.recovery_and_drift import Measurement
 from opcd.cli.fit import fit_parser
@@ -39,6 +36,10 @@ from opcd.runtime.files.user_files import refuse_existing
 from opcd.runtime.output import markdown
 from opcd.runtime.versions import VERSION
 
+DESCRIPTION = """Score students between a run's start and its end: recovery and drift, as in training, and tasks.
+
+Each has the weights start + scale (student - start), in float32; an adapter's product B A is scaled. The scale is chosen
+on validation rows: the run's data.val, and tasks that ask no test rows. The table stands in RUN/blend.json, too."""
 FILE = "blend.json"
 SCALES = [0.5, 0.75, 1.0]
 OF_A_CONTEXT = {"context", "placement", "template", "shared_prefix"}
@@ -61,14 +62,15 @@ def main(args: list[str]) -> int:
     if options.keep is not None:
         refuse_existing(Path(options.out), "--out")
         require_writable(Path(options.out), "--out")
-    source = find_source(run, Trust())
     trainer, distiller, data, measure = _of_run(run, options.val)
+    config, device = distiller.student_config, device_of(str(trainer.accelerator))
+    source = find_source(run, Trust(config.trust_remote_code, config.pickled_weights))
     evaluator = _evaluator(options, source, data)
-    blend = Blend(distiller, source, trainer.strategy.root_device)
+    blend = Blend(distiller, source, device)
+    blend.scale(0.0)
+    distiller.teacher.setup(blend.student, config, device)
     scores = []
-    with trainer.precision_plugin.forward_context():
-        blend.scale(0.0)
-        distiller.teacher.setup(blend.student, distiller.student_config, trainer.strategy.root_device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=str(trainer.precision) == "bf16-mixed"):
         measure.record(distiller, data, computing_dtype(trainer.precision, torch.float32))
         measure.measured.append(measure.compare(distiller, 0))
         for scale in scales:
@@ -86,7 +88,7 @@ def main(args: list[str]) -> int:
 
 def make_parser() -> ArgumentParser:
     """The options: the command's own, and those of an evaluation."""
-    parser = ArgumentParser(prog="opcd blend", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog="opcd blend", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("run", type=str, help="a run's folder")
     parser.add_argument("--scales", type=float, nargs="+", help="0 is the start, 1 the student; default: 0.5 0.75 1")
     parser.add_argument("--keep", type=float, help="score and write the student of this scale")
@@ -177,8 +179,8 @@ def _scales(options: Namespace) -> list[float]:
     return sorted(set(scales))
 
 
-def _of_run(run: Path, val: str | None) -> tuple[Trainer, Distiller, ContextQueryDataModule, RecoveryAndDrift]:
-    """The parts of a run, from its config, on one device; without callbacks but the one that measures."""
+def _of_run(run: Path, val: str | None) -> tuple[Any, Distiller, ContextQueryDataModule, RecoveryAndDrift]:
+    """The parts of a run, from its config: the trainer's settings, model and data without weights, what measures."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"RUN: {run.resolve()} is no run of `opcd fit`: it has no config.yaml")
     parser = fit_parser()
@@ -196,9 +198,7 @@ def _of_run(run: Path, val: str | None) -> tuple[Trainer, Distiller, ContextQuer
         raise UserError("RUN: it has no data.val, and a scale is chosen on held-out queries: name some (--val ROWS)")
     made.data.setup("validate")
     validate(Run(made.model, made.data, "validate"))
-    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-    trainer = Trainer(accelerator=made.trainer.accelerator, devices=1, precision=made.trainer.precision, **quiet)
-    return trainer, made.model, made.data, next(iter(made.trainer.callbacks), RecoveryAndDrift())
+    return made.trainer, made.model, made.data, next(iter(made.trainer.callbacks), RecoveryAndDrift())
 
 
 def _evaluator(options: Namespace, source: Source, data: ContextQueryDataModule) -> Evaluator | None:

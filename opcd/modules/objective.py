@@ -49,9 +49,10 @@ class Objective:
             if self.importance_clip is not None:
                 weights = weights * log_ratios.exp().clamp(max=self.importance_clip)
         values = self._values(student, teacher, trajectories, weights)
-        apart = trajectories.anchors.repeat_interleave(trajectories.lengths).to(weights.device)
+        apart = trajectories.anchors.repeat_interleave(trajectories.lengths)
         names = {"divergence": ~apart, f"divergence/{ANCHORS}": apart}
-        losses = [(values[name] * weights[tokens]).sum() for name, tokens in names.items() if name in values]
+        places = {name: tokens.nonzero()[:, 0].to(weights.device) for name, tokens in names.items() if name in values}
+        losses = [(values[name] * weights[tokens]).sum() for name, tokens in places.items()]
         return values | gap | {"loss": torch.stack(losses).sum()}
 
     def _values(
