@@ -38,8 +38,8 @@ from opcd.runtime.versions import VERSION
 
 DESCRIPTION = """Score students between a run's start and its end: recovery and drift, as in training, and tasks.
 
-Each has the weights start + scale (student - start), in float32; an adapter's product B A is scaled. A scale is chosen on
-validation rows: the run's data.val, and tasks that ask no test rows. The table stands in RUN/blend.json, too."""
+Each has the weights start + scale (student - start), in float32; an adapter's product B A is scaled. Validation rows
+alone are asked: the run's data.val, and tasks without a test split. The table stands in RUN/blend.json, too."""
 FILE = "blend.json"
 SCALES = [0.5, 0.75, 1.0]
 OF_A_CONTEXT = {"context", "placement", "template", "shared_prefix"}
