@@ -43,9 +43,9 @@ PUBLIC = {
         *("PredictionWriter", "RecoveryAndDrift", "SaveCheckpoints", "StepProgress", "WriteEnvironment"),
     ],
     "data": [
-        *("Batch", "ContextQueryDataModule", "ContextSource", "DataSet", "DataSets", "Example", "ExampleSource"),
-        *("OnBadRow", "Placement", "TeacherModels", "Views", "check_same_vocabulary", "context_hash", "nearest"),
-        *("parse_row", "parse_rows", "read_contexts", "read_examples", "read_rows", "teacher_key"),
+        *("Anchors", "Batch", "ContextQueryDataModule", "ContextSource", "DataSet", "DataSets", "Example"),
+        *("ExampleSource", "OnBadRow", "Placement", "TeacherModels", "Views", "check_same_vocabulary", "context_hash"),
+        *("nearest", "parse_row", "parse_rows", "read_contexts", "read_examples", "read_rows", "teacher_key"),
     ],
     "losses": [
         *("JSD", "Divergence", "ForwardKL", "Head", "Loss", "Mixture", "RecordedTokens", "RecordedTopK", "ReverseKL"),

@@ -204,23 +204,38 @@ class RecoveryAndDrift(Callback):
             raise UserError(
                 "RecoveryAndDrift needs a ContextQueryDataModule: remove the callback or pass one to the trainer"
             )
-        self._clear()
-        self._split, self.measured = "val" if datamodule.sources["val"] else "train", []
-        batch = datamodule.encode(datamodule.examples(self._split)[: self.queries]).to(distiller.device)
-        student = distiller.student
         with _computing(trainer, distiller):
-            writer = student.plain(computing_dtype(trainer.precision, student.model.dtype))
-            try:
-                self._taught = self._responses_with_context(distiller, writer, batch)
-            except StepAbandoned:
-                raise  # a server that is away
-            except (UserError, ValueError) as error:
-                rank_zero_info(f"recovery is not measured with {type(distiller.teacher).__name__}: {error}")
-            if self.general_prompts:
-                self._general = self._general_responses(distiller, writer, batch)
+            dtype = computing_dtype(trainer.precision, distiller.student.model.dtype)
+            batch = self.record(distiller, datamodule, dtype)
         self._measure(trainer, distiller)
         if self._taught is not None:
             self._say_what_the_teacher_does(distiller, batch)
+
+    def record(self, distiller: Distiller, data: ContextQueryDataModule, dtype: torch.dtype) -> Batch:
+        """Write the responses, and record what the teacher and the student as it is now say about them.
+
+        Args:
+            distiller: with its student and teacher; it needs no trainer.
+            data: set up for its validation rows, or training rows if there are none.
+            dtype: the type that the student writes in.
+
+        Returns:
+            The queries.
+        """
+        self._clear()
+        self._split, self.measured = "val" if data.sources["val"] else "train", []
+        student = distiller.student
+        batch = data.encode(data.examples(self._split)[: self.queries]).to(student.model.device)
+        writer = student.plain(dtype)
+        try:
+            self._taught = self._responses_with_context(distiller, writer, batch)
+        except StepAbandoned:
+            raise  # a server that is away
+        except (UserError, ValueError) as error:
+            rank_zero_info(f"recovery is not measured with {type(distiller.teacher).__name__}: {error}")
+        if self.general_prompts:
+            self._general = self._general_responses(distiller, writer, batch)
+        return batch
 
     @torch.no_grad()
     def _responses_with_context(self, distiller: Distiller, writer: Student, batch: Batch) -> FixedResponses:
@@ -266,21 +281,24 @@ class RecoveryAndDrift(Callback):
         if self.measured and self.measured[-1].step != trainer.global_step:
             self._measure(trainer, pl_module)
 
-    def _measure(self, trainer: Trainer, distiller: Any) -> None:
-        """Compare the student with both records."""
-        doing("recovery and drift")
+    def compare(self, distiller: Distiller, step: int) -> Measurement:
+        """Compare the student with both records; the first time, it must be the one that was recorded."""
         found: dict[str, Any] = {}
         student, most = distiller.student, distiller.micro_batch_tokens
+        if self._taught is not None:
+            left = self._taught.divergences(student, most)
+            self._effect = self._effect or left
+            found |= _recovery(self._effect, left)
+        if self._general is not None:
+            drift = self._general.divergences(student, most) if self.measured else None
+            found |= {"prompts": len(self._general)} | _drift(drift)
+        return Measurement(step, self._split, 0 if self._taught is None else len(self._taught), **found)
+
+    def _measure(self, trainer: Trainer, distiller: Any) -> None:
+        doing("recovery and drift")
         with _computing(trainer, distiller):
-            if self._taught is not None:
-                left = self._taught.divergences(student, most)
-                self._effect = self._effect or left
-                found |= _recovery(self._effect, left)
-            if self._general is not None:
-                drift = self._general.divergences(student, most) if self.measured else None
-                found |= {"prompts": len(self._general)} | _drift(drift)
-        queries = 0 if self._taught is None else len(self._taught)
-        self._keep(trainer, Measurement(trainer.global_step, self._split, queries, **found))
+            measurement = self.compare(distiller, trainer.global_step)
+        self._keep(trainer, measurement)
         for logger in trainer.loggers:
             logger.log_metrics(self.measured[-1].logged, step=trainer.global_step)
 

@@ -21,6 +21,7 @@ COMMANDS = {
         "a teacher's responses and likeliest tokens on disk, for trainings without the teacher",
     ),
     "export": ("opcd.cli.export", "a trained student as a folder, merged, as a GGUF file, or on the hub"),
+    "blend": ("opcd.cli.blend", "a student between its start and its end: score shares of the change, keep one"),
     "completion": ("opcd.cli.completion", "a script for a shell that completes commands and options"),
     "doctor": ("opcd.cli.doctor", "the installed packages, devices and models, and what is missing"),
 }

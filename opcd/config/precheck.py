@@ -203,7 +203,7 @@ def _is_same(own: Path, context: Any) -> bool:
 
 def _check_data(command: str, config: dict[str, Any], words: list[str]) -> None:
     """Raise UserError for missing files of rows and contexts, and for wrong rows in small files."""
-    for split in STAGES[command]:
+    for split in [*STAGES[command], *(["anchors.source"] if command == "fit" else [])]:
         key = f"data.{split}"
         source = config.get(key)
         if source is None and split == STAGES[command][0] and not any(word.startswith(f"--{key}.") for word in words):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from opcd.runtime.lazy import lazily
 
 if TYPE_CHECKING:
+    from opcd.data.anchors import Anchors
     from opcd.data.batch import Batch
     from opcd.data.contexts import ContextSource, context_hash, read_contexts
     from opcd.data.data_sets import DataSet, DataSets
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from opcd.data.views import Placement, Views
 
 __all__ = [
+    "Anchors",
     "Batch",
     "ContextQueryDataModule",
     "ContextSource",

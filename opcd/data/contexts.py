@@ -4,7 +4,7 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 
-from opcd.data.example import Example
+from opcd.data.example import ANCHORS, Example
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.user_files import check_text, read_json, read_jsonl, read_text, require_file, suffix_of
 
@@ -70,7 +70,9 @@ class ContextSource:
         self.seed = seed
 
     def candidates(self, example: Example) -> list[str]:
-        """Every context that the example can get."""
+        """Every context that the example can get; an anchor gets none."""
+        if example.teacher == ANCHORS:
+            return []
         return self.contexts if example.context is None else [example.context]
 
     def context_for(self, example: Example, epoch: int) -> str | None:

@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import combinations, islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
+from opcd.data.anchors import AnchoredSampler, Anchors, Listed
 from opcd.data.batch import Batch, Row
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
-from opcd.data.example import Example, OnBadRow, rows_hash
+from opcd.data.example import ANCHORS, Example, OnBadRow, rows_hash
 from opcd.data.length_limits import LengthBudgets, OverlongContext, OverlongQuery, longest_prompts
 from opcd.data.readers import STAGES, ExampleSource, not_set, read_examples
 from opcd.data.teacher_names import TeacherModels, check_same_vocabulary, teacher_key, with_teachers
@@ -45,7 +46,7 @@ class ContextQueryDataModule(LightningDataModule):
             (before the query, without a chat template).
         template: joins context and query for placement user and raw; holds {context} and {query} once each. Default:
             the two with a blank line between them.
-        batch_size: queries in a training batch, per device.
+        batch_size: queries in a training batch, per device; with anchors the most: the share need not come out even.
         eval_batch_size: queries in a batch of the other splits. Default: batch_size.
         max_context_tokens: maximum number of tokens of a context's own text.
         overlong_context: what happens to a longer context: raise an error, drop the row (or the context from the list),
@@ -56,6 +57,8 @@ class ContextQueryDataModule(LightningDataModule):
         shuffle: draw a new order of the training rows in each epoch; it depends on the seed and the epoch only.
         seed: seed of the order and of the drawn contexts.
         num_workers: number of processes that tokenize rows ahead of the step. 0: the main process, before each step.
+        anchors: general prompts among the training rows, whose teacher is the student as it was before training,
+            without a context: they hold its other answers where they were. null: none.
         student: the student's model; the command line links it from model.student.
         teacher: the teacher's model, or those of several teachers (`RoutedTeachers.models`) from which the rows choose
             by name; the command line links it from model.teacher. Default: student.
@@ -83,6 +86,7 @@ class ContextQueryDataModule(LightningDataModule):
         shuffle: bool = True,
         seed: int = 0,
         num_workers: int = 0,
+        anchors: Anchors | None = None,
         student: ModelConfig | None = None,
         teacher: ModelConfig | TeacherModels | None = None,
     ) -> None:
@@ -93,6 +97,9 @@ class ContextQueryDataModule(LightningDataModule):
         split_template(template, placement)  # raises for a wrong one before anything is read
         self.placement, self.template = placement, template
         self.batch_size = _at_least(1, batch_size, "batch_size")
+        self.anchors = anchors
+        if anchors is not None:
+            anchors.rows_beside(batch_size)  # raises for a share that leaves no row with the context
         eval_size = batch_size if eval_batch_size is None else eval_batch_size
         self.eval_batch_size = _at_least(1, eval_size, "eval_batch_size")
         self.budgets = LengthBudgets(max_context_tokens, overlong_context, max_query_tokens, overlong_query)
@@ -126,6 +133,7 @@ class ContextQueryDataModule(LightningDataModule):
             if (source := self.sources[split]) is not None and split not in self._examples
         }
         contexts, known = self._contexts, {**self._examples, **rows}
+        known.pop(ANCHORS, None)
         contexts.check(known, complete=all(source is None or split in known for split, source in self.sources.items()))
         if not self._views or self._taught is (stage == "predict"):
             self._taught = stage != "predict"  # the student predicts with the context itself: no teacher is needed
@@ -134,6 +142,10 @@ class ContextQueryDataModule(LightningDataModule):
             for number, context in enumerate(contexts.contexts if self._taught else [], start=1):
                 for views in self._views.values():
                     views.check_context(context, f"data.context, context {number}")
+        if self.anchors is not None and stage == "fit":
+            self._views[ANCHORS] = self.views
+            if ANCHORS not in self._examples:
+                rows[ANCHORS] = self.anchors.read(self.on_bad_row)
         for split, examples in rows.items():
             kept = self._usable(examples, f"data.{split}")
             self._longest[split] = longest_prompts(kept, contexts, self._views)
@@ -148,7 +160,8 @@ class ContextQueryDataModule(LightningDataModule):
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of the training data that is in files, not in the config: rows, contexts and chat templates."""
-        return {
+        anchors = {} if self.anchors is None else {ANCHORS: rows_hash(self.examples(ANCHORS))}
+        return anchors | {
             "rows": rows_hash(self.examples("train")),
             "contexts": context_hash(self._contexts.contexts),
             "chat templates": context_hash(self._templates),
@@ -168,7 +181,7 @@ class ContextQueryDataModule(LightningDataModule):
         return context_hash([*self._contexts.contexts, *own])
 
     def examples(self, split: str) -> list[Example]:
-        """The rows of a split (train, val, test, predict) after `setup`, without the dropped ones."""
+        """The rows of a split (train, anchors, val, test, predict) after `setup`, without the dropped ones."""
         if split not in self._examples:
             raise RuntimeError(f"the split {split!r} is not set up; call setup with a stage that reads it: {STAGES}")
         return self._examples[split]
@@ -183,13 +196,21 @@ class ContextQueryDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Batches of training rows. With several ranks, rows are repeated until all ranks have as many."""
-        dataset = cast("Dataset[Example]", self.examples("train"))
+        dataset: Any = self.examples("train")
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         begin, self._begin = self._begin, {"epoch": 0, "samples": 0}
-        sampler = ResumableSampler(dataset, **ranks, shuffle=self.shuffle, seed=self.seed)
+        options = {**ranks, "shuffle": self.shuffle, "seed": self.seed}
+        start = begin["samples"] // ranks["num_replicas"]
+        sampler: ResumableSampler | AnchoredSampler
+        if self.anchors is None:
+            sampler, size = ResumableSampler(dataset, **options), self.batch_size
+        else:
+            count = len(self.examples(ANCHORS))
+            sampler, size = AnchoredSampler(dataset, self.anchors, count, self.batch_size, **options), None
+            dataset, start = Listed([*dataset, *self.examples(ANCHORS)]), start // self.batch_size
         sampler.set_epoch(begin["epoch"])
-        sampler.start = begin["samples"] // ranks["num_replicas"]
-        return self._loader("train", self.batch_size, sampler)
+        sampler.start = start
+        return self._loader(dataset, size, sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """The progress of training: the epoch, and the rows of all ranks that were trained on in it."""
@@ -216,15 +237,15 @@ class ContextQueryDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Example]:
         """Batches of validation rows."""
-        return self._loader("val", self.eval_batch_size)
+        return self._loader(self.examples("val"), self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[Example]:
         """Batches of test rows."""
-        return self._loader("test", self.eval_batch_size)
+        return self._loader(self.examples("test"), self.eval_batch_size)
 
     def predict_dataloader(self) -> DataLoader[Example]:
         """Batches of rows to answer."""
-        return self._loader("predict", self.eval_batch_size)
+        return self._loader(self.examples("predict"), self.eval_batch_size)
 
     def on_before_batch_transfer(self, batch: list[Row], dataloader_idx: int) -> Batch:
         """Make a batch of a loader's rows; its workers do not send the views, which hold tokenizers."""
@@ -309,10 +330,15 @@ class ContextQueryDataModule(LightningDataModule):
             made[name] = Views(student, teacher, self.placement, self.template, *kwargs, (STUDENT, key, "data."))
         return made
 
-    def _loader(self, split: str, batch_size: int, sampler: "ResumableSampler | None" = None) -> DataLoader[Example]:
-        """Batches of a split, encoded when they are collated: in the workers, if there are any."""
+    def _loader(
+        self, dataset: Any, batch_size: int | None, sampler: "ResumableSampler | AnchoredSampler | None" = None
+    ) -> DataLoader[Example]:
+        """Batches of rows, encoded when they are collated: in the workers, if there are any.
+
+        Without a batch size, the sampler gives whole batches.
+        """
         return DataLoader(
-            cast("Dataset[Example]", self.examples(split)),
+            dataset,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
@@ -340,7 +366,7 @@ class ResumableSampler(DistributedSampler[Example]):
 def _collate(
     contexts: ContextSource,
     views: Mapping[str | None, Views],
-    sampler: ResumableSampler | None,
+    sampler: ResumableSampler | AnchoredSampler | None,
     examples: list[Example],
 ) -> list[Row]:
     """Encode the rows of a batch, in the sampler's epoch (without a sampler: the first)."""

@@ -41,6 +41,8 @@ UNREAD = {
     "instruction": _ALPACA,
 }
 """Columns that change what a prompt says but are not read, each with advice."""
+ANCHORS = "anchors"
+"""The teacher of anchors (`data.anchors`): the student before training. They have no context."""
 ROLES = ("system", "user", "assistant", "tool")
 ACCEPTED = (
     "accepted are {query, context, response, reference, teacher}, {prompt, completion, privileged_context}, "

@@ -30,6 +30,7 @@ answer with it.
 TITLES = {
     "recovery": "share of the context's effect in the weights",
     "drift": "drift on general prompts, nats a token",
+    "scale": "share of the change that was kept",
     "context_sha256": "context (sha256)",
     "former_contexts": "contexts of former trainings (sha256)",
     "learning_rate": "learning rate",
@@ -52,6 +53,7 @@ class Facts:
         precision: the trainer's.
         recovery: the share of the context's effect that is in the weights, in words with its interval.
         drift: how far answers to general prompts have moved, in words with its interval.
+        scale: the share of the training's change of the weights that was kept (`opcd blend`); None: all of it.
         former_contexts: `context_sha256` of each earlier training of the base, the oldest first.
         opcd: the version that trained the student.
     """
@@ -73,6 +75,7 @@ class Facts:
     steps: int | None = None
     recovery: str | None = None
     drift: str | None = None
+    scale: float | None = None
     former_contexts: str | None = None
     opcd: str | None = VERSION
 

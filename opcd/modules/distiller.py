@@ -22,6 +22,7 @@ from torch import Tensor
 from opcd.accel import accelerator
 from opcd.accel.precision import warn_if_emulated
 from opcd.data import Batch
+from opcd.data.example import ANCHORS
 from opcd.losses import Loss, ReverseKL
 from opcd.models import ModelConfig
 from opcd.modules.lm.adapters import Lora, trainable
@@ -34,6 +35,7 @@ from opcd.modules.step.failures import BadSteps, OnNonfinite
 from opcd.modules.step.metrics import UNEVEN
 from opcd.modules.step.runner import Ranks, Step, StepRunner, is_sharded
 from opcd.modules.student import Student
+from opcd.modules.teachers.anchored_teachers import with_anchors
 from opcd.modules.teachers.base import Teacher
 from opcd.modules.teachers.model_teachers import FrozenTeacher
 from opcd.modules.trajectories import Reduction, Trajectories, token_weights
@@ -115,7 +117,8 @@ class Distiller(LightningModule):
         self.answering = PrefixCache(shared_prefix, prefix_memory_mib)
         self.uneven = [*UNEVEN, *(f"divergence/{name}" for name in self.teacher.parts if name is not None)]
         check_on_policy(loss, self.rollout, temperature)
-        self.optimizer, self.lr_scheduler, self._taught = optimizer, lr_scheduler, False
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self._taught: Teacher | None = None
         check_scheduler(optimizer, lr_scheduler)
         self.reduction, self.micro_batch_tokens, self.eval_sampling = reduction, micro_batch_tokens, eval_sampling
         self.shrink_on_oom = shrink_on_oom
@@ -123,8 +126,13 @@ class Distiller(LightningModule):
         self.runner, self.bad_steps = StepRunner(), BadSteps(on_nonfinite)
 
     def setup(self, stage: str) -> None:
-        """Check the run before a model is loaded."""
-        validate(Run.of(self, self.trainer, getattr(self.trainer, "datamodule", None), stage))
+        """Check the run before a model is loaded, and add the teacher of `data.anchors`."""
+        run = Run.of(self, self.trainer, getattr(self.trainer, "datamodule", None), stage)
+        validate(run)
+        anchored = stage == "fit" and run.data is not None and run.data.anchors is not None
+        if anchored and ANCHORS not in self.teacher.parts:
+            self.teacher = with_anchors(self.teacher, self.student_config, self.adapter is not None)
+            self.uneven.append(f"divergence/{ANCHORS}")
         if str(self.trainer.precision).startswith("bf16"):
             warn_if_emulated("trainer.precision", torch.bfloat16, self.trainer.strategy.root_device)
 
@@ -140,9 +148,10 @@ class Distiller(LightningModule):
                 f"model.student.name: {self.student_config.name} is an adapter, which cannot be trained further; "
                 f"merge it first: opcd export {self.student_config.name} --to merged --out FOLDER, and train FOLDER"
             )
-        if self.trainer.state.fn != "predict" and not self._taught:  # in a notebook, predict may come before fit
+        # In a notebook, predict may come before fit.
+        if self.trainer.state.fn != "predict" and self._taught is not self.teacher:
             self.teacher.setup(self.student, self.student_config, self.trainer.strategy.root_device)
-            self._taught = True
+            self._taught = self.teacher
         if first and is_sharded(self.trainer):
             dtype = computing_dtype(self.trainer.precision, self.student.model.dtype)
             mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]

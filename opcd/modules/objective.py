@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opcd.data.example import ANCHORS
 from opcd.losses import Loss, chunked, clip_nats, top1_agreement
 from opcd.losses import log_probs as measure
 from opcd.modules.lm.hidden_states import HiddenStates, Routed, TeacherOutput
@@ -34,7 +35,8 @@ class Objective:
     ) -> dict[str, Tensor]:
         """The `divergence` of every response token in nats, with gradient, and statistics without: each [N].
 
-        With several teachers, also the `divergence/<name>` [n] of each teacher that has tokens here.
+        With several teachers, also the `divergence/<name>` [n] of each teacher that has tokens here. Anchors have
+        `divergence/anchors` alone: all other values are of the rows with a context.
         With `weights` [N], the weight of each token in the step, also the `loss`, a scalar with gradient, and, where
         the rollout gave log-probabilities, `rollout_logprob_gap` in nats.
         """
@@ -47,7 +49,11 @@ class Objective:
             if self.importance_clip is not None:
                 weights = weights * log_ratios.exp().clamp(max=self.importance_clip)
         values = self._values(student, teacher, trajectories, weights)
-        return values | gap | {"loss": (values["divergence"] * weights).sum()}
+        apart = trajectories.anchors.repeat_interleave(trajectories.lengths)
+        names = {"divergence": ~apart, f"divergence/{ANCHORS}": apart}
+        places = {name: tokens.nonzero()[:, 0].to(weights.device) for name, tokens in names.items() if name in values}
+        losses = [(values[name] * weights[tokens]).sum() for name, tokens in places.items()]
+        return values | gap | {"loss": torch.stack(losses).sum()}
 
     def _values(
         self, student: HiddenStates, teacher: TeacherOutput, trajectories: Trajectories, weights: Tensor | None
@@ -76,18 +82,21 @@ class Objective:
     def _routed(
         self, student: HiddenStates, teacher: Routed, trajectories: Trajectories, weights: Tensor | None
     ) -> dict[str, Tensor]:
-        """Compare each row's tokens with its own teacher, and restore the order of the rows."""
+        """Compare each row's tokens with its own teacher, and restore the order of the rows; anchors stay apart."""
         by_row = torch.arange(len(student.hidden), device=student.hidden.device).split(trajectories.lengths.tolist())
-        found, places = {}, []
+        found, places = {}, {}
         for name, (rows, target) in teacher.parts.items():
             tokens = torch.cat([by_row[row] for row in rows])
             share = None if weights is None else weights[tokens]
             own = HiddenStates(student.hidden[tokens], student.head)
             found[name] = self._values(own, target, trajectories.select(rows), share)
-            places.append(tokens)
-        order, parts = torch.cat(places).argsort(), list(found.values())
-        joined = {name: torch.cat([values[name] for values in parts])[order] for name in parts[0]}
-        return joined | {f"divergence/{name}": values["divergence"] for name, values in found.items()}
+            places[name] = tokens
+        named = {f"divergence/{name}": values["divergence"] for name, values in found.items() if name is not None}
+        parts = [found[name] for name in found if name != ANCHORS]
+        if not parts:
+            return named
+        order = torch.cat([tokens for name, tokens in places.items() if name != ANCHORS]).argsort()
+        return {name: torch.cat([values[name] for values in parts])[order] for name in parts[0]} | named
 
     def _terms(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """All values of one chunk, from the log-probabilities [n, V] of both models and the tokens [n]."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opcd.data import Batch
 from opcd.data.batch import Prompts
+from opcd.data.example import ANCHORS
 from opcd.runtime.errors import UserError
 
 Reduction = Literal["token", "sequence"]
@@ -108,6 +109,11 @@ class Trajectories(Prompts):
     def teachers(self) -> list[str | None]:
         """The teacher of each row."""
         return [row.teacher for row in self.rows]
+
+    @property
+    def anchors(self) -> Tensor:
+        """Whether each row is an anchor, which has no context, [B] bool."""
+        return torch.tensor([row.teacher == ANCHORS for row in self.rows], dtype=torch.bool)
 
     @property
     def lengths(self) -> Tensor:

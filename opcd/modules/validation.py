@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from opcd.data import ContextQueryDataModule, TeacherModels
+from opcd.data.example import ANCHORS
 from opcd.data.readers import STAGES
 from opcd.losses import Loss
 from opcd.models import base_of, context_window, own_quantization, resolve
@@ -188,14 +189,18 @@ def check_on_policy(loss: Loss, rollout: Rollout, temperature: float) -> None:
 def check_data(run: Run, data: ContextQueryDataModule) -> None:
     """Raise a UserError for prompts without room for a response in a model's window, or names of other teachers."""
     distiller, predicts = run.distiller, run.stage == "predict"
+    anchored = run.stage == "fit" and data.anchors is not None
+    if anchored:
+        _check_anchors(distiller)
     if not predicts:
         _check_names(data, distiller.teacher)
     student = distiller.student_config
     own = Reader("model.student.name", student.name, context_window(student, "model.student"))
     parts = distiller.teacher.parts
-    readers = {None: own} if predicts else {name: part.reader or own for name, part in parts.items()}
+    readers = {None: own} if predicts else {name: part.reader or own for name, part in parts.items() if name != ANCHORS}
     engines = [] if predicts else [engine for part in distiller.rollout.parts for engine in part.engines]
-    for split in (split for split in STAGES[run.stage] if data.sources[split]):
+    splits = [split for split in STAGES[run.stage] if data.sources[split]]
+    for split in [*splits, *([ANCHORS] if anchored else [])]:
         sampled = distiller.eval_sampling.max_new_tokens
         new = sampled if predicts else distiller.rollout.max_response_tokens(data, split)
         asked = [own, *(Reader("model.rollout", type(engine).__name__, engine.window) for engine in engines)]
@@ -216,7 +221,7 @@ def _check_window(reader: Reader, split: str, prompt: int, new: int) -> None:
 def _check_names(data: ContextQueryDataModule, teacher: Teacher) -> None:
     """Compare the teachers of the data module with those of the model; the command line links the two."""
     known = data.teacher.models if isinstance(data.teacher, TeacherModels) else {None: data.teacher}
-    if known.keys() != teacher.parts.keys():
+    if known.keys() != teacher.parts.keys() - {ANCHORS}:
         raise UserError(
             "data.teacher: the data module knows of other teachers than model.teacher has; give it "
             "ContextQueryDataModule(teacher=TEACHER.models) of RoutedTeachers, or of a single teacher its ModelConfig"
@@ -238,6 +243,19 @@ def _check_adapter(run: Run) -> None:
             f"model.student.name: the weights of {student.name} are quantized ({method}), and quantized weights cannot "
             "be trained; set model.adapter as well"
         )
+
+
+def _check_anchors(distiller: Distiller) -> None:
+    """Check that rows without a context can be written, and scored by the student's start."""
+    if distiller.rollout.multi_turn:
+        name = type(distiller.rollout).__name__
+        raise UserError(f"data.anchors: {name} plays games, and an anchor is a question; remove it")
+    for part in distiller.teacher.parts.values():
+        if part.shard:
+            raise UserError(
+                f"{part.key}.init_args.shard: with data.anchors, a rank whose rows are anchors would block the others; "
+                "remove one of the two"
+            )
 
 
 def _check_shards(run: Run) -> None:

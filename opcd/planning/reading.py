@@ -11,6 +11,7 @@ from opcd.accel.precision import fast_dtype
 from opcd.data.contexts import read_contexts
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Lora, ModelTeacher, Student
+from opcd.modules.teachers.anchored_teachers import with_anchors
 from opcd.modules.validation import Run, check_data, validate
 from opcd.planning.model_shapes import Model, build, kept_by_autograd, measured
 from opcd.planning.sizes import Setting
@@ -51,10 +52,12 @@ def read_setting(trainer: Any, made: Any, query: int | None, context: int | None
     optimizer, state_bytes = optimizer_of(model, torch.float32 if model.adapter else dtype)
     built = build(model.student_config, "model.student", dtype, model.adapter)
     student = measured(built, autocast, model.student_config.quantization)
+    prefixes = [part.prefix for part in model.teacher.parts.values() if part.prefix.mode != "never"]
+    if made.data.anchors is not None:
+        model.teacher = with_anchors(model.teacher, model.student_config, model.adapter is not None)
     scorer, teacher_bytes, of_teachers = teachers_of(model, built, student, fast, sharded, ranks)
     writers, rollout_dtype, of_rollout = writers_of(model, fast if student.quantization == "none" else dtype)
     learning, of_pass = _with_activations(built, autocast, student.quantization)
-    prefixes = [part.prefix for part in model.teacher.parts.values() if part.prefix.mode != "never"]
     return Setting(
         learning,
         learning if scorer is student else scorer,
@@ -158,7 +161,7 @@ def teachers_of(
     """The largest model that scores, bytes of weights beside the student's, and a line for each unknown teacher."""
     models, total, unknown = [], 0, []
     known, meta = {id(weight) for weight in built.parameters()}, torch.device("meta")
-    for part in model.teacher.parts.values():
+    for part in dict.fromkeys(model.teacher.parts.values()):
         if part.config is not None or "config" in vars(part):  # a teacher that loads `config`; None: the student's
             dtype = _dtype(part.config or model.student_config, fast)
             own = replace(student, dtype=dtype, computing=dtype.itemsize, adapter=0)

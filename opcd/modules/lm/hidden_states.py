@@ -32,7 +32,7 @@ class Routed:
             is in one part.
     """
 
-    parts: dict[str, tuple[list[int], "TeacherOutput"]]
+    parts: dict[str | None, tuple[list[int], "TeacherOutput"]]
 
 
 TeacherOutput = HiddenStates | RecordedTopK | RecordedTokens | Routed

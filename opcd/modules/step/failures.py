@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from opcd.data import Batch
+from opcd.data.example import ANCHORS
 from opcd.modules.step.metrics import PhaseTimer
 from opcd.modules.trajectories import Trajectories
 from opcd.runtime.errors import StepAbandoned, UserError
@@ -84,7 +85,7 @@ def what_is_bad(means: dict[str, float], gradient_norm: Tensor) -> str | None:
     values = {
         "the teacher's states": means.get("teacher_entropy", 0.0),
         "the student's states": means.get("student_entropy", 0.0),
-        "the loss": means["divergence"],
+        "the loss": means["divergence"] + means.get(f"divergence/{ANCHORS}", 0.0),
         "the gradients": float(gradient_norm),
     }
     bad = [name for name, value in values.items() if not math.isfinite(value)]

@@ -71,11 +71,6 @@ class TokenMeans:
     def __init__(self) -> None:
         self._means: dict[str, MeanMetric] = {}
 
-    @property
-    def tokens(self) -> int:
-        """The number of tokens; some values are known for fewer."""
-        return max((int(mean.weight) for mean in self._means.values()), default=0)
-
     def add(self, values: dict[str, Tensor]) -> None:
         """Add one value per token, [N], or fewer where a value is not known for all; no gradient is kept."""
         for name, value in values.items():
@@ -109,12 +104,17 @@ def repetition(responses: list[Tensor], length: int = 4) -> float:
 def step_metrics(
     trajectories: Trajectories, means: TokenMeans, timer: PhaseTimer, gradient_norm: Tensor
 ) -> dict[str, float]:
-    """The metrics of one step by name, without those that are `UNEVEN`: on every rank the same names in one order."""
-    rows, seconds = len(trajectories), timer.seconds
+    """The metrics of one step by name, without those that are `UNEVEN`: on every rank the same names in one order.
+
+    Those of the responses leave anchors out.
+    """
+    seconds, tokens = timer.seconds, int(trajectories.lengths.sum())
+    trajectories = trajectories.select((~trajectories.anchors).nonzero()[:, 0].tolist())
+    rows = len(trajectories)
     return {
         **{f"train/{name}": mean for name, mean in means.compute().items() if not name.startswith(UNEVEN)},
-        "train/tokens_per_s": means.tokens / seconds["step"],
-        "train/response_tokens": means.tokens / rows,
+        "train/tokens_per_s": tokens / seconds["step"],
+        "train/response_tokens": int(trajectories.lengths.sum()) / rows,
         "train/finished_fraction": sum(trajectories.ended) / rows,
         "train/empty_fraction": trajectories.empty / rows,
         "train/repetition": repetition(trajectories.responses),

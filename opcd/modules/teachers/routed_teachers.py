@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opcd.data import Batch, TeacherModels, nearest, teacher_key
+from opcd.data.example import ANCHORS
 from opcd.models import ModelConfig
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.lm.hidden_states import Routed
@@ -39,6 +40,11 @@ class RoutedTeachers(Teacher):
         return dict(self.teachers.items())
 
     @property
+    def _each(self) -> list[Teacher]:
+        """The teachers, each once: one may have two names (`AnchoredTeachers`)."""
+        return list(dict.fromkeys(self.teachers.values()))
+
+    @property
     def writes(self) -> bool:  # type: ignore[override]
         """Whether all of them do."""
         return all(teacher.writes for teacher in self.teachers.values())
@@ -49,11 +55,11 @@ class RoutedTeachers(Teacher):
         return TeacherModels({name: teacher.config for name, teacher in self.teachers.items()}, self.default)
 
     def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
-        for teacher in self.teachers.values():
+        for teacher in self._each:
             teacher.setup(student, student_config, device)
 
     def sync_weights(self, student: Student) -> None:
-        for teacher in self.teachers.values():
+        for teacher in self._each:
             teacher.sync_weights(student)
 
     @contextmanager
@@ -78,7 +84,7 @@ class RoutedTeachers(Teacher):
         return [written[row] for row in range(len(batch))]
 
     def on_student_step(self, student: Student) -> None:
-        for teacher in self.teachers.values():
+        for teacher in self._each:
             teacher.on_student_step(student)
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,14 +96,13 @@ class RoutedTeachers(Teacher):
 
     @property
     def idle_weights(self) -> list[Tensor]:
-        return [weight for teacher in self.teachers.values() for weight in teacher.idle_weights]
+        return [weight for teacher in self._each for weight in teacher.idle_weights]
 
 
-def _by_name(names: Sequence[str | None]) -> dict[str, list[int]]:
+def _by_name(names: Sequence[str | None]) -> dict[Any, list[int]]:
     """The row numbers of each teacher, in their order."""
     rows = defaultdict(list)
     for row, name in enumerate(names):
-        assert name is not None, "the data module gives every row a teacher"
         rows[name].append(row)
     return rows
 
@@ -108,6 +113,8 @@ def _check(teachers: dict[str, Teacher], default: str | None) -> None:
         raise ValueError(
             "model.teacher: RoutedTeachers needs teachers: a mapping from the names in the rows to teachers"
         )
+    if ANCHORS in teachers:
+        raise ValueError(f"{teacher_key(ANCHORS)}: the teacher of data.anchors has this name; choose another")
     for name, teacher in teachers.items():
         if teacher.parts.keys() != {None}:
             raise ValueError(f"{teacher_key(name)} is itself RoutedTeachers; move its teachers one level up")

@@ -111,3 +111,24 @@ def test_two_ranks_leave_together_and_go_on_exactly(words, tmp_path):
         load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole/version_0", "broken/version_1")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_anchors(words, tmp_path):
+    """Every step has the rows and the anchors that one rank would have, and so its weights and means."""
+    common, fit = words
+    anchors = [{"query": f"Who wrote book {n}?", "response": "Somebody " + "else " * (n % 4)} for n in range(5)]
+    source = write_rows(tmp_path / "anchors.jsonl", anchors)
+    fit += ("--data.anchors", json.dumps({"share": 0.5, "source": str(source)}), "--trainer.max_steps", 6)
+    run("fit", *common, *fit, *RANKS, 1, "--data.batch_size", 8)
+    run("fit", *common, *fit, *RANKS, 2, "--data.batch_size", 4)
+    folders = sorted((tmp_path / "runs").iterdir())
+    one, two = (load_file(folder / "student" / "model.safetensors") for folder in folders)
+    for name, weight in one.items():
+        assert_close(two[name], weight, rtol=0, atol=1e-7)
+    logged = [list(csv.DictReader((folder / "metrics.csv").read_text().splitlines())) for folder in folders]
+    names = ["train/divergence", "train/divergence/anchors", "train/response_tokens"]
+    steps = [[[float(step[name]) for name in names] for step in run if step[names[0]]] for run in logged]
+    assert len(steps[0]) == 6 and steps[0][-1][1] > 0
+    for alone, together in zip(*steps, strict=True):
+        assert together == pytest.approx(alone, rel=1e-4)
