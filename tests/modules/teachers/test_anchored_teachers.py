@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from lightning import Callback
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from opcd.data import ContextQueryDataModule
-from opcd.data.anchors import Anchors
+from opcd.callbacks import RecoveryAndDrift
+from opcd.data import Anchors, ContextQueryDataModule
 from opcd.games import GameRollout
 from opcd.losses import ReverseKL
 from opcd.models import ModelConfig, load_model
@@ -121,11 +122,9 @@ def test_a_step_is_by_the_definition(tmp_path, data, tiny, tiny_teacher, reducti
 def test_the_students_start_teaches_anchors(tmp_path, data, tiny, tiny_teacher, teacher, adapter, shared):
     """Whatever teaches the context, and with no more memory where the start is there already."""
     main = teacher(tiny, tiny_teacher)
-    rollout, lr = StudentRollout(Sampling(max_new_tokens=3)), 0.05
-    distiller = Distiller(
-        ModelConfig(name=tiny), main, rollout=rollout, adapter=adapter,
-        optimizer=lambda weights: torch.optim.SGD(weights, lr=lr),
-    )  # fmt: skip
+    rollout = StudentRollout(Sampling(max_new_tokens=3))
+    optimizer = partial(torch.optim.SGD, lr=0.05)
+    distiller = Distiller(ModelConfig(name=tiny), main, rollout=rollout, adapter=adapter, optimizer=optimizer)
     trainer(tmp_path, steps=2).fit(distiller, data)
     start = distiller.teacher.parts["anchors"].model
     there = [part.model for name, part in distiller.teacher.parts.items() if name is None] + [distiller.student.model]
@@ -173,13 +172,32 @@ def test_several_teachers_keep_their_figures(tmp_path, context, tiny):
     trainer(tmp_path, steps=1).fit(distiller, data)  # once more, in a notebook
 
 
+def test_they_hold_other_answers(tmp_path, rows, context, tiny):
+    """As many rows with the context in each step, with anchors beside them and without."""
+
+    def drift(size, anchors):
+        torch.manual_seed(0)
+        measure = RecoveryAndDrift(queries=1, general_prompts=4, max_new_tokens=8)
+        data = ContextQueryDataModule(train=str(rows), context=str(context), batch_size=size, anchors=anchors)
+        options = {
+            "rollout": StudentRollout(Sampling(max_new_tokens=8)),
+            "optimizer": partial(torch.optim.AdamW, lr=3e-3),
+        }
+        trainer(tmp_path, steps=8, callbacks=[measure]).fit(Distiller(ModelConfig(name=tiny), **options), data)
+        return measure.measured[-1].drift
+
+    assert drift(8, Anchors(0.5)) < 0.8 * drift(4, None)
+
+
 @pytest.fixture
 def words(tiny, rows, context, tmp_path):
     return [
         *("--model.student.name", tiny, "--trainer.precision", "32-true", "--data.anchors.share", 0.3),
         *("--model.optimizer.class_path", "torch.optim.SGD", "--model.optimizer.init_args.lr", 0.1),
         *("--data.train", rows, "--data.context", context, "--data.batch_size", 4),
-        *("--trainer.default_root_dir", tmp_path / "runs"),
+        *("--trainer.default_root_dir", tmp_path / "runs", "--model.eval_sampling.max_new_tokens", 2),
+        *("--trainer.callbacks+", "RecoveryAndDrift", "--trainer.callbacks.general_prompts", 0),
+        *("--trainer.callbacks.queries", 1, "--trainer.callbacks.max_new_tokens", 2),
     ]
 
 
