@@ -8,11 +8,12 @@ from opcd.runtime.versions import VERSION as __version__
 
 if TYPE_CHECKING:
     from opcd.data.datamodule import ContextQueryDataModule
+    from opcd.distilling import Result, distill
     from opcd.models.model_source import ModelConfig
     from opcd.modules.distiller import Distiller
     from opcd.runtime.errors import UserError
 
-__all__ = ["ContextQueryDataModule", "Distiller", "ModelConfig", "UserError", "__version__"]
+__all__ = ["ContextQueryDataModule", "Distiller", "ModelConfig", "Result", "UserError", "__version__", "distill"]
 
 __getattr__ = lazily(__name__)
 

@@ -20,6 +20,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 LAYERS = [
     {"__main__"},
+    {"distilling"},
     {"cli"},
     {"experience", "planning", "queries"},
     {"callbacks", "chat", "sweep", "writing"},
@@ -41,6 +42,7 @@ PUBLIC = {
     "callbacks": [
         *("Alarms", "AnswerSamples", "ExactResume", "ExportStudent", "KeepHistory", "LMEval", "LeaveOnSignal"),
         *("PredictionWriter", "RecoveryAndDrift", "SaveCheckpoints", "StepProgress", "WriteEnvironment"),
+        "default_callbacks",
     ],
     "data": [
         *("Anchors", "Batch", "ContextQueryDataModule", "ContextSource", "DataSet", "DataSets", "Example"),
@@ -239,7 +241,7 @@ def test_the_folder_of_a_test_is_the_folder_of_what_it_tests():
 
 
 def test_the_names_of_the_package_itself():
-    names = ["ContextQueryDataModule", "Distiller", "ModelConfig", "UserError", "__version__"]
+    names = ["ContextQueryDataModule", "Distiller", "ModelConfig", "Result", "UserError", "__version__", "distill"]
     assert opcd.__all__ == names
     assert [name for name in names if not hasattr(opcd, name)] == []
     code = "import sys, opcd; assert opcd.UserError and opcd.__version__; sys.exit('torch' in sys.modules)"

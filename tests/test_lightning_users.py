@@ -15,11 +15,11 @@ from opcd.cli import COMMANDS, TRAINER
 from opcd.cli import fit as lightning_cli
 from opcd.cli import main as cli
 from opcd.data import ContextQueryDataModule
-from opcd.evaluation.evaluation_run import generators_kept
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Sampling, StudentRollout
 from opcd.runtime import interruption
 from opcd.runtime.errors import UserError
+from opcd.runtime.generators import generators_kept
 from opcd.runtime.interruption import Interrupted
 from opcd.tasks.dapo_math import equal
 

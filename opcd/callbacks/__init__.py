@@ -7,12 +7,12 @@ from opcd.runtime.lazy import lazily
 
 if TYPE_CHECKING:
     from opcd.callbacks.alarms import Alarms
-    from opcd.callbacks.answer_samples import AnswerSamples
+    from opcd.callbacks.answer_samples import AnswerSamples, PredictionWriter
+    from opcd.callbacks.defaults import default_callbacks
     from opcd.callbacks.exact_resume import ExactResume
     from opcd.callbacks.export_student import ExportStudent
     from opcd.callbacks.history import KeepHistory
     from opcd.callbacks.lm_eval import LMEval
-    from opcd.callbacks.predictions import PredictionWriter
     from opcd.callbacks.recovery_and_drift import RecoveryAndDrift
     from opcd.callbacks.save_checkpoints import SaveCheckpoints
     from opcd.callbacks.signals import LeaveOnSignal
@@ -32,6 +32,7 @@ __all__ = [
     "SaveCheckpoints",
     "StepProgress",
     "WriteEnvironment",
+    "default_callbacks",
 ]
 
 __getattr__ = lazily(__name__)

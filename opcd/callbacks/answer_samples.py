@@ -1,9 +1,10 @@
-"""The student's answers to a few fixed queries: before training, every n steps, and at the end."""
+"""The student's answers as JSONL: to a few fixed queries around training, and to all rows of `opcd predict`."""
 
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
@@ -107,6 +108,32 @@ class AnswerSamples(Callback):
     def _write(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
         if rows and trainer.is_global_zero:
             append_rows(self._file, rows)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Appends every batch to `predictions.jsonl` in the run's folder; other ranks write `predictions-1.jsonl`, ...
+
+    Each line is one query: source, query, reference, answer (without the context) and answer_with_context, which is
+    null if there is no context.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the file to write."""
+        rank = f"-{trainer.global_rank}" if trainer.global_rank else ""
+        self._file = run_folder(trainer) / f"predictions{rank}.jsonl"
+
+    def write_on_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Write the rows of one batch."""
+        append_rows(self._file, prediction)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the answers are."""
+        rank_zero_info(f"answers written to {self._file}")
 
 
 def query_text(query: str | list[dict[str, str]]) -> str:

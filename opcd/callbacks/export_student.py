@@ -1,8 +1,6 @@
 """Export of the trained student as a Hugging Face folder that plain `transformers` loads."""
 
-import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +17,7 @@ from opcd.models.model_card import Facts, model_card
 from opcd.modules import Distiller, Student, Teacher
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import require_own, whole_folder
+from opcd.runtime.system_info import command_line
 
 
 class ExportStudent(Callback):
@@ -66,7 +65,8 @@ class ExportStudent(Callback):
     def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> str | None:
         """Write the folder from rank 0; the other ranks wait. Returns the problem with `merge`, on rank 0."""
         assert isinstance(pl_module, Distiller)
-        student, why, dtype = pl_module.student, None, self._dtype(pl_module)
+        student, why = pl_module.student, None
+        dtype = own_dtype(pl_module) if self.dtype == "auto" else getattr(torch, self.dtype)
         if student.is_sharded:  # every rank takes part in gathering a copy for rank 0
             device = torch.device("cpu" if trainer.is_global_zero else "meta")
             student = student.plain(dtype or student.model.dtype, device)
@@ -76,10 +76,7 @@ class ExportStudent(Callback):
             with whole_folder(target, "ExportStudent") as scratch:
                 why = self._write_weights(pl_module, student, dtype, scratch)
                 adapter = pl_module.adapter is not None and (not self.merge or why is not None)
-                facts = facts_of(trainer, pl_module)
-                facts.write(scratch)
-                card = model_card(facts, adapter, shlex.join(["opcd", *sys.argv[1:]]))
-                (scratch / "README.md").write_text(card, encoding="utf-8")
+                write_card(scratch, facts_of(trainer, pl_module), adapter)
             rank_zero_info(f"student written to {target}")
             why = why and f"ExportStudent.merge: {why}; {target} holds the adapter instead, which peft and opcd read"
         trainer.strategy.barrier()  # when one rank ends early, its launcher may end the others
@@ -100,11 +97,17 @@ class ExportStudent(Callback):
             return str(error)
         return None
 
-    def _dtype(self, distiller: Distiller) -> torch.dtype | None:
-        if self.dtype != "auto":
-            return getattr(torch, self.dtype)  # type: ignore[no-any-return]
-        base = architecture(distiller.student_config)
-        return base.dtype if isinstance(base.dtype, torch.dtype) else None
+
+def own_dtype(distiller: Distiller) -> torch.dtype | None:
+    """The type of the model that the student was made from; None: not known."""
+    dtype = architecture(distiller.student_config).dtype
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def write_card(folder: Path, facts: Facts, adapter: bool) -> None:
+    """Write the facts and the model card beside a student's weights."""
+    facts.write(folder)
+    (folder / "README.md").write_text(model_card(facts, adapter, command_line()), encoding="utf-8")
 
 
 def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
@@ -120,7 +123,7 @@ def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
             f"{name}: {type(part).__name__}" if name else type(part).__name__: _teacher_model(part, base)
             for name, part in distiller.teacher.parts.items()
         },
-        context=data.context if data else None,
+        context=data.context if data and isinstance(data.context, str) else None,
         context_sha256=data.context_hash if data else None,
         data=str(data.sources["train"]) if data else None,
         loss=str(distiller.objective.loss),

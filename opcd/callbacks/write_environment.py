@@ -1,8 +1,6 @@
 """A record of the command, the machine and the package versions of a run."""
 
 import json
-import shlex
-import sys
 import time
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from opcd.callbacks.log_folder import run_folder
 from opcd.runtime.files.disk import write_atomic
 from opcd.runtime.output import masked
-from opcd.runtime.system_info import FILE, machine, versions
+from opcd.runtime.system_info import FILE, command_line, machine, versions
 
 PACKAGES = ("opcd", "torch", "transformers", "lightning", "peft", "bitsandbytes", "lm-eval", "math-verify")
 
@@ -23,7 +21,7 @@ class WriteEnvironment(Callback):
         folder = run_folder(trainer)
         if trainer.is_global_zero:
             known = {
-                "command": masked(shlex.join(["opcd", *sys.argv[1:]])),
+                "command": masked(command_line()),
                 "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
                 "machine": machine(),
                 "versions": versions(*PACKAGES),

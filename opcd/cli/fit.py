@@ -21,19 +21,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from opcd.accel.precision import chosen_precision
-from opcd.callbacks import (
-    Alarms,
-    AnswerSamples,
-    ExactResume,
-    ExportStudent,
-    KeepHistory,
-    LeaveOnSignal,
-    PredictionWriter,
-    RecoveryAndDrift,
-    SaveCheckpoints,
-    StepProgress,
-    WriteEnvironment,
-)
+from opcd.callbacks import ExactResume, LeaveOnSignal, default_callbacks
 from opcd.callbacks.log_folder import RunLogger
 from opcd.callbacks.slurm import started_again
 from opcd.checkpoints import BrokenCheckpoint, SafeCheckpointIO, check_checkpoint, newest_whole
@@ -55,6 +43,8 @@ from opcd.runtime.interruption import Interrupted
 from opcd.runtime.lazy import all_of
 from opcd.runtime.machine import check_numbers, check_port, in_full
 
+TRAINER_DEFAULTS = {"log_every_n_steps": 1, "num_sanity_val_steps": 0, "enable_model_summary": False}
+"""Where the defaults differ from Lightning's."""
 DEFAULT_OPTIMIZER = f"{default_optimizer.__module__}.{default_optimizer.__name__}"
 """The default optimizer as jsonargparse writes it."""
 PARSER = {"exit_on_error": False, "allow_abbrev": False}
@@ -186,7 +176,7 @@ class Command(LightningCLI):
         kwargs |= {
             "default_root_dir": self.run_folder,
             "logger": False if config["logger"] is False else loggers,
-            "callbacks": [*callbacks, *self._own_callbacks(callbacks, config)],
+            "callbacks": self._all_callbacks(callbacks, config),
             "plugins": plugins if own_io else [*plugins, SafeCheckpointIO()],
         }
         try:
@@ -199,17 +189,16 @@ class Command(LightningCLI):
                 signal.signal(number, signal.SIG_DFL)
         return trainer
 
-    def _own_callbacks(self, configured: list[Callback], config: Any) -> list[Callback]:
-        """The callbacks of every run, without those whose class the config has too."""
-        own: list[Callback] = [WriteEnvironment(), LeaveOnSignal(), ExactResume(self.plain), ExportStudent()]
-        own.append(PredictionWriter())
-        if config["enable_progress_bar"] is not False:
-            own.append(StepProgress())
-        if config["enable_checkpointing"] is not False:
-            own.append(SaveCheckpoints())
-        if self.subcommand == "fit":
-            own += [AnswerSamples(), RecoveryAndDrift(), Alarms(), KeepHistory()]
-        return [callback for callback in own if not any(isinstance(c, type(callback)) for c in configured)]
+    def _all_callbacks(self, configured: list[Callback], config: Any) -> list[Callback]:
+        """The configured callbacks, those of every run, and those that need the command line."""
+        own = (LeaveOnSignal(), ExactResume(self.plain))
+        return default_callbacks(
+            *configured,
+            *(callback for callback in own if not any(isinstance(c, type(callback)) for c in configured)),
+            fit=self.subcommand == "fit",
+            progress=config["enable_progress_bar"] is not False,
+            checkpoints=config["enable_checkpointing"] is not False,
+        )
 
 
 def _refused_by_lightning(error: Exception) -> bool:
@@ -299,12 +288,7 @@ def _settings(subcommand: str, described: bool) -> dict[str, Any]:
         "parser_class": _Parser,
         "model_class": Distiller,
         "datamodule_class": ContextQueryDataModule,
-        "trainer_defaults": {
-            "default_root_dir": "runs",
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-            "enable_model_summary": False,
-        },
+        "trainer_defaults": {"default_root_dir": "runs", **TRAINER_DEFAULTS},
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "load_from_checkpoint_support": False,

@@ -182,9 +182,9 @@ def _writer(options: argparse.Namespace) -> Asker:
     return ServerAsker(server, options.name, options.max_new_tokens, options.answer_tokens)
 
 
-def _model(options: argparse.Namespace, name: str, key: str) -> ModelAsker:
-    device = torch_device(options.device)
-    return ModelAsker(ModelConfig(name), key, device, options.max_new_tokens, options.answer_tokens)
+def _model(options: argparse.Namespace, model: str | ModelConfig, key: str) -> ModelAsker:
+    device, config = torch_device(options.device), ModelConfig(model) if isinstance(model, str) else model
+    return ModelAsker(config, key, device, options.max_new_tokens, options.answer_tokens)
 
 
 def _chunk_tokens(options: argparse.Namespace, asker: Asker) -> int:

@@ -3,24 +3,27 @@
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from opcd.data.example import ANCHORS, Example
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.user_files import check_text, read_json, read_jsonl, read_text, require_file, suffix_of
 
 
-def read_contexts(path: str, key: str = "data.context") -> list[str]:
-    """The contexts of a file, without white space around them.
+def read_contexts(source: str | list[str], key: str = "data.context") -> list[str]:
+    """The contexts of a file or of a list, without white space around them.
 
     Args:
-        path: a .json file with a list of texts, a .jsonl file with one text or {"context": text} per line, or a file
-            with any other suffix, which is one context.
-        key: the config key of the path, for messages.
+        source: a .json file with a list of texts, a .jsonl file with one text or {"context": text} per line, or a file
+            with any other suffix, which is one context; or a list of the texts themselves.
+        key: the config key of the source, for messages.
 
     Raises:
-        UserError: the file cannot be read, or a context in it is empty or not text.
+        UserError: the file cannot be read, or a context is empty, not text, or the name of a file.
     """
-    file = require_file(path, key)
+    if not isinstance(source, str):
+        return _listed(source, key)
+    file = require_file(source, key)
     found: list[tuple[str, object]]
     if suffix_of(file) == ".jsonl":
         found = [(at, row.get("context") if isinstance(row, dict) else row) for at, row in read_jsonl(file, key)]
@@ -99,6 +102,19 @@ class ContextSource:
         own = all(example.context is not None for rows in splits.values() for example in rows)
         if complete and self.contexts and own:
             raise UserError("data.context has no effect: every row has a context of its own; remove one of the two")
+
+
+def _listed(texts: list[str], key: str) -> list[str]:
+    found = [_context(text, f"{key}, context {number}", key) for number, text in enumerate(texts, start=1)]
+    if not found:
+        raise UserError(f"{key}: the list has no contexts")
+    for text in found:
+        if "\n" not in text and len(text) < 256 and Path(text).expanduser().is_file():
+            raise UserError(
+                f"{key}: {text} is a file, and its text is expected here; give the file itself to data.context without "
+                "a list, and to opcd.distill as a pathlib.Path"
+            )
+    return found
 
 
 def _context(value: object, source: str, key: str) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import combinations, islice
@@ -18,7 +18,7 @@ from opcd.data.batch import Batch, Row
 from opcd.data.contexts import ContextSource, context_hash, read_contexts
 from opcd.data.example import ANCHORS, Example, OnBadRow, rows_hash
 from opcd.data.length_limits import LengthBudgets, OverlongContext, OverlongQuery, longest_prompts
-from opcd.data.readers import STAGES, ExampleSource, not_set, read_examples
+from opcd.data.readers import STAGES, ExampleSource, as_source, not_set, read_examples
 from opcd.data.teacher_names import TeacherModels, check_same_vocabulary, teacher_key, with_teachers
 from opcd.data.views import STUDENT, Placement, Views, split_template
 from opcd.models import ModelConfig, load_tokenizer
@@ -29,8 +29,9 @@ class ContextQueryDataModule(LightningDataModule):
     """Queries, and the contexts that the teacher sees with them.
 
     A source is a .jsonl, .json, .csv or .parquet file (.jsonl.gz and the like too), a pattern of several files
-    (rows/*.jsonl), a hub data set (org/name:split or org/name/config:split), or a class that makes rows
-    (opcd.data.DataSets: several sources; opcd.games.GameSeeds). A row is {"query", "context", "response", "reference",
+    (rows/*.jsonl), a hub data set (org/name:split or org/name/config:split), a class that makes rows
+    (opcd.data.DataSets: several sources; opcd.games.GameSeeds), or the rows themselves: a list of rows or of queries;
+    from Python any iterable, such as a datasets.Dataset. A row is {"query", "context", "response", "reference",
     "teacher"} (only the query is required; text or chat messages), TRL's {"prompt", "completion",
     "privileged_context"}, {"messages"}, {"content", "answer"}, or in the shape of DAPO-Math-17k. Column names of
     different shapes can be combined.
@@ -41,7 +42,7 @@ class ContextQueryDataModule(LightningDataModule):
         test: source of the test rows.
         predict: source of the rows to answer.
         context: file with the context of all rows without their own: text (one context), or .json or .jsonl with a list
-            from which each row draws one in each epoch.
+            from which each row draws one in each epoch; or a list of the texts themselves.
         placement: where the teacher's context goes: system (the system message), user (the last user message) or raw
             (before the query, without a chat template).
         template: joins context and query for placement user and raw; holds {context} and {query} once each. Default:
@@ -69,11 +70,11 @@ class ContextQueryDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | ExampleSource | None = None,
-        val: str | ExampleSource | None = None,
-        test: str | ExampleSource | None = None,
-        predict: str | ExampleSource | None = None,
-        context: str | None = None,
+        train: str | ExampleSource | Iterable[Any] | None = None,
+        val: str | ExampleSource | Iterable[Any] | None = None,
+        test: str | ExampleSource | Iterable[Any] | None = None,
+        predict: str | ExampleSource | Iterable[Any] | None = None,
+        context: str | list[str] | None = None,
         placement: Placement = "system",
         template: str | None = None,
         batch_size: int = 8,
@@ -91,8 +92,9 @@ class ContextQueryDataModule(LightningDataModule):
         teacher: ModelConfig | TeacherModels | None = None,
     ) -> None:
         super().__init__()
-        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
-        _refuse_overlaps({"train": train, "val": val, "test": test})
+        given = {"train": train, "val": val, "test": test, "predict": predict}
+        self.sources = {split: as_source(rows, f"data.{split}") for split, rows in given.items()}
+        _refuse_overlaps({split: self.sources[split] for split in ("train", "val", "test")})
         self.context = context
         split_template(template, placement)  # raises for a wrong one before anything is read
         self.placement, self.template = placement, template

@@ -1,4 +1,4 @@
-"""Readers of examples from files (.jsonl, .json, .csv, .parquet) and from data sets of the hub."""
+"""Readers of examples: files (.jsonl, .json, .csv, .parquet), data sets of the hub, rows that are Python objects."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import io
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from opcd.data.example import ACCEPTED, Example, OnBadRow, parse_rows
 from opcd.models.hub_access import hub_reachable
@@ -36,6 +37,49 @@ class ExampleSource(ABC):
     @abstractmethod
     def overlap(self, other: ExampleSource) -> str | None:
         """What both sources contain, in words for a message; None if they share nothing."""
+
+
+class InMemory(ExampleSource):
+    """Rows that are Python objects.
+
+    Args:
+        rows: any iterable of rows, such as a list or a `datasets.Dataset`; a text is a row with that query.
+        key: the config key of the rows, for messages.
+
+    Raises:
+        UserError: `rows` is one row, a dictionary of splits or a table of pandas.
+    """
+
+    def __init__(self, rows: Iterable[Any], key: str) -> None:
+        if isinstance(rows, Mapping):
+            names = ", ".join(map(str, rows))
+            raise UserError(f"{key}: a dictionary ({names}); give a list of rows, or one split of a DatasetDict")
+        if hasattr(rows, "iterrows"):  # to iterate over it gives the names of its columns
+            raise UserError(f'{key}: a table of pandas; give its rows: table.to_dict("records")')
+        if not isinstance(rows, Iterable):
+            raise UserError(f"{key}: {type(rows).__name__} is no source of rows; give a file, or a list of rows")
+        self.rows = [{"query": row} if isinstance(row, str) else row for row in rows]
+
+    def __str__(self) -> str:
+        return f"{len(self.rows)} rows in memory"
+
+    def examples(self, key: str, on_bad_row: OnBadRow = "raise") -> list[Example]:
+        """The rows; their sources are "data.train: row 1" and so on."""
+        found = parse_rows(_numbered(self.rows, key), key, on_bad_row)
+        if not found:
+            raise UserError(f"{key}: no rows")
+        return found
+
+    def overlap(self, other: ExampleSource) -> str | None:
+        """None: rows are not compared, as those of files are not."""
+        return None
+
+
+def as_source(given: str | Path | ExampleSource | Iterable[Any] | None, key: str) -> str | ExampleSource | None:
+    """The source that a caller gives: a name of files or of the hub, an ExampleSource, or the rows themselves."""
+    if given is None or isinstance(given, str | ExampleSource):
+        return given
+    return str(given) if isinstance(given, Path) else InMemory(given, key)
 
 
 def read_examples(

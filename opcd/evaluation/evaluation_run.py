@@ -11,7 +11,6 @@ from io import StringIO
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from opcd.data import Placement, Views
@@ -30,6 +29,7 @@ from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
 from opcd.runtime.extras import require
+from opcd.runtime.generators import generators_kept
 
 EVERY_ANSWER = ("cut_off", "response_tokens")
 """Metrics of all tasks that generate text: share of answers that the token limit ended, and mean tokens."""
@@ -249,17 +249,6 @@ class Evaluator:
             if getattr(self.evaluation, name) not in (None, False):
                 names = ", ".join(task.name for task in self.tasks)
                 raise UserError(f"{self.prefix}{name} has no effect: no text is generated for {names}; remove it")
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Restore the states of all random generators after the block, also after an error or a signal."""
-    kept = isolate_rng()  # by itself, it restores nothing after an error
-    kept.__enter__()
-    try:
-        yield
-    finally:
-        kept.__exit__(None, None, None)
 
 
 @contextmanager

@@ -2,13 +2,26 @@
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from opcd.runtime.versions import installed_version
 
 FILE = "environment.json"
 """The file in a run's folder."""
+
+
+def command_line() -> str:
+    """What this process was started as: `opcd` and its words, or a Python script and its own."""
+    program = Path(sys.argv[0])
+    named = (
+        ["opcd"]
+        if program.name == "opcd" or program.parts[-2:] == ("opcd", "__main__.py")
+        else ["python", program.name]
+    )
+    return shlex.join([*named, *sys.argv[1:]])
 
 
 def machine() -> dict[str, str]:
