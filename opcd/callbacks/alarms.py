@@ -19,8 +19,9 @@ class Alarms(Callback):
 
     Args:
         window: number of steps in a window.
-        finished_fraction: warn when a smaller share of responses ends before the token limit. If the share was at
-            least twice this value in the first window, the warning is about runaway length, else about the limit.
+        finished_fraction: warn when a smaller share of responses ends before the token limit, so when more than
+            1 - finished_fraction are cut off. If the share was at least twice this value in the first window, the
+            warning is about runaway length, else about the limit.
         repetition: warn when a larger share of a response's 4-grams repeats an earlier one of the same response.
         entropy: warn about collapse when the student's entropy falls below this share of its value in the first window.
         rollout_logprob_gap: warn when, in any one step, the mean of |log p_S(y) - log p_B(y)| over the tokens that an
@@ -120,12 +121,13 @@ class Alarms(Callback):
         ends, ended = now["finished_fraction"], first["finished_fraction"]
         if ends < self.finished_fraction and ended < 2 * self.finished_fraction:
             said["limit"] = (
-                f"{ends:.0%} of the responses end before the token limit, {ended:.0%} at first: the student cannot "
-                "learn how an answer ends; raise the rollout's max_new_tokens"
+                f"{1 - ends:.0%} of the responses are cut off at the token limit, {1 - ended:.0%} at first: the "
+                "student cannot learn how an answer ends; raise the rollout's max_new_tokens, and if they should have "
+                "ended by then, compare the end token of the chat template with eos_token_id in generation_config.json"
             )
         elif ends < self.finished_fraction:
             said["ended"] = (
-                f"{ends:.0%} of the responses end by themselves, {ended:.0%} did at first; they have "
+                f"{1 - ends:.0%} of the responses are cut off at the token limit, {1 - ended:.0%} at first; they have "
                 f"{now['response_tokens']:.0f} tokens, {first['response_tokens']:.0f} at first"
             )
         if now["repetition"] > self.repetition:

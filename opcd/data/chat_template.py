@@ -143,6 +143,17 @@ class ChatRenderer:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"the chat template fails: {reason}; fix it, or set {self.key}.chat_template") from error
 
+    @property
+    def turn_end(self) -> int | None:
+        """The id of the control token with which the template ends an assistant's turn; None if it writes none."""
+        messages: list[Message] = [{"role": role, "content": MARK.format(role)} for role in ("user", "assistant")]
+        try:
+            written = self._rendered(messages, self._parts).rpartition(MARK.format("assistant"))[2].lstrip()
+        except Exception:  # the template's own, as in `_shows`
+            return None
+        first = next((control for control in self.text.controls if written.startswith(control)), None)
+        return None if first is None else self.text.trusted(first)[0]
+
     def encode(self, messages: list[Message], source: str) -> list[int]:
         """Ids of the messages and of the generation prompt; text of the messages never becomes a control token.
 

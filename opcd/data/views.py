@@ -106,6 +106,11 @@ class Views:
         encoded = self._student_text.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return [*encoded["input_ids"], self._eos]
 
+    @property
+    def turn_end(self) -> int | None:
+        """The token with which the student's chat template ends an assistant's turn; None without one."""
+        return None if self.placement == "raw" else self._student.turn_end
+
     def context_ids(self, context: str) -> list[int]:
         """Ids of a context's own text, from the teacher's tokenizer."""
         return self._context_ids(context)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opcd.losses.head import Head, Projection, as_head
-from opcd.losses.log_probs import check_device, check_floating, check_positive, log_probs, log_probs_
+from opcd.losses.log_probs import check_device, check_floating, check_positive, log_probs, log_probs_, merge_
 
 LogProbsFunction = Callable[..., tuple[Tensor, ...]]
 """(student_log_probs [n, V], teacher_log_probs [n, V] where there is a teacher, then the rows of per_token) -> tensors
@@ -42,6 +42,7 @@ def chunked(
     *,
     weights: Tensor | None = None,
     temperature: float = 1.0,
+    merged_tokens: Tensor | None = None,
     memory_bytes: int = MEMORY_BYTES,
 ) -> tuple[Tensor, ...]:
     """``function`` of both log-probabilities of every token, [N, H_s], [N, H_t] -> a tuple of [N], no [N, V] stored.
@@ -63,6 +64,8 @@ def chunked(
             None: all count the same, as in ``values.mean()``. The weights change no result: a backward pass with other
             weights is as exact, and costs a second pass over the chunks.
         temperature: divides both logits; positive.
+        merged_tokens: [m] ids that count as one outcome in both distributions, such as several end-of-sequence tokens:
+            the first id has the sum of their probabilities, the others have probability 0.
         memory_bytes: about the most memory of one chunk beside the gradients; sets the tokens per chunk (at least 1).
             On a CPU use the default or more: glibc keeps and fragments blocks under 32 MiB, so smaller chunks may take
             more memory.
@@ -78,10 +81,11 @@ def chunked(
         raise ValueError("give the teacher's hidden states together with its head, or neither")
     student_head = as_head(student_head)
     teachers = None if teacher_head is None else as_head(teacher_head)
+    same = (teachers, temperature, merged_tokens)
     teacher_side = () if teacher_hidden is None else (teacher_hidden.detach(),)
     training = torch.is_grad_enabled()
     chunks = _Chunks(
-        lambda sums: partial(_one_chunk, function, student_head.accumulating(sums), teachers, temperature),
+        lambda sums: partial(_one_chunk, function, student_head.accumulating(sums), *same),
         rows=max(1, min(MOST_ROWS, memory_bytes // (4 * LIVE * student_head.vocabulary_size(student_hidden)))),
         inputs=(student_hidden, *teacher_side, *per_token),
         leaves=student_head.trainable(student_hidden) if training else [],
@@ -95,6 +99,7 @@ def _one_chunk(
     student_head: Head,
     teacher_head: Head | None,
     temperature: float,
+    merged: Tensor | None,
     student_hidden: Tensor,
     *rest: Tensor,
 ) -> tuple[Tensor, ...]:
@@ -103,13 +108,13 @@ def _one_chunk(
     # (in torch 2.8) be used for the student too where both models share the head.
     student = student_head(student_hidden)
     if teacher_head is None:
-        first, *statistics = function(_log_probs(student_head, student, student.shape[-1], temperature), *rest)
+        first, *statistics = function(_log_probs(student_head, student, student.shape[-1], temperature, merged), *rest)
     else:
         with torch.no_grad():
             teacher = teacher_head(rest[0])
         vocabulary = min(student.shape[-1], teacher.shape[-1])
-        student = _log_probs(student_head, student, vocabulary, temperature)  # the same name frees the logits
-        teacher = _log_probs(teacher_head, teacher, vocabulary, temperature)
+        student = _log_probs(student_head, student, vocabulary, temperature, merged)  # the same name frees the logits
+        teacher = _log_probs(teacher_head, teacher, vocabulary, temperature, merged)
         first, *statistics = function(student, teacher, *rest[1:])
     for result in (first, *statistics):
         if result.shape != student_hidden.shape[:1]:
@@ -119,11 +124,12 @@ def _one_chunk(
     return first, *(statistic.detach().clone() for statistic in statistics)
 
 
-def _log_probs(head: Head, logits: Tensor, vocabulary: int, temperature: float) -> Tensor:
+def _log_probs(head: Head, logits: Tensor, vocabulary: int, temperature: float, merged: Tensor | None) -> Tensor:
     """The log-probabilities over the first ``vocabulary`` tokens, in the memory of the logits where possible."""
     if head.is_plain and logits.shape[-1] == vocabulary:
-        return log_probs_(logits, temperature)
-    return log_probs(logits[:, :vocabulary], temperature)
+        return log_probs_(logits if merged is None else merge_(logits, merged, temperature), temperature)
+    logits = logits[:, :vocabulary]
+    return log_probs(logits if merged is None else merge_(logits.clone(), merged, temperature), temperature)
 
 
 def _check_rows(

@@ -14,6 +14,8 @@ from opcd.losses._kernels import blocks
 
 NEVER = -math.inf
 """The log-probability of a token that cannot occur."""
+ABSENT = -1e30
+"""A logit so low that the probability is 0, and finite: p log p is 0 without the masks that -inf needs."""
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -48,6 +50,34 @@ class _InPlace(torch.autograd.Function):
         (log_p,) = ctx.saved_tensors
         torch.ops.aten._log_softmax_backward_data.out(upstream, log_p, -1, log_p.dtype, out=log_p)
         return (log_p if ctx.temperature == 1.0 else log_p.div_(ctx.temperature)), None
+
+
+def merge_(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """Join tokens into one outcome: the first gets the sum of their probabilities at the temperature, the others 0.
+
+    [n, V] logits and [m] ids -> [n, V], written over the logits; the backward pass writes over the gradient.
+    """
+    return _Merge.apply(logits, tokens, temperature)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Merge(torch.autograd.Function):
+    """With the merged logit T logsumexp(z / T), d/dz_v = softmax(z / T)_v over the merged tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        own = logits[:, tokens] / temperature
+        logits[:, tokens] = ABSENT
+        logits[:, tokens[0]] = own.logsumexp(-1) * temperature
+        ctx.mark_dirty(logits)
+        ctx.save_for_backward(tokens, own.softmax(-1).nan_to_num_(0.0))  # NaN: none of them can occur
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        tokens, shares = ctx.saved_tensors
+        upstream[:, tokens] = upstream[:, tokens[:1]] * shares
+        return upstream, None, None
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from opcd.data import Batch
 from opcd.data.example import ANCHORS
 from opcd.losses import Loss, ReverseKL
 from opcd.models import ModelConfig
+from opcd.modules.endings import Endings, merged_ends
 from opcd.modules.lm.adapters import Lora, trainable
 from opcd.modules.lm.generation import Sampling, computing_dtype
 from opcd.modules.objective import Objective
@@ -64,6 +65,8 @@ class Distiller(LightningModule):
         temperature: divides the logits of both models inside the loss; the rollout's sampling has its own.
         reduction: sequence averages each response over its own tokens, then over the responses (the paper);
             token averages over all tokens of the step. Both are independent of micro-batches and ranks.
+        merge_end_tokens: count all end-of-sequence tokens of student and teacher as one outcome in the loss. For models
+            that end with different tokens; generation stops where it did.
         max_nats: clip a token's divergence from above, in nats; its gradient is then zero. null: no clipping.
         micro_batch_tokens: most tokens (rows x longest row) in one forward and backward pass of a model.
         shrink_on_oom: on out-of-memory, retry the step with half the micro-batch size and keep it (single rank only).
@@ -89,6 +92,7 @@ class Distiller(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         temperature: float = 1.0,
         reduction: Reduction = "sequence",
+        merge_end_tokens: bool = False,
         max_nats: float | None = None,
         micro_batch_tokens: int = 4096,
         shrink_on_oom: bool = False,
@@ -120,6 +124,8 @@ class Distiller(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._taught: Teacher | None = None
         check_scheduler(optimizer, lr_scheduler)
+        self.merge_end_tokens = merge_end_tokens
+        self._endings: Endings | None = None
         self.reduction, self.micro_batch_tokens, self.eval_sampling = reduction, micro_batch_tokens, eval_sampling
         self.shrink_on_oom = shrink_on_oom
         self.gradient_checkpointing, self.gradient_clip_val = gradient_checkpointing, gradient_clip_val
@@ -152,6 +158,8 @@ class Distiller(LightningModule):
         if self.trainer.state.fn != "predict" and self._taught is not self.teacher:
             self.teacher.setup(self.student, self.student_config, self.trainer.strategy.root_device)
             self._taught = self.teacher
+            if self.merge_end_tokens:
+                self.objective.merged = merged_ends(self.student, self.teacher)
         if first and is_sharded(self.trainer):
             dtype = computing_dtype(self.trainer.precision, self.student.model.dtype)
             mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
@@ -180,6 +188,17 @@ class Distiller(LightningModule):
             )
         return [optimizer], [scheduler]
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Look at how the responses of the run's first step end."""
+        if self.trainer.global_step == 0 and batch_idx == 0 and not is_sharded(self.trainer):
+            self._endings = Endings(self.student, self.teacher, batch.views, self.merge_end_tokens)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Warn if student and teacher end responses differently."""
+        if self._endings is not None:
+            self._endings.warn()
+            self._endings = None
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one optimizer step on one batch of queries; a validation runs the same lines without gradients."""
         with self.runner.step(self, batch, batch_idx) as step:
@@ -196,7 +215,10 @@ class Distiller(LightningModule):
         """Compare student and teacher at every response token of a micro-batch: see `Objective`."""
         target = step.run("teacher", self.teacher.score, part, step.max_tokens)  # p_T(. | c, x, y<t)
         states = step.run("student", self.student.score, part)  # p_S(. | x, y<t)
-        return step.run("loss", self.objective, states, target, part, weights)
+        values = step.run("loss", self.objective, states, target, part, weights)
+        if self._endings is not None and weights is not None:
+            self._endings.add(states, target, part)
+        return values
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -23,12 +23,15 @@ class Objective:
         max_nats: clips a token's divergence from above, with a gradient of zero; None: no clipping.
         importance_clip: weigh a token by min(p_S(y) / p_B(y), importance_clip), where p_B is the policy that wrote it;
             None: all tokens have the same weight.
+        merged: [m] ids of end-of-sequence tokens that count as one outcome in both distributions; None: all tokens are
+            different.
     """
 
     loss: Loss
     temperature: float
     max_nats: float | None
     importance_clip: float | None = None
+    merged: Tensor | None = None
 
     def __call__(
         self, student: HiddenStates, teacher: TeacherOutput, trajectories: Trajectories, weights: Tensor | None = None
@@ -61,10 +64,14 @@ class Objective:
         if isinstance(teacher, Routed):
             return self._routed(student, teacher, trajectories, weights)
         terms: Callable[..., dict[str, Tensor]]
-        hidden, head = None, None
+        hidden, head, device = None, None, student.hidden.device
+        merged = None if self.merged is None else self.merged.to(device)
         if isinstance(teacher, HiddenStates):
             terms, hidden, head = self._terms, teacher.hidden, teacher.head
-            per_token: tuple[Tensor, ...] = (torch.cat(trajectories.responses).to(student.hidden.device),)
+            tokens = torch.cat(trajectories.responses).to(device)
+            if merged is not None:
+                tokens = torch.where(torch.isin(tokens, merged), merged[0], tokens)
+            per_token: tuple[Tensor, ...] = (tokens,)
         else:
             terms, per_token = self._recorded_terms, teacher.rows
         names: list[str] = []
@@ -76,7 +83,8 @@ class Objective:
             return tuple(found.values())
 
         sides = (student.hidden, student.head, hidden, head)
-        results = chunked(values, *sides, per_token, weights=weights, temperature=self.temperature)
+        options = {"temperature": self.temperature, "merged_tokens": merged}
+        results = chunked(values, *sides, per_token, weights=weights, **options)
         return dict(zip(names, results, strict=True))
 
     def _routed(

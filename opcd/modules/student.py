@@ -72,9 +72,7 @@ class Student(nn.Module):
     @property
     def eos_ids(self) -> set[int]:
         """Token ids that end a response: those of the generation config and the tokenizer's."""
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = configured if isinstance(configured, list) else [configured]
-        return {int(i) for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+        return end_ids(self.model, self.tokenizer)
 
     @property
     def pad_id(self) -> int:
@@ -180,6 +178,13 @@ class Student(nn.Module):
             self.model.config.dtype = own
         self.tokenizer.save_pretrained(folder)
         return None
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that end a response: those of the model's generation config and the tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
 
 @contextmanager

@@ -104,6 +104,7 @@ def validate(run: Run) -> None:
         _check_shards(run)
     if not predicts:  # `predict` has no teacher and no rollout
         check_loss(distiller.objective.loss, distiller.teacher)
+        check_merged(distiller)
         for part in distiller.rollout.parts:
             part.check(run)
         for teacher in distiller.teacher.parts.values():
@@ -157,6 +158,16 @@ def check_loss(loss: Loss, teacher: Teacher) -> None:
             raise UserError(
                 f"model.loss: {type(part).__name__} gives log-probabilities of a few tokens a position, but {loss!r} "
                 f"needs the whole distribution; use {' or '.join(losses[known] for known in part.provides)}"
+            )
+
+
+def check_merged(distiller: Distiller) -> None:
+    """Raise a UserError for merged end tokens with a teacher that does not give the probability of each."""
+    for part in distiller.teacher.parts.values():
+        if distiller.merge_end_tokens and "distribution" not in part.provides:
+            raise UserError(
+                f"model.merge_end_tokens: {type(part).__name__} gives log-probabilities of a few tokens a position, "
+                "and an end token may not be among them; remove it, or use a teacher that is a model in this process"
             )
 
 

@@ -23,7 +23,7 @@ def step(alarms: Alarms, **changed: float) -> None:
     [
         (
             {"finished_fraction": 0.05, "response_tokens": 99.0},
-            "5% of the responses end by themselves, 90% did at first; they have 99",
+            "95% of the responses are cut off at the token limit, 10% at first; they have 99",
         ),
         ({"repetition": 0.8}, "80% of the responses' runs of four tokens are repeated"),
         ({"student_entropy": 0.1}, "entropy is 0.100 nats a token, 2.000 at first: the student collapses"),
@@ -53,7 +53,10 @@ def test_an_engine_that_is_not_the_student_rings_at_its_first_step():
 def test_responses_that_never_end_ring_once():
     alarms = Alarms(window=2)
     step(alarms, finished_fraction=0.3)
-    with pytest.warns(UserWarning, match="5% of the responses end before the token limit, 15% at first"):
+    with pytest.warns(
+        UserWarning,
+        match="95% of the responses are cut off at the token limit, 85% at first: .* raise",
+    ):
         for _ in range(4):
             step(alarms, finished_fraction=0.0)
             step(alarms, finished_fraction=0.1)

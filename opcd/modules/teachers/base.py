@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from opcd.data import Batch, teacher_key
 from opcd.losses.divergences import Known
-from opcd.models import ModelConfig, context_window
+from opcd.models import ModelConfig, context_window, load_tokenizer
 from opcd.modules.lm.generation import Sampling, eval_mode, generate, own_precision
 from opcd.modules.lm.hidden_states import HiddenStates, TeacherOutput, head_of, last_hidden
 from opcd.modules.prefix.prefix_cache import Mode, PrefixCache
-from opcd.modules.student import Student
+from opcd.modules.student import Student, end_ids
 from opcd.modules.trajectories import Trajectories, length_groups
 from opcd.runtime.errors import UserError
 
@@ -97,6 +97,10 @@ class Teacher(ABC):
     def setup(self, student: Student, student_config: ModelConfig, device: torch.device) -> None:
         """Prepare on `device`; called once, before the first step."""
 
+    def end_ids(self, student: Student) -> set[int]:
+        """Token ids that end a response of this teacher, after `setup`; empty if unknown."""
+        return set()
+
     def sync_weights(self, student: Student) -> None:  # noqa: B027
         """Copy what this teacher needs of the student's weights; all ranks call this at the start of a step."""
 
@@ -154,6 +158,12 @@ class ModelTeacher(Teacher):
         """The model that scores, available after `setup`."""
         assert self._model is not None, "setup() comes first"
         return self._model
+
+    def end_ids(self, student: Student) -> set[int]:
+        """Those of its own generation config and tokenizer, if it is another model than the student."""
+        if self.config is None:
+            return student.eos_ids
+        return end_ids(self.model, load_tokenizer(self.config, f"{self.key}.init_args.model"))
 
     @torch.no_grad()
     def score(self, trajectories: Trajectories, max_tokens: int) -> HiddenStates:
