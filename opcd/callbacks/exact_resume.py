@@ -21,8 +21,9 @@ class ExactResume(Callback):
     """Makes a resumed run take the same steps as an uninterrupted one, bit for bit on a CPU.
 
     Adds to a checkpoint, for each rank: the states of the random-number generators of Python, NumPy, torch and the
-    rank's GPU (responses are drawn from torch's), and the contexts that the teacher has seen, because it computes those
-    differently. A checkpoint that is saved within a step holds the state before that step.
+    rank's GPU (responses are drawn from torch's), the contexts that the teacher has seen, because it computes those
+    differently, and the responses that a rollout replays. A checkpoint that is saved within a step holds the state
+    before that step.
 
     Args:
         config: the run's config. It is saved in the checkpoint; a checkpoint of another config raises an error.
@@ -108,6 +109,7 @@ def _state(pl_module: LightningModule) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(pl_module.device) if on_gpu else None,
         "prefix": _prefixes(pl_module),
+        "rollout": [part.state_dict() for part in pl_module.rollout.parts],
     }
 
 
@@ -119,7 +121,8 @@ def _whole(pl_module: LightningModule, state: dict[str, Any]) -> dict[str, Any]:
     np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.Generator().set_state(state["torch"].cpu())
     seen = {part: state["prefix"][part] for part in pl_module.teacher.parts}
-    return {"cuda": state["cuda"], **state, "prefix": seen}
+    rollouts = [dict(part) for part in state.get("rollout", [])]  # an older checkpoint has none
+    return {"cuda": state["cuda"], **state, "prefix": seen, "rollout": rollouts}
 
 
 def _set_state(pl_module: LightningModule, state: dict[str, Any]) -> None:
@@ -131,6 +134,8 @@ def _set_state(pl_module: LightningModule, state: dict[str, Any]) -> None:
     if state["cuda"] is not None and pl_module.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), pl_module.device)
     _set_prefixes(pl_module, state["prefix"])
+    for part, own in zip(pl_module.rollout.parts, state["rollout"], strict=False):
+        part.load_state_dict(own)
 
 
 def _prefixes(distiller: Distiller) -> dict[str | None, Any]:

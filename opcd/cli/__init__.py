@@ -18,7 +18,7 @@ COMMANDS = {
     "sweep": ("opcd.cli.sweep", "many fits from one file"),
     "record": (
         "opcd.cli.record",
-        "a teacher's responses and likeliest tokens on disk, for trainings without the teacher",
+        "responses and the teacher's likeliest tokens on disk, for trainings without the teacher",
     ),
     "export": ("opcd.cli.export", "a trained student as a folder, merged, as a GGUF file, or on the hub"),
     "blend": ("opcd.cli.blend", "a student between its start and its end: score shares of the change, keep one"),

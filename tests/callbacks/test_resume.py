@@ -1,6 +1,7 @@
 """A run that goes on from a checkpoint is the run that was never stopped, bit for bit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,16 @@ from benchmarks.drills.fits import differences
 from opcd.callbacks import ExactResume
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
-from opcd.modules import Distiller, MixedRollout, MovingAverageTeacher, Sampling, StudentRollout, TeacherRollout
+from opcd.modules import (
+    Distiller,
+    MixedRollout,
+    MovingAverageTeacher,
+    RecordedRollout,
+    Rollout,
+    Sampling,
+    StudentRollout,
+    TeacherRollout,
+)
 from tests.helpers.rows import write_rows
 
 STEPS = 8  # two epochs of three batches, and two batches of the third
@@ -30,7 +40,25 @@ def dropout(tiny, tmp_path_factory) -> str:
     return str(folder)
 
 
-def fit(folder: Path, student: str, ckpt_path: Path | None = None, workers: int = 0) -> dict:
+SAMPLING = Sampling(max_new_tokens=6)
+
+
+def mixed() -> Rollout:
+    return MixedRollout([StudentRollout(SAMPLING), TeacherRollout(SAMPLING)], [0.5, 0.5])
+
+
+def replayed() -> Rollout:
+    """Responses of the first four steps, then of the last four."""
+    return RecordedRollout(refresh_every_n_steps=4, rollout=StudentRollout(SAMPLING))
+
+
+def fit(
+    folder: Path,
+    student: str,
+    ckpt_path: Path | None = None,
+    workers: int = 0,
+    rollout: Callable[[], Rollout] = mixed,
+) -> dict:
     """Train to `STEPS`, with a checkpoint after every step; the last one."""
     own = "Answer with a number, in one word, and never with more than that; the rule holds for every question"
     rows = [{"query": f"What is {n} + {n}?", **({"context": f"{own} {n}."} if n > 4 else {})} for n in range(6)]
@@ -42,11 +70,10 @@ def fit(folder: Path, student: str, ckpt_path: Path | None = None, workers: int 
         batch_size=2,
         num_workers=workers,
     )
-    sampling = Sampling(max_new_tokens=6)
     distiller = Distiller(
         ModelConfig(name=student),
         MovingAverageTeacher(0.9),
-        rollout=MixedRollout([StudentRollout(sampling), TeacherRollout(sampling)], [0.5, 0.5]),
+        rollout=rollout(),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=STEPS),
     )
@@ -79,6 +106,15 @@ def test_a_resumed_run_is_bit_equal(dropout, tmp_path, workers):
     for step in (4, 6) if workers == 0 else ():  # again, within the epoch that the run went on in, and at its end
         checkpoint = tmp_path / "from_3" / f"step={step}.ckpt"
         assert unlike(whole, fit(tmp_path / f"from_3_and_{step}", dropout, checkpoint, workers)) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*pre-optimization state was saved", "ignore:The dirpath has changed")
+def test_a_resumed_run_replays_the_responses_of_the_first(dropout, tmp_path):
+    whole = fit(tmp_path / "whole", dropout, rollout=replayed)
+    assert len(whole["exact_resume"][0]["rollout"][0]["written"]) < 4 * 2  # some of four batches of two were replayed
+    for step in (2, 3, 4, 7):
+        checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
+        assert unlike(whole, fit(tmp_path / f"from_{step}", dropout, checkpoint, rollout=replayed)) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*pre-optimization state was saved", "ignore:The dirpath has changed")

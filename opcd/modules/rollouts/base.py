@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -38,6 +39,7 @@ class Rollout(ABC):
             it; None: all tokens have the same weight.
         sampling: how tokens are drawn; None if they are not.
         stale: whether the generating weights may be older than this step's.
+        record: the folder of the record (`opcd record`) that it takes the responses of; None: of no record.
     """
 
     writer: ClassVar[Writer] = "other"
@@ -46,6 +48,7 @@ class Rollout(ABC):
     importance_clip: float | None = None
     sampling: Sampling | None = None
     stale: bool = False
+    record: Path | None = None
 
     @property
     def parts(self) -> "list[Rollout]":
@@ -71,3 +74,10 @@ class Rollout(ABC):
     @abstractmethod
     def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         """Write the responses: token ids without gradient."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of this rank, without which a resumed run would go on differently; empty if there is none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Restore a state of `state_dict`."""

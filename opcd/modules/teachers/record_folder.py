@@ -1,4 +1,4 @@
-"""A record: a folder with a teacher's responses and its likeliest tokens at each of their positions.
+"""A record: a folder with responses of a teacher or a student, and the teacher's likeliest tokens at their positions.
 
 Rows are written one shard at a time, `shard-00000.safetensors`, then `record.json`, which lists the shards with their
 SHA-256 and the origin of the record. A process that is killed loses only the shard that it was writing.
@@ -54,6 +54,8 @@ class Origin:
     """How the responses were drawn."""
     seed: int
     """The seed of the draws."""
+    student: str | None = None
+    """Name of the student's model if it wrote the responses, without the context; None: the teacher wrote them."""
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -148,9 +150,15 @@ class Record:
             for prompt, begin, end in zip(prompts, [0, *ends], ends, strict=False):
                 self._places.setdefault(prompt, []).append((number, begin, end))
 
-    def responses(self, prompt: Tensor) -> list[Tensor]:
-        """The recorded responses [R] to a prompt of token ids [Q] (UserError if there are none)."""
-        return [self._shards[number]["responses"][begin:end].long() for number, begin, end in self._found(prompt)]
+    def draw(self, prompt: Tensor) -> Tensor:
+        """A recorded response [R] to a teacher's prompt of token ids [Q], drawn if there are several.
+
+        Raises:
+            UserError: there is none.
+        """
+        places = self._found(prompt)
+        number, begin, end = places[int(torch.randint(len(places), ()))]
+        return self._shards[number]["responses"][begin:end].long().to(prompt.device)
 
     def top_k(self, prompt: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids and log-probabilities, [R, k] each, at the positions of a recorded response [R]."""
@@ -159,15 +167,16 @@ class Record:
             if torch.equal(shard["responses"][begin:end].long(), response.cpu()):
                 return shard["tokens"][begin:end].long(), shard["log_probs"][begin:end]
         raise UserError(
-            f"{self.key}: a response is not in {self.folder}; use TeacherRollout, which takes the recorded ones"
+            f"{self.key}: a response is not in {self.folder}; use RecordedRollout with this folder, which takes the "
+            "recorded ones"
         )
 
     def _found(self, prompt: Tensor) -> list[tuple[int, int, int]]:
         places = self._places.get(prompt_hash(prompt))
         if places is None:
             raise UserError(
-                f"{self.key}: a prompt is not in {self.folder}: data, context, placement or template differ from the "
-                "recorded ones"
+                f"{self.key}: a prompt is not in {self.folder}: data, context, placement, template or tokenizer differ "
+                "from the recorded ones"
             )
         return places
 

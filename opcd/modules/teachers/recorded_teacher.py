@@ -1,4 +1,4 @@
-"""A teacher whose responses and scores were recorded: no model is loaded."""
+"""A teacher whose scores were recorded: no model is loaded."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -16,15 +16,18 @@ from opcd.modules.teachers.base import Teacher
 from opcd.modules.teachers.record_folder import Record, read_origin, tokenizer_hash
 from opcd.modules.trajectories import Trajectories
 from opcd.runtime.errors import UserError
+from opcd.runtime.files.disk import whole
 
 if TYPE_CHECKING:
     from opcd.modules.validation import Run
 
 
 class RecordedTeacher(Teacher):
-    """Responses and likeliest tokens written by `opcd record`, for off-policy distillation (TeacherRollout).
+    """The teacher's likeliest tokens on recorded responses, as written by `opcd record`.
 
-    If a prompt has several responses, one is drawn each time. The loss is a TopK of the teacher's support.
+    The rollout is RecordedRollout with the same folder; of a record that the teacher wrote, TeacherRollout with the
+    record's sampling takes the same. If a prompt has several responses, one is drawn each time. The loss is a TopK of
+    the teacher's support.
 
     Args:
         folder: of the record.
@@ -44,19 +47,25 @@ class RecordedTeacher(Teacher):
         """Compare the run with the record.
 
         Raises:
-            UserError: there is no record, or it was made for another loss, temperature or sampling; or the rollout does
-                not take the teacher's responses.
+            UserError: there is no record, or it was made for another loss, temperature or sampling; or the rollout
+                takes other responses than the recorded ones.
         """
         origin = read_origin(self.folder, self._folder_key)
         loss, temperature = run.distiller.objective.loss, run.distiller.objective.temperature
         for part in run.distiller.rollout.parts:
-            if part.writer != "teacher" or part.sampling is None:
+            if part.record is not None and whole(part.record) == whole(self.folder):
+                continue
+            if part.writer != "teacher" or part.sampling is None or origin.student is not None:
                 raise UserError(
-                    f"model.rollout: RecordedTeacher can score its own responses only, and {type(part).__name__} takes "
-                    "others; use TeacherRollout"
+                    f"model.rollout: RecordedTeacher can score the responses of {self.folder} only, and "
+                    f"{type(part).__name__} takes others; use RecordedRollout with folder: {self.folder}, without "
+                    "refresh_every_n_steps, or a teacher that scores new responses, such as FrozenTeacher"
                 )
             if vars(part.sampling) != origin.sampling:
-                raise UserError(f"model.rollout: its sampling must be that of the record, {origin.sampling}")
+                raise UserError(
+                    f"model.rollout: its sampling must be that of the record, {origin.sampling}; or use "
+                    f"RecordedRollout with folder: {self.folder}"
+                )
         try:
             loss.check_record(origin.k)
         except ValueError as error:
@@ -83,8 +92,4 @@ class RecordedTeacher(Teacher):
 
     def generate(self, batch: Batch, sampling: Sampling, eos_ids: set[int], pad_id: int) -> list[Tensor]:
         """One recorded response per prompt, drawn if there are several; `check` has compared the sampling."""
-        chosen = []
-        for prompt in batch.teacher_prompts:
-            responses = self._record.responses(prompt)
-            chosen.append(responses[int(torch.randint(len(responses), ()))].to(prompt.device))
-        return chosen
+        return [self._record.draw(prompt) for prompt in batch.teacher_prompts]
