@@ -186,17 +186,16 @@ def distill(
     if kind not in (kinds := get_args(Kind)):
         raise UserError(f"kind must be one of {', '.join(kinds)}, not {kind!r}")
     kind = kind_of(text) if kind == "auto" else kind
-    recipe = yaml.safe_load((STARTER / kind / RECIPE).read_text(encoding="utf-8"))
-    if learning_rate is not None:
-        recipe["model"]["optimizer"]["init_args"]["lr"] = learning_rate
-    recipe["data"] |= {} if batch_size is None else {"batch_size": batch_size}
-    _set_steps(recipe, recipe["trainer"]["max_steps"] if steps is None else steps)
-    parts = {"teacher": _teacher(teacher, adapter), "loss": loss, "rollout": rollout, "adapter": adapter}
-    parts |= {"student": _config(model, "model")}
+    recipe = _recipe(kind, learning_rate, batch_size, steps)
+    parts: dict[str, Any] = {"loss": loss, "rollout": rollout, "adapter": adapter}
+    parts |= {"student": _config(model, "model"), "teacher": _teacher(teacher, adapter)}
     with _run_folder(folder) as run, generators_kept():
-        # Both are made here too, so that a wrong argument is told before minutes of writing.
-        distiller = _distiller(recipe["model"], parts)
-        fitting = _trainer(recipe["trainer"], trainer, callbacks, run, folder is not None)
+
+        def made() -> tuple[Distiller, Trainer]:
+            fitting = _trainer(recipe["trainer"], trainer, callbacks, run, folder is not None)
+            return _distiller(recipe["model"], parts), fitting
+
+        distiller, fitting = made()  # a wrong argument is told before minutes of writing
         rows: dict[str, Any] = {"train": queries, "val": val, "context": [text]}
         if queries is None:
             rows = _written(text, kind, distiller, seed, val, run.parent, str(trainer.get("accelerator")))
@@ -211,8 +210,7 @@ def distill(
         if steps is None and kind == "facts":
             data.setup("fit")
             _set_steps(recipe, steps_for(len(data.examples("train")), data.batch_size))
-            distiller = _distiller(recipe["model"], parts)
-            fitting = _trainer(recipe["trainer"], trainer, callbacks, run, folder is not None)
+            distiller, fitting = made()
         _seed(seed)
         with leaving_at_once(signal.SIGINT, handler=_stop):
             fitting.fit(distiller, datamodule=data)
@@ -220,6 +218,16 @@ def distill(
     del fitting, distiller, data  # they refer to one another: the teacher and the optimizer would stay in memory
     gc.collect()
     return result
+
+
+def _recipe(kind: str, learning_rate: float | None, batch_size: int | None, steps: int | None) -> dict[str, Any]:
+    """The recipe of `opcd init` for this kind of context, with the values that are given."""
+    recipe: dict[str, Any] = yaml.safe_load((STARTER / kind / RECIPE).read_text(encoding="utf-8"))
+    if learning_rate is not None:
+        recipe["model"]["optimizer"]["init_args"]["lr"] = learning_rate
+    recipe["data"] |= {} if batch_size is None else {"batch_size": batch_size}
+    _set_steps(recipe, recipe["trainer"]["max_steps"] if steps is None else steps)
+    return recipe
 
 
 def _set_steps(recipe: dict[str, Any], steps: int) -> None:

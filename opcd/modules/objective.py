@@ -83,8 +83,9 @@ class Objective:
             return tuple(found.values())
 
         sides = (student.hidden, student.head, hidden, head)
-        options = {"temperature": self.temperature, "merged_tokens": merged}
-        results = chunked(values, *sides, per_token, weights=weights, **options)
+        results = chunked(
+            values, *sides, per_token, weights=weights, temperature=self.temperature, merged_tokens=merged
+        )
         return dict(zip(names, results, strict=True))
 
     def _routed(
