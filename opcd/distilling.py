@@ -199,14 +199,9 @@ def distill(
         rows: dict[str, Any] = {"train": queries, "val": val, "context": [text]}
         if queries is None:
             rows = _written(text, kind, distiller, seed, val, run.parent, str(trainer.get("accelerator")))
-        data = ContextQueryDataModule(
-            **rows,
-            placement=recipe["data"]["placement"],
-            batch_size=recipe["data"]["batch_size"],
-            seed=seed,
-            student=distiller.student_config,
-            teacher=getattr(distiller.teacher, "models", distiller.teacher.config),
-        )
+        rows |= {name: recipe["data"][name] for name in ("placement", "batch_size")}
+        readers = getattr(distiller.teacher, "models", distiller.teacher.config)
+        data = ContextQueryDataModule(**rows, seed=seed, student=distiller.student_config, teacher=readers)
         if steps is None and kind == "facts":
             data.setup("fit")
             _set_steps(recipe, steps_for(len(data.examples("train")), data.batch_size))
