@@ -55,6 +55,7 @@ PUBLIC = {
     "modules": [
         *(
             "BaseTeacher",
+            "Cartridge",
             "ColocatedVLLM",
             "Distiller",
             "FSDP2Strategy",

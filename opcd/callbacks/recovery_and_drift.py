@@ -109,6 +109,8 @@ class RecoveryAndDrift(Callback):
     * drift = KL(p_base || p_S) on the answers of the student as it was before training to general prompts, which have
       nothing to do with the context.
 
+    Before training, a Cartridge holds keys and values of the context already: base is the student without it.
+
     Each measurement is a line of `recovery.jsonl` in the run's folder (`Measurement`), and is logged as
     `context/effect`, `context/left`, `context/recovery` and `context/drift`.
 
@@ -207,9 +209,9 @@ class RecoveryAndDrift(Callback):
         self._clear()
         self._split, self.measured = "val" if datamodule.sources["val"] else "train", []
         batch = datamodule.encode(datamodule.examples(self._split)[: self.queries]).to(distiller.device)
-        student = distiller.student
+        former = distiller.student.without_cartridge()
         with _computing(trainer, distiller):
-            writer = student.plain(computing_dtype(trainer.precision, student.model.dtype))
+            writer = former.plain(computing_dtype(trainer.precision, former.model.dtype))
             try:
                 self._taught = self._responses_with_context(distiller, writer, batch)
             except StepAbandoned:
@@ -217,8 +219,11 @@ class RecoveryAndDrift(Callback):
             except (UserError, ValueError) as error:
                 rank_zero_info(f"recovery is not measured with {type(distiller.teacher).__name__}: {error}")
             if self.general_prompts:
-                self._general = self._general_responses(distiller, writer, batch)
-        self._measure(trainer, distiller)
+                self._general = self._general_responses(distiller, former, writer, batch)
+            if former is not distiller.student:  # a Cartridge has an effect before it is trained
+                most = distiller.micro_batch_tokens
+                self._effect = self._taught.divergences(former, most) if self._taught is not None else None
+        self._measure(trainer, distiller, unchanged=former is distiller.student)
         if self._taught is not None:
             self._say_what_the_teacher_does(distiller, batch)
 
@@ -238,16 +243,18 @@ class RecoveryAndDrift(Callback):
             said = teacher.score(trajectories, distiller.micro_batch_tokens)
         return FixedResponses.of(trajectories, said, student.vocabulary)
 
-    def _general_responses(self, distiller: Distiller, writer: Student, batch: Batch) -> FixedResponses:
+    def _general_responses(
+        self, distiller: Distiller, former: Student, writer: Student, batch: Batch
+    ) -> FixedResponses:
         """The answers of the student before training to general prompts."""
         doing("drift: answers to general prompts", f"{self.general_prompts} prompts")
-        student, views = distiller.student, next(iter(batch.views.values()))
+        views = next(iter(batch.views.values()))
         texts = _general_prompts()[: self.general_prompts]
         examples = [Example(text, None, None, None, number, GENERAL.name) for number, text in enumerate(texts)]
         prompts = Batch([Row.encoded(example, None, views) for example in examples], batch.views).to(distiller.device)
         responses = self._written(distiller, writer, prompts.student_prompts)
-        trajectories = Trajectories.of(prompts, responses, student.eos_ids)
-        return FixedResponses.of_student(student, trajectories, distiller.micro_batch_tokens)
+        trajectories = Trajectories.of(prompts, responses, former.eos_ids)
+        return FixedResponses.of_student(former, trajectories, distiller.micro_batch_tokens)
 
     def _written(self, distiller: Distiller, writer: Student, prompts: list[Tensor]) -> list[Tensor]:
         """Responses of the student's weights, as many rows at a time as fit a micro-batch."""
@@ -266,8 +273,8 @@ class RecoveryAndDrift(Callback):
         if self.measured and self.measured[-1].step != trainer.global_step:
             self._measure(trainer, pl_module)
 
-    def _measure(self, trainer: Trainer, distiller: Any) -> None:
-        """Compare the student with both records."""
+    def _measure(self, trainer: Trainer, distiller: Any, unchanged: bool = False) -> None:
+        """Compare the student with both records; `unchanged`: it is the student that was recorded."""
         doing("recovery and drift")
         found: dict[str, Any] = {}
         student, most = distiller.student, distiller.micro_batch_tokens
@@ -277,7 +284,7 @@ class RecoveryAndDrift(Callback):
                 self._effect = self._effect or left
                 found |= _recovery(self._effect, left)
             if self._general is not None:
-                drift = self._general.divergences(student, most) if self.measured else None
+                drift = self._general.divergences(student, most) if not unchanged else None
                 found |= {"prompts": len(self._general)} | _drift(drift)
         queries = 0 if self._taught is None else len(self._taught)
         self._keep(trainer, Measurement(trainer.global_step, self._split, queries, **found))
