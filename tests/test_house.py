@@ -57,6 +57,7 @@ PUBLIC = {
     "modules": [
         *(
             "BaseTeacher",
+            "Cartridge",
             "ColocatedVLLM",
             "Distiller",
             "FSDP2Strategy",

@@ -146,6 +146,7 @@ def test_cross_size_as_it_stands_lacks_only_the_hub_and_gpus(opcd, hub, tiny, mo
         (["system_prompt"], ("--model.rollout.init_args.sampling.max_new_tokens", 4)),
         (["quickstart", "lora"], ()),
         (["quickstart", "qlora"], ()),
+        (["quickstart", "cartridge"], ()),
         (["quickstart", "teacher_4bit"], ()),
         (
             ["cross_size_cpu"],

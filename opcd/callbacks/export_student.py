@@ -14,7 +14,8 @@ from opcd.data import ContextQueryDataModule
 from opcd.export.merge import write_merged
 from opcd.models import architecture
 from opcd.models.model_card import Facts, model_card
-from opcd.modules import Distiller, Student, Teacher
+from opcd.modules import Cartridge, Distiller, Student, Teacher
+from opcd.modules.lm.adapters import NOT_MERGED
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import require_own, whole_folder
 from opcd.runtime.system_info import command_line
@@ -46,6 +47,8 @@ class ExportStudent(Callback):
         assert isinstance(pl_module, Distiller)
         if self.merge and pl_module.adapter is None:
             raise UserError("ExportStudent.merge: there is no model.adapter to merge; remove it")
+        if self.merge and isinstance(pl_module.adapter, Cartridge):
+            raise UserError(f"ExportStudent.merge: {NOT_MERGED}")
         if stage == "fit" and trainer.is_global_zero:
             require_own(self._folder / "student", "ExportStudent")
         if self.dtype != "auto" and pl_module.adapter is not None and not self.merge:

@@ -109,6 +109,8 @@ class RecoveryAndDrift(Callback):
     * drift = KL(p_base || p_S) on the answers of the student as it was before training to general prompts, which have
       nothing to do with the context.
 
+    Before training, a Cartridge holds keys and values of the context already: base is the student without it.
+
     Each measurement is a line of `recovery.jsonl` in the run's folder (`Measurement`), and is logged as
     `context/effect`, `context/left`, `context/recovery` and `context/drift`.
 
@@ -135,6 +137,7 @@ class RecoveryAndDrift(Callback):
         self._taught: FixedResponses | None = None
         self._general: FixedResponses | None = None
         self._effect: Divergences | None = None
+        self._unchanged = True
         self._split = "val"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -224,9 +227,9 @@ class RecoveryAndDrift(Callback):
         """
         self._clear()
         self._split, self.measured = "val" if data.sources["val"] else "train", []
-        student = distiller.student
-        batch = data.encode(data.examples(self._split)[: self.queries]).to(student.model.device)
-        writer = student.plain(dtype)
+        former = distiller.student.without_cartridge()
+        batch = data.encode(data.examples(self._split)[: self.queries]).to(former.model.device)
+        writer = former.plain(dtype)
         try:
             self._taught = self._responses_with_context(distiller, writer, batch)
         except StepAbandoned:
@@ -234,7 +237,10 @@ class RecoveryAndDrift(Callback):
         except (UserError, ValueError) as error:
             rank_zero_info(f"recovery is not measured with {type(distiller.teacher).__name__}: {error}")
         if self.general_prompts:
-            self._general = self._general_responses(distiller, writer, batch)
+            self._general = self._general_responses(distiller, former, writer, batch)
+        self._unchanged = former is distiller.student
+        if not self._unchanged and self._taught is not None:  # a Cartridge has an effect before it is trained
+            self._effect = self._taught.divergences(former, distiller.micro_batch_tokens)
         return batch
 
     @torch.no_grad()
@@ -253,16 +259,18 @@ class RecoveryAndDrift(Callback):
             said = teacher.score(trajectories, distiller.micro_batch_tokens)
         return FixedResponses.of(trajectories, said, student.vocabulary)
 
-    def _general_responses(self, distiller: Distiller, writer: Student, batch: Batch) -> FixedResponses:
+    def _general_responses(
+        self, distiller: Distiller, former: Student, writer: Student, batch: Batch
+    ) -> FixedResponses:
         """The answers of the student before training to general prompts."""
         doing("drift: answers to general prompts", f"{self.general_prompts} prompts")
-        student, views = distiller.student, next(iter(batch.views.values()))
+        views = next(iter(batch.views.values()))
         texts = _general_prompts()[: self.general_prompts]
         examples = [Example(text, None, None, None, number, GENERAL.name) for number, text in enumerate(texts)]
         prompts = Batch([Row.encoded(example, None, views) for example in examples], batch.views).to(distiller.device)
         responses = self._written(distiller, writer, prompts.student_prompts)
-        trajectories = Trajectories.of(prompts, responses, student.eos_ids)
-        return FixedResponses.of_student(student, trajectories, distiller.micro_batch_tokens)
+        trajectories = Trajectories.of(prompts, responses, former.eos_ids)
+        return FixedResponses.of_student(former, trajectories, distiller.micro_batch_tokens)
 
     def _written(self, distiller: Distiller, writer: Student, prompts: list[Tensor]) -> list[Tensor]:
         """Responses of the student's weights, as many rows at a time as fit a micro-batch."""
@@ -282,7 +290,7 @@ class RecoveryAndDrift(Callback):
             self._measure(trainer, pl_module)
 
     def compare(self, distiller: Distiller, step: int) -> Measurement:
-        """Compare the student with both records; the first time, it must be the one that was recorded."""
+        """Compare the student with both records; the first time, it must be the one at `record`."""
         found: dict[str, Any] = {}
         student, most = distiller.student, distiller.micro_batch_tokens
         if self._taught is not None:
@@ -290,7 +298,8 @@ class RecoveryAndDrift(Callback):
             self._effect = self._effect or left
             found |= _recovery(self._effect, left)
         if self._general is not None:
-            drift = self._general.divergences(student, most) if self.measured else None
+            recorded = self._unchanged and not self.measured
+            drift = None if recorded else self._general.divergences(student, most)
             found |= {"prompts": len(self._general)} | _drift(drift)
         return Measurement(step, self._split, 0 if self._taught is None else len(self._taught), **found)
 

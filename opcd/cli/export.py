@@ -21,7 +21,7 @@ from opcd.export.hub_upload import check_hub, push
 from opcd.export.source import KEY, Source, Trust, find_source, load_folder
 from opcd.models import load_tokenizer
 from opcd.models.model_card import model_card
-from opcd.modules.lm.adapters import has_adapter, merged
+from opcd.modules.lm.adapters import NOT_MERGED, has_adapter, merged
 from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
 from opcd.runtime.files.disk import atomic_write, explained, require_room, require_writable
@@ -100,6 +100,8 @@ def _check_options(options: argparse.Namespace) -> None:
 def _check_source(source: Source, options: argparse.Namespace) -> None:
     if options.to == "merged" and not source.adapted:
         raise UserError(f"--to merged: {options.run} has no adapter to merge; --to hf writes its weights")
+    if options.to in ("merged", "gguf") and source.is_cartridge:
+        raise UserError(f"--to {options.to}: {NOT_MERGED}")
     architecture = source.architecture  # UserError if the base is missing
     if options.to == "gguf":
         check_architecture(architecture)

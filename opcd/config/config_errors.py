@@ -1,7 +1,7 @@
 """One line for jsonargparse's messages: the key, the mistake, and the name that was probably meant.
 
 For a value of several possible types jsonargparse lists a reason for each. The first one that says more than "another
-type" is kept. `--debug` shows the complete message. An unknown wording stays as it is.
+type" is kept, an option of another class last. `--debug` shows the complete message. An unknown wording stays as it is.
 """
 
 import importlib
@@ -21,6 +21,7 @@ FRAME = re.compile(
 ANY_OF = "Does not validate against any of the Union subtypes"
 OTHER_TYPE = re.compile(r"Expected a (?!dot import )(?!.*Got value)|Import path .*does not|Not a valid subclass")
 NO_CLASS, GIVEN, SUBTYPES = "Expected a dot import path string: ", "Given value: ", "Subtypes: "
+OTHER_CLASS = re.compile(r"Option '[\w.]+' is not accepted|.* got an unexpected keyword argument")
 OPTION = re.compile(r"Option '([\w.]+)' is not accepted")
 BASE = re.compile(r"\b((?:opcd|lightning|torch\.optim)[\w.]*)\.(\w+)")
 """A class whose subclasses are listed; those of torch.Tensor are no help."""
@@ -34,6 +35,7 @@ def in_plain_words(message: str) -> str:
         before, about_a_key, _ = message.partition(ANY_OF)
     keys: list[str] = []
     others: list[str] = []
+    unknown = ""
     owner = subtypes = given = ""
     for line in message.splitlines() if about_a_key else ():
         line = re.sub(r"^Type typing\.Callable.* callable class: ", "", line.strip(" -"))
@@ -47,8 +49,12 @@ def in_plain_words(message: str) -> str:
             given = line.removeprefix(GIVEN).partition(". Got value: ")[0]
         elif OTHER_TYPE.match(line) or (line.startswith(NO_CLASS) and subtypes and not BASE.search(subtypes)):
             others.append(line)
+        elif OTHER_CLASS.match(line):
+            unknown = unknown or before + _where(keys) + _reason(line, owner, subtypes or OPTIMIZERS)
         elif line and not KEY.search(line) and not line.startswith("Problem with given"):
             return before + _where(keys) + _reason(line, owner, subtypes or OPTIMIZERS)
+    if unknown:
+        return unknown
     return f"{before}{_where(keys)}{'; '.join(dict.fromkeys(others))}. Got value: {given}" if others else message
 
 

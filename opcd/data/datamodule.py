@@ -177,10 +177,15 @@ class ContextQueryDataModule(LightningDataModule):
         return next(iter(self._views.values()))
 
     @property
-    def context_hash(self) -> str:
-        """SHA-256 of the contexts that the teacher sees: data.context, then the rows' own."""
+    def contexts(self) -> list[str]:
+        """The contexts that the teacher sees, after `setup`: data.context, then the rows' own."""
         own = {example.context: None for split in self._examples.values() for example in split if example.context}
-        return context_hash([*self._contexts.contexts, *own])
+        return [*self._contexts.contexts, *own]
+
+    @property
+    def context_hash(self) -> str:
+        """SHA-256 of `contexts`."""
+        return context_hash(self.contexts)
 
     def examples(self, split: str) -> list[Example]:
         """The rows of a split (train, anchors, val, test, predict) after `setup`, without the dropped ones."""

@@ -1,6 +1,6 @@
 """The student to export, from a run, a model's folder or an adapter's folder, found before its weights are loaded."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from opcd.models import (
     resolve,
     saved_model_config,
 )
-from opcd.models.adapter_folder import ADAPTER
+from opcd.models.adapter_folder import ADAPTER, virtual_tokens
 from opcd.models.model_card import Facts
 from opcd.models.model_folder import check_weights, explain
 from opcd.modules.lm.adapters import Lora, keep_differentiable
+from opcd.modules.lm.cartridge import Cartridge
 from opcd.modules.student import Student
 from opcd.runtime.did_you_mean import beside
 from opcd.runtime.errors import UserError
@@ -30,6 +31,8 @@ from opcd.runtime.files.safe_yaml import load_yaml
 from opcd.runtime.files.user_files import read_text
 
 KEY = "RUN"
+CARTRIDGES = {field.name for field in fields(Cartridge)}
+"""The settings that tell a Cartridge from a Lora in a config."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,24 @@ class Source:
     Attributes:
         model: its folder; with a checkpoint, the model that the run began with.
         checkpoint: the file or folder of its weights, if the run has written no student folder.
-        lora: the adapter that the checkpoint belongs to.
+        adapter: the adapter that the checkpoint belongs to.
     """
 
     model: ModelConfig
     checkpoint: Path | None = None
-    lora: Lora | None = None
+    adapter: Lora | Cartridge | None = None
 
     @property
     def adapted(self) -> bool:
         """Whether the student is an adapter over a base."""
-        return self.lora is not None or (Path(self.model.name) / ADAPTER).is_file()
+        return self.adapter is not None or (Path(self.model.name) / ADAPTER).is_file()
+
+    @property
+    def is_cartridge(self) -> bool:
+        """Whether that adapter is a Cartridge."""
+        if self.adapter is not None:
+            return isinstance(self.adapter, Cartridge)
+        return self.adapted and virtual_tokens(Path(self.model.name), KEY) > 0
 
     @property
     def base(self) -> str:
@@ -77,7 +87,7 @@ class Source:
             facts = Facts.read(Path(self.model.name)) or Facts(base=self.base, opcd=None)
             return load_folder(self.model), facts
         checkpoint = read_checkpoint(self.checkpoint)
-        student = Student.load(replace(self.model, dtype="float32"), adapter=self.lora)
+        student = Student.load(replace(self.model, dtype="float32"), adapter=self.adapter)
         try:
             state = checkpoint["state_dict"].items()
             start = "student."
@@ -142,9 +152,10 @@ def _from_checkpoint(run: Path, trust: Trust) -> Source:
         raise UserError(f"{KEY}: {checkpoint} was not saved by `opcd fit`: its manifest holds no config")
     manifest = manifest_of(checkpoint)
     model = _student_config(config, manifest, trust)
-    lora = config["model"].get("adapter")
+    adapter = config["model"].get("adapter")
     try:
-        return Source(model, checkpoint, None if lora is None else Lora(**lora))
+        made = None if adapter is None else Cartridge(**adapter) if CARTRIDGES & {*adapter} else Lora(**adapter)
+        return Source(model, checkpoint, made)
     except (TypeError, ValueError) as error:
         raise UserError(f"{KEY}: {manifest} has no model.adapter of this opcd: {error}") from error
 

@@ -1,11 +1,11 @@
-"""The settings of a LoRA adapter's folder, checked against its weights before peft reads them.
+"""The settings of an adapter's folder (LoRA, Cartridge), checked against its weights before peft reads them.
 
 peft takes patterns of names as regular expressions, which can take exponential time, and some of its settings import
 a module or open further files. Here the layers are those that the weights name, and only known settings are passed on.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from opcd.runtime.errors import UserError
 ADAPTER = "adapter_config.json"
 """The file of peft that makes a folder an adapter's."""
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+PROMPT = "prompt_embeddings"
+"""The name of a Cartridge's weights, [P, layers * 2 * token_dim]."""
 LAYER = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.base_layer)*\.lora_(?:A\.weight|embedding_A)")
 PLAIN = re.compile(r"[\w.\\^$-]{1,500}")
 """A name, or a pattern that is matched in linear time."""
@@ -62,6 +64,16 @@ def _integers(value: object) -> bool:
     return _list_of(value, is_integer)
 
 
+CARTRIDGE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "task_type": (lambda v: v == "CAUSAL_LM", "CAUSAL_LM"),
+    "num_frozen_tokens": (lambda v: is_integer(v) and v >= 0, "an integer, 0 or greater"),
+    "num_transformer_submodules": (lambda v: v == 1, "1"),
+    **dict.fromkeys(
+        ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"),
+        (_positive, "an integer greater than 0"),
+    ),
+}
+"""Settings of a Cartridge, all needed: the check of a value, and what the value must be in words."""
 KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_positive, "an integer greater than 0"),
     "lora_alpha": (_number, "a number"),
@@ -99,6 +111,43 @@ def base_name(folder: Path, key: str) -> str:
     return base
 
 
+def virtual_tokens(folder: Path, key: str) -> int:
+    """Read how many tokens the prefix of a Cartridge's folder has; 0: it is another adapter."""
+    values = read_object(folder / ADAPTER, key)
+    if values.get("peft_type") != "CARTRIDGE":
+        return 0
+    tokens: Any = values.get("num_virtual_tokens")
+    if not _positive(tokens):
+        raise UserError(f"{key}.name: {folder / ADAPTER}: num_virtual_tokens must be an integer greater than 0")
+    return int(tokens)
+
+
+def cartridge_settings(folder: Path, key: str, pickled: bool, remedy: str) -> dict[str, Any]:
+    """Read the arguments of peft's `CartridgeConfig` from an adapter's folder; arguments as for `lora_settings`.
+
+    Raises:
+        UserError: a setting is wrong, missing or unknown, or the weights do not fit the settings.
+    """
+    where = f"{key}.name: {folder / ADAPTER}"
+    values = read_object(folder / ADAPTER, key)
+    for name, (right, called) in CARTRIDGE.items():
+        if not right(values.get(name)):
+            raise UserError(f"{where}: {name} must be {called}, not {values.get(name)!r:.60}")
+    settings = {name: values[name] for name in CARTRIDGE}
+    _refuse_unknown(values, settings, where)
+    tokens, width, heads = (settings[name] for name in ("num_virtual_tokens", "token_dim", "num_attention_heads"))
+    shape, found = [tokens, 2 * settings["num_layers"] * width], _weights(folder, key, pickled, remedy)
+    if found != {PROMPT: shape} or width % heads or settings["num_frozen_tokens"] > tokens:
+        raise UserError(f"{where} describes {PROMPT} of {shape} in {heads} heads, and {folder} holds {found!s:.200}")
+    return settings
+
+
+def _refuse_unknown(values: dict[str, Any], known: Container[str], where: str) -> None:
+    for name, value in values.items():
+        if name not in known and name not in PASSED_OVER and value:
+            raise UserError(f"{where}: {name} is set to {value!r:.60}, which is not supported; merge it with peft")
+
+
 def lora_settings(folder: Path, key: str, pickled: bool, remedy: str) -> dict[str, Any]:
     """Read the arguments of peft's `LoraConfig` from an adapter's folder.
 
@@ -109,14 +158,15 @@ def lora_settings(folder: Path, key: str, pickled: bool, remedy: str) -> dict[st
         remedy: the option that allows a pickle, for the message.
 
     Raises:
-        UserError: the adapter is not a LoRA, a setting is wrong or unknown, or the weights do not fit the settings.
+        UserError: the adapter is neither a LoRA nor a Cartridge, a setting is wrong or unknown, or the weights do not
+            fit the settings.
     """
     where = f"{key}.name: {folder / ADAPTER}"
     values = read_object(folder / ADAPTER, key)
     if values.get("peft_type") != "LORA":
         raise UserError(
-            f"{where}: peft_type is {values.get('peft_type')!r:.40}; only LORA can be loaded here: merge the adapter "
-            "into its base with peft, and name that folder"
+            f"{where}: peft_type is {values.get('peft_type')!r:.40}; only LORA and CARTRIDGE can be loaded here: merge "
+            "the adapter into its base with peft, and name that folder"
         )
     settings = {}
     for name, value in values.items():
@@ -125,8 +175,7 @@ def lora_settings(folder: Path, key: str, pickled: bool, remedy: str) -> dict[st
             if not right(value):
                 raise UserError(f"{where}: {name} must be {called}, not {value!r:.60}")
             settings[name] = value
-        elif name not in PASSED_OVER and value:
-            raise UserError(f"{where}: {name} is set to {value!r:.60}, which is not supported; merge it with peft")
+    _refuse_unknown(values, KNOWN, where)
     found = _weights(folder, key, pickled, remedy)
     ranks = {match[1]: shape for name, shape in found.items() if (match := LAYER.fullmatch(name))}
     if not ranks:

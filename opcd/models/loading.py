@@ -23,7 +23,8 @@ from transformers import (
 
 from opcd.accel import accelerator
 from opcd.accel.precision import fast_dtype, warn_if_emulated
-from opcd.models.adapter_folder import lora_settings
+from opcd.models.adapter_folder import PROMPT, cartridge_settings, lora_settings, virtual_tokens
+from opcd.models.key_value_prefix import attach_prefix, keys_and_values
 from opcd.models.model_folder import (
     check_model_folder,
     check_weights,
@@ -223,6 +224,8 @@ def _keep_text_part(model: Any) -> None:
 def _with_adapter(model: PreTrainedModel, config: ModelConfig, folder: Path, key: str) -> PreTrainedModel:
     from peft import LoraConfig, PeftModel
 
+    if virtual_tokens(folder, key):
+        return _with_cartridge(model, config, folder, key)
     settings = lora_settings(folder, key, config.pickled_weights, option(key, "pickled_weights"))
     with explained(f"{key}.name", str(folder), key), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -232,6 +235,26 @@ def _with_adapter(model: PreTrainedModel, config: ModelConfig, folder: Path, key
             raise UserError(f"{key}.name: {folder} lacks weights of the adapter that it describes: {warning.message}")
     base: PreTrainedModel = adapted.get_base_model()  # type: ignore[assignment]
     return base
+
+
+def _with_cartridge(model: PreTrainedModel, config: ModelConfig, folder: Path, key: str) -> PreTrainedModel:
+    from peft import CartridgeConfig
+    from peft.utils import load_peft_weights
+
+    settings = cartridge_settings(folder, key, config.pickled_weights, option(key, "pickled_weights"))
+    layers = keys_and_values(model.eval(), torch.tensor([0]), f"{key}.name: {folder}")
+    _, heads, _, width = layers[0][0].shape
+    own = {"num_layers": len(layers), "num_attention_heads": heads, "token_dim": heads * width}
+    for name, value in own.items():
+        if settings[name] != value:
+            raise UserError(
+                f"{key}.name: {folder} is a Cartridge of another model than its base: {name} is {settings[name]}, and "
+                f"the base has {value}"
+            )
+    with explained(f"{key}.name", str(folder), key):
+        weights = load_peft_weights(str(folder), device="cpu")
+        attach_prefix(model, CartridgeConfig(**settings)).load_prompt_embeddings(weights[PROMPT])
+    return model.requires_grad_(False)
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList | list[nn.Module]:

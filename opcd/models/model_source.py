@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import find_adapter_config_file  # type: ignore[attr-defined]
 
 from opcd.models import gguf_folder as gguf
-from opcd.models.adapter_folder import ADAPTER, base_name
+from opcd.models.adapter_folder import ADAPTER, base_name, virtual_tokens
 from opcd.models.hub_access import hub_reachable
 from opcd.models.model_folder import check_model_folder, explain
 from opcd.runtime.did_you_mean import beside, did_you_mean, is_run
@@ -209,9 +209,13 @@ def quantization_of(whole: PreTrainedConfig) -> str | None:
 
 
 def context_window(config: ModelConfig, key: str = "model.student") -> int | None:
-    """Read the most tokens that the model takes, without loading weights; None: its config does not say."""
-    window = getattr(architecture(config, key).get_text_config(), "max_position_embeddings", None)
-    return int(window) if window is not None else None
+    """Read the most tokens that the model takes, without loading weights; None: its config does not say.
+
+    A Cartridge takes the first positions.
+    """
+    name, base = with_base(config, key)
+    window = getattr(read_architecture(base, config, key).get_text_config(), "max_position_embeddings", None)
+    return int(window) - (virtual_tokens(Path(name), key) if name != base else 0) if window is not None else None
 
 
 def option(key: str, name: str) -> str:

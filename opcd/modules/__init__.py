@@ -3,6 +3,7 @@
 from opcd.modules.distiller import Distiller
 from opcd.modules.distributed.fsdp_strategy import FSDP2Strategy
 from opcd.modules.lm.adapters import Lora
+from opcd.modules.lm.cartridge import Cartridge
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.rollouts.base import Rollout
 from opcd.modules.rollouts.colocated_vllm import ColocatedVLLM
@@ -22,6 +23,7 @@ from opcd.modules.trajectories import Trajectories
 
 __all__ = [
     "BaseTeacher",
+    "Cartridge",
     "ColocatedVLLM",
     "Distiller",
     "FSDP2Strategy",

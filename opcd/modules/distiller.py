@@ -27,6 +27,7 @@ from opcd.losses import Loss, ReverseKL
 from opcd.models import ModelConfig
 from opcd.modules.endings import Endings, merged_ends
 from opcd.modules.lm.adapters import Lora, trainable
+from opcd.modules.lm.cartridge import Cartridge, context_start
 from opcd.modules.lm.generation import Sampling, computing_dtype
 from opcd.modules.objective import Objective
 from opcd.modules.prefix.prefix_cache import Mode, PrefixCache
@@ -58,7 +59,8 @@ class Distiller(LightningModule):
         teacher: the model that sees the context; FrozenTeacher (the student's own starting weights) if null.
         loss: the divergence at every token of the response, in nats; ReverseKL if null.
         rollout: what writes the responses; StudentRollout (the student, without the context) if null.
-        adapter: train this adapter and freeze the student's own weights; null trains the weights themselves.
+        adapter: train this adapter and freeze the student's own weights; null trains the weights themselves. Lora:
+            low-rank matrices beside the weights; Cartridge: a prefix of keys and values, which begins as the context's.
         optimizer: any torch optimizer, over the student's trainable weights. Default: the AdamW of the paper's code.
         lr_scheduler: any torch scheduler that needs no metric, stepped after every optimizer step; null keeps the
             learning rate constant.
@@ -87,7 +89,7 @@ class Distiller(LightningModule):
         teacher: Teacher | None = None,
         loss: Loss | None = ReverseKL(),  # noqa: B008
         rollout: Rollout | None = None,
-        adapter: Lora | None = None,
+        adapter: Lora | Cartridge | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         temperature: float = 1.0,
@@ -147,12 +149,15 @@ class Distiller(LightningModule):
         first = not hasattr(self, "student")
         if first:
             device = self.trainer.strategy.root_device
-            self.student = Student.load(self.student_config, self.gradient_checkpointing, self.adapter, device)
+            self.student = Student.load(
+                self.student_config, self.gradient_checkpointing, self.adapter, device, self._context()
+            )
             self.student.share_beginnings(self.answering.mode)
         if self.trainer.state.fn == "fit" and not trainable(self.student):
             raise UserError(
                 f"model.student.name: {self.student_config.name} is an adapter, which cannot be trained further; "
-                f"merge it first: opcd export {self.student_config.name} --to merged --out FOLDER, and train FOLDER"
+                f"merge it first: opcd export {self.student_config.name} --to merged --out FOLDER, and train FOLDER; "
+                "a Cartridge cannot be merged: train another one over its base"
             )
         # In a notebook, predict may come before fit.
         if self.trainer.state.fn != "predict" and self._taught is not self.teacher:
@@ -164,6 +169,12 @@ class Distiller(LightningModule):
             dtype = computing_dtype(self.trainer.precision, self.student.model.dtype)
             mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
             self.student.shard(mesh, dtype if dtype != self.student.model.dtype else None)
+
+    def _context(self) -> Tensor | None:
+        """The tokens that a Cartridge begins as; None without one, and where a checkpoint brings a trained one."""
+        if not isinstance(self.adapter, Cartridge) or (self.trainer.state.fn != "fit" and self.trainer.ckpt_path):
+            return None
+        return context_start(getattr(self.trainer, "datamodule", None), self.adapter)
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:

@@ -14,8 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opcd.accel import accelerator
 from opcd.data import Views
 from opcd.models import ModelConfig, load_model, load_tokenizer
+from opcd.models.key_value_prefix import NAME, prefix_of
 from opcd.modules.distributed.sharding import blank_copy, fill, shard
-from opcd.modules.lm.adapters import Lora, add_lora, has_adapter, keep_differentiable, merged, save_adapter, trainable
+from opcd.modules.lm.adapters import (
+    Lora,
+    add_lora,
+    has_adapter,
+    keep_differentiable,
+    merged,
+    save_adapter,
+    without_adapter,
+)
+from opcd.modules.lm.cartridge import Cartridge, add_cartridge
 from opcd.modules.lm.generation import EncodedPrefix, Sampling, Told, generate
 from opcd.modules.lm.hidden_states import HiddenStates, check_head, head_of
 from opcd.modules.prefix.prefix_cache import Mode, PrefixCache
@@ -47,19 +57,23 @@ class Student(nn.Module):
         cls,
         config: ModelConfig,
         gradient_checkpointing: bool = False,
-        adapter: Lora | None = None,
+        adapter: Lora | Cartridge | None = None,
         device: torch.device | str = "cpu",
+        context: Tensor | None = None,
     ) -> "Student":
         """Load the model of `config` on the CPU.
 
         Weights of type `auto` are float32. With an adapter they are frozen, and have the fastest type of `device`,
-        where the student will run. UserError if the model cannot be loaded.
+        where the student will run. `context` are the token ids that a Cartridge begins as (`context_start`); None: a
+        checkpoint brings its values. UserError if the model cannot be loaded.
         """
         model = load_model(config, None if adapter else torch.float32, "model.student", device)
         keep_differentiable(model)
         accelerator(device).prepare(model)
         check_head(model, "model.student.name")
-        if adapter is not None:
+        if isinstance(adapter, Cartridge):
+            add_cartridge(model, adapter, context)
+        elif adapter is not None:
             add_lora(model, adapter)
         if gradient_checkpointing:
             # transformers 5.20 renamed the method; vLLM needs an older release.
@@ -132,6 +146,12 @@ class Student(nn.Module):
         fill(copied, self.model)
         return Student(copied, self.tokenizer)
 
+    def without_cartridge(self) -> "Student":
+        """The student that a Cartridge is put before; this one if it has none."""
+        if prefix_of(self.model) is None:
+            return self
+        return Student(without_adapter(self.model), self.tokenizer)
+
     def forward(self, trajectories: Trajectories) -> Tensor:
         """Last hidden states that predict the responses, [N, H]; sharded weights are gathered around this call."""
         return self._rows.last_hidden(self.model, trajectories.student_prompts, trajectories.responses)
@@ -199,14 +219,19 @@ def _without_kept_casts(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+def _learnt(student: nn.Module) -> list[str]:
+    """The names of an adapter's weights: the trainable ones, and a Cartridge's first token."""
+    return [name for name, weight in student.named_parameters() if weight.requires_grad or f".{NAME}." in name]
+
+
 def _only_trainable(student: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    kept = {prefix + name for name in trainable(student)}
+    kept = {prefix + name for name in _learnt(student)}
     for name in [name for name in state if name.startswith(prefix) and name not in kept]:
         del state[name]
 
 
 def _frozen_may_be_missing(student: nn.Module, found: Any) -> None:
-    learnt = tuple(trainable(student))
+    learnt = tuple(_learnt(student))
     found.missing_keys[:] = [name for name in found.missing_keys if name.endswith(learnt)]
 
 

@@ -29,6 +29,7 @@ from opcd.modules.distributed.fsdp_strategy import (
     check_strategy,
 )
 from opcd.modules.lm.adapters import second_adapter
+from opcd.modules.lm.cartridge import Cartridge, context_start
 from opcd.modules.rollouts.base import Rollout
 from opcd.modules.teachers.base import Reader, Teacher
 from opcd.runtime.errors import UserError
@@ -206,9 +207,14 @@ def check_data(run: Run, data: ContextQueryDataModule) -> None:
     if not predicts:
         _check_names(data, distiller.teacher)
     student = distiller.student_config
-    own = Reader("model.student.name", student.name, context_window(student, "model.student"))
+    window, adapter = context_window(student, "model.student"), distiller.adapter
+    taken = adapter.num_virtual_tokens if isinstance(adapter, Cartridge) else 0
+    base = Reader("model.student.name", student.name, window)
+    own = Reader("model.student.name", student.name, window and window - taken)
     parts = distiller.teacher.parts
-    readers = {None: own} if predicts else {name: part.reader or own for name, part in parts.items() if name != ANCHORS}
+    readers = (
+        {None: own} if predicts else {name: part.reader or base for name, part in parts.items() if name != ANCHORS}
+    )
     engines = [] if predicts else [engine for part in distiller.rollout.parts for engine in part.engines]
     splits = [split for split in STAGES[run.stage] if data.sources[split]]
     for split in [*splits, *([ANCHORS] if anchored else [])]:
@@ -247,6 +253,8 @@ def _check_adapter(run: Run) -> None:
         name = resolve(student)
         if base_of(name) != name:
             raise UserError(second_adapter("model.adapter", student.name))
+        if isinstance(adapter, Cartridge):
+            _check_cartridge(run)
     elif student.quantization != "none":
         raise UserError("model.student.quantization: quantized weights cannot be trained; set model.adapter as well")
     elif run.stage == "fit" and (method := own_quantization(student)) is not None:
@@ -267,6 +275,23 @@ def _check_anchors(distiller: Distiller) -> None:
                 f"{part.key}.init_args.shard: with data.anchors, a rank whose rows are anchors would block the others; "
                 "remove one of the two"
             )
+
+
+def _check_cartridge(run: Run) -> None:
+    """Check the options that a Cartridge does not support."""
+    distiller = run.distiller
+    if distiller.gradient_checkpointing:
+        raise UserError(
+            "model.gradient_checkpointing: a layer that is computed again does not see the keys and values of a "
+            "Cartridge; remove it, and lower model.micro_batch_tokens instead"
+        )
+    if distiller.student_config.attention not in ("sdpa", "eager"):
+        raise UserError(
+            f"model.student.attention: {distiller.student_config.attention} is not tested with a Cartridge; use sdpa "
+            "or eager"
+        )
+    if run.data is not None and run.stage == "fit" and isinstance(distiller.adapter, Cartridge):
+        context_start(run.data, distiller.adapter)
 
 
 def _check_shards(run: Run) -> None:

@@ -11,7 +11,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
 from opcd.models import ModelConfig, architecture
+from opcd.models.key_value_prefix import NAME
 from opcd.modules.lm.adapters import ALL_LINEAR, Lora, trainable
+from opcd.modules.lm.cartridge import Cartridge
 from opcd.runtime.errors import UserError
 
 QUANTIZED = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
@@ -64,7 +66,9 @@ class Model:
         return self.keys * (self.dtype.itemsize + self.computing)
 
 
-def build(config: ModelConfig, key: str, dtype: torch.dtype, lora: Lora | None = None) -> PreTrainedModel:
+def build(
+    config: ModelConfig, key: str, dtype: torch.dtype, adapter: Lora | Cartridge | None = None
+) -> PreTrainedModel:
     """Build a model on the meta device, with its adapter. UserError if it is no causal language model."""
     whole = architecture(config, key)
     try:
@@ -74,15 +78,20 @@ def build(config: ModelConfig, key: str, dtype: torch.dtype, lora: Lora | None =
     except (ValueError, AttributeError, TypeError) as error:
         why = str(error).strip().splitlines()[0]
         raise UserError(f"{key}.name: --plan does not support {config.name} ({whole.model_type}): {why}") from error
-    if lora is not None:  # `add_lora` would run the model, to find linear layers that are never called
+    if isinstance(adapter, Cartridge):
+        model.requires_grad_(False)
+        with torch.device("meta"):  # counted, and not read by the pass: `measured` has the size of a token
+            numbers = nn.Parameter(torch.empty(adapter.num_virtual_tokens, 2 * measured(model).keys))
+        model.base_model.add_module(NAME, nn.ParameterList([numbers]))
+    elif adapter is not None:  # `add_lora` would run the model, to find linear layers that are never called
         from peft import LoraConfig, inject_adapter_in_model
 
         linear = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         head = model.get_output_embeddings()
-        every = lora.targets == ALL_LINEAR
-        targets = [n for n, m in linear.items() if (lora.head if m is head else every or n in lora.targets)]
+        every = adapter.targets == ALL_LINEAR
+        targets = [n for n, m in linear.items() if (adapter.head if m is head else every or n in adapter.targets)]
         model.requires_grad_(False)
-        inject_adapter_in_model(LoraConfig(r=lora.rank, target_modules=targets), model)
+        inject_adapter_in_model(LoraConfig(r=adapter.rank, target_modules=targets), model)
         for weight in trainable(model).values():
             weight.data = weight.data.float()
     model.train()
@@ -92,7 +101,7 @@ def build(config: ModelConfig, key: str, dtype: torch.dtype, lora: Lora | None =
 def measured(model: PreTrainedModel, autocast: torch.dtype | None = None, quantization: str = "none") -> Model:
     """The sizes of a model of `build`, without the bytes that autograd keeps."""
     text, head, dtype = model.config.get_text_config(), model.get_output_embeddings(), model.dtype
-    adapter = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" in name)
+    adapter = sum(weight.numel() for name, weight in model.named_parameters() if _added(name))
     linear = (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name)
     heads = getattr(text, "num_attention_heads", 0)  # a recurrent model has none
     size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
@@ -110,6 +119,11 @@ def measured(model: PreTrainedModel, autocast: torch.dtype | None = None, quanti
         masks=len(set(getattr(text, "layer_types", None) or ["full"])),
         quantization=quantization,
     )
+
+
+def _added(name: str) -> bool:
+    """Whether a weight is an adapter's."""
+    return "lora_" in name or f".{NAME}." in name
 
 
 def kept_by_autograd(model: PreTrainedModel, autocast: torch.dtype | None) -> tuple[float, int]:

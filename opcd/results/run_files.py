@@ -163,7 +163,8 @@ def right_over_steps(run: Path, problems: list[str] | None = None) -> list[tuple
 
 
 def figures(run: Path, problems: list[str] | None = None) -> dict[str, float]:
-    """One number for each metric (the mean of seconds, else the last value), and the share of right sample answers.
+    """One number for each metric (the mean of seconds, else the last value), the share of right sample answers, and the
+    bytes of the student's weights, or of its adapter.
 
     Args:
         problems: gets the parts that could not be read.
@@ -177,6 +178,8 @@ def figures(run: Path, problems: list[str] | None = None) -> dict[str, float]:
         numbers |= {"samples/right": curve[-1][1]}
         if curve[0][0] == 0:  # unknown for a run that resumed with other queries
             numbers |= {"samples/right_before": curve[0][1]}
+    if weights := [file.stat().st_size for file in (run / "student").glob("*.safetensors")]:
+        numbers["student/bytes"] = float(sum(weights))
     return numbers
 
 

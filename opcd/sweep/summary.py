@@ -22,6 +22,7 @@ SHOWN = (
     "samples/right",
     "context/recovery",
     "context/drift",
+    "student/bytes",
     "seconds/step",
     "memory/peak_mib",
 )

@@ -38,11 +38,14 @@ def task(tmp_path):
 
 def test_figures_of_a_run(task):
     run = task("a", "finished", [3.0, 1.0], ["50", "it is 5."]).folder.run
+    (run / "student").mkdir()
+    (run / "student" / "adapter_model.safetensors").write_bytes(b"12345")
     assert figures(run) == {
         "train/divergence": 1.0,  # the last
         "seconds/step": 1.5,  # the mean
         "samples/right_before": 0.0,
         "samples/right": 1.0,
+        "student/bytes": 5.0,
     }
     assert right_over_steps(run) == [(0, 0.0), (1, 1.0)]
     assert figures(Path("nowhere")) == {}

@@ -117,3 +117,5 @@ def test_the_packaged_sweep_is_right_for_any_two_models(opcd, tiny, tiny_teacher
     teachers = ("", "__8-bit_teacher", "__4-bit_teacher", "__its_base_teaches")
     pairs = {trained + teacher for trained in ("full", "LoRA", "QLoRA") for teacher in teachers}
     assert code == 0 and pairs - {"full__its_base_teaches"} <= set(text.splitlines())
+    code, text = opcd("sweep", "benchmarks/sweeps/detachable_state.yaml", "--model.student.name", tiny, "--dry_run")
+    assert code == 0 and {"full_weights", "LoRA", "Cartridge"} <= set(text.splitlines()), text

@@ -66,11 +66,14 @@ def attention(
     """Transformers' attention function: [B, H, L, D], keys and values [B, G, K, D] -> [B, L, H, D].
 
     With `ROWS` in `others` the tensors are [1, H, N, D]: the shared tokens, then those of each row. The mask is unused.
+    More keys than queries: those of a Cartridge come first, and all queries see them.
     """
     if (shared := others.pop(ROWS, None)) is not None:
-        query, key, value = (_whole(x, *shared) for x in (query, key, value))
+        rows, first = shared
+        more = key.shape[2] - query.shape[2]
+        query, key, value = _whole(query, rows, first), *(_whole(x, rows, more + first) for x in (key, value))
         result, _ = attention(module, query, key, value, None, **others)
-        return torch.cat([result[0, : shared[1]], result[:, shared[1] :].flatten(0, 1)])[None], None
+        return torch.cat([result[0, :first], result[:, first:].flatten(0, 1)])[None], None
     if not (attention_mask is None and query.device.type == "cpu" and _is_plain(module, query, key, others)):
         of_torch: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
         return of_torch
@@ -91,7 +94,7 @@ def _unsupported(others: dict[str, Any]) -> list[str]:
 
 def _is_plain(module: Any, query: Tensor, key: Tensor, others: dict[str, Any]) -> bool:
     causal, length = others.get("is_causal"), query.shape[2]
-    plain = length > 1 and length == key.shape[2] and not others.get("dropout") and not _unsupported(others)
+    plain = 1 < length <= key.shape[2] and not others.get("dropout") and not _unsupported(others)
     return plain and bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
@@ -241,8 +244,14 @@ def _packed(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(device, enabled=False):
-        queries, *own = (x[0].to(dtype) for x in (query * (scale * LOG2_E), key, value))
+        more = key.shape[2] - query.shape[2]  # keys of a Cartridge, before those of the prefix
+        queries, *own = (x[0].to(dtype) for x in (query * (scale * LOG2_E), key[:, :, more:], value[:, :, more:]))
         keys, values = (x[0].to(dtype) for x in layers[module.layer_idx])
+        if more:
+            keys, values = (
+                torch.cat([own[0, :, :more].to(dtype), x], 1)
+                for own, x in zip((key, value), (keys, values), strict=True)
+            )
         grouped = queries.unflatten(0, (len(keys), -1))
         before = _from_prefix(grouped, (keys, values), lengths, sliding_window)
         rows = list(zip(*(x.split(lengths, -2) for x in (grouped, *own, *before)), strict=True))

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) in a model with frozen weights, through peft.
+"""Adapters in a model with frozen weights, through peft: low-rank ones (LoRA, arXiv:2106.09685), and what all share.
 
-The adapter is injected into the model itself, so that all code that takes a model works with its adapter. Copies of the
-model share the memory of the frozen weights.
+An adapter is a part of the model itself, so that all code that takes a model works with its adapter. Copies of the
+model share the memory of the frozen weights. The other adapter is a prefix (`cartridge.py`).
 """
 
 import copy
@@ -16,10 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from opcd.models.adapter_folder import PROMPT
+from opcd.models.key_value_prefix import detach_prefix, prefix_of
 from opcd.runtime.did_you_mean import did_you_mean
 from opcd.runtime.errors import UserError
 
 ALL_LINEAR = "all-linear"
+NOT_MERGED = (
+    "a Cartridge is keys and values that the model reads, and cannot be merged into its weights; keep it as an "
+    "adapter, which peft and opcd load (opcd export RUN --to hf)"
+)
 
 
 @dataclass
@@ -84,7 +90,8 @@ def second_adapter(key: str, student: str) -> str:
     """The message for an adapter over an adapter, of which only the new one would be saved."""
     return (
         f"{key}: model.student.name: {student} is an adapter itself, and another one over it would be saved without "
-        f"it. Merge it first (opcd export {student} --to merged --out FOLDER) and set model.student.name to FOLDER"
+        f"it. Merge it first (opcd export {student} --to merged --out FOLDER) and set model.student.name to FOLDER; a "
+        "Cartridge cannot be merged: name its base"
     )
 
 
@@ -123,6 +130,9 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its adapter; all weights are shared, only the modules are copied."""
     base = twin(model)
+    if prefix_of(base) is not None:
+        detach_prefix(base)
+        return base
     for name, layer in list(_adapted(base)):
         base.set_submodule(name, layer.get_base_layer())
     del base.peft_config
@@ -150,8 +160,10 @@ def merged(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     A head that is tied to the embedding, and has an adapter, is untied.
 
     Raises:
-        UserError: the weights are quantized by another library than bitsandbytes.
+        UserError: the weights are quantized by another library than bitsandbytes, or the adapter is a Cartridge.
     """
+    if prefix_of(model) is not None:
+        raise UserError(NOT_MERGED)
     if (library := _library(model)) not in (None, "bitsandbytes"):
         raise UserError(f"no adapter can be merged into weights that {library} has quantized; keep it as an adapter")
     result = twin(model)
@@ -223,12 +235,12 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file(
-        {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
-        folder / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
+    if (prefix := prefix_of(model)) is not None:
+        weights = {PROMPT: prefix.weight.detach().contiguous()}
+    else:
+        found = get_peft_model_state_dict(model, save_embedding_layers=False)
+        weights = {f"base_model.model.{name}": weight.contiguous() for name, weight in found.items()}
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
     settings = copy.copy(model.peft_config["default"])
     settings.base_model_name_or_path, settings.inference_mode = model.config.name_or_path, True
     settings.save_pretrained(str(folder))

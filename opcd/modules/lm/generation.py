@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
@@ -29,12 +27,10 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from opcd.accel import accelerator
+from opcd.models.key_value_prefix import CACHE
 from opcd.modules.trajectories import first_sequence
 from opcd.runtime.did_you_mean import or_all
 from opcd.runtime.interruption import check
-
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.20") else "past_key_values"
-"""The name of the argument with keys and values: vLLM still needs a transformers from before it was renamed."""
 
 Told = Callable[[Tensor, Tensor], None]
 """A callback for each new token: the numbers of the rows that continue [r], and a token for each [r]."""

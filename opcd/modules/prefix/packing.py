@@ -10,7 +10,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 from opcd.accel import accelerator
-from opcd.modules.lm.generation import CACHE, EncodedPrefix, joined_cache
+from opcd.models.key_value_prefix import CACHE
+from opcd.modules.lm.generation import EncodedPrefix, joined_cache
 
 Mask = Tensor | BlockMask
 Rule = Callable[[Tensor | None, Tensor | None, Tensor, Tensor], Tensor]

@@ -9,7 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opcd.modules.lm.generation import CACHE, EncodedPrefix, eval_mode, own_precision
+from opcd.models.key_value_prefix import CACHE
+from opcd.modules.lm.generation import EncodedPrefix, eval_mode, own_precision
 from opcd.modules.lm.hidden_states import last_hidden
 from opcd.modules.prefix.packing import cannot_pack, pack_groups, packed_rows, sliding_window
 from opcd.runtime.errors import UserError

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opcd.modules.distributed.fsdp_strategy import SHARDED
 from opcd.modules.lm.adapters import has_adapter, merged
+from opcd.modules.lm.cartridge import Cartridge
 from opcd.modules.lm.generation import Sampling
 from opcd.modules.student import Student
 from opcd.runtime.errors import UserError
@@ -55,6 +56,8 @@ class Engine(ABC):
     def check(self, run: "Run") -> None:
         """Raise a UserError for a run that does not work with this engine."""
         name = type(self).__name__
+        if isinstance(run.distiller.adapter, Cartridge):
+            raise UserError(f"model.rollout: {name} takes weights, and no Cartridge; use StudentRollout, or Lora")
         if self.one_process and run.sharded:
             raise UserError(f"model.rollout: {name} takes no sharded weights ({SHARDED}); use VLLMServer, or ddp")
         if self.one_process and run.ranks > 1:
