@@ -44,7 +44,17 @@ from opcd.data import ContextQueryDataModule, Example, ExampleSource, Views, rea
 from opcd.losses import Loss
 from opcd.models import ModelConfig
 from opcd.models.model_card import Facts
-from opcd.modules import BaseTeacher, Distiller, FrozenTeacher, Lora, Rollout, Sampling, Student, Teacher
+from opcd.modules import (
+    BaseTeacher,
+    Cartridge,
+    Distiller,
+    FrozenTeacher,
+    Lora,
+    Rollout,
+    Sampling,
+    Student,
+    Teacher,
+)
 from opcd.modules.lm.adapters import has_adapter
 from opcd.queries.documents import read_documents
 from opcd.queries.making import kind_of
@@ -143,7 +153,7 @@ def distill(
     teacher: str | ModelConfig | Teacher | None = None,
     loss: Loss | None = None,
     rollout: Rollout | None = None,
-    adapter: Lora | None = None,
+    adapter: Lora | Cartridge | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
     batch_size: int | None = None,
@@ -251,7 +261,7 @@ def _config(model: object, name: str) -> ModelConfig:
     raise UserError(f"{name} must be a name, a folder, a hub id or a ModelConfig, not {type(model).__name__}{loaded}")
 
 
-def _teacher(given: str | ModelConfig | Teacher | None, adapter: Lora | None) -> Teacher | None:
+def _teacher(given: str | ModelConfig | Teacher | None, adapter: Lora | Cartridge | None) -> Teacher | None:
     if isinstance(given, Teacher):
         return given
     if given is None:
@@ -261,10 +271,10 @@ def _teacher(given: str | ModelConfig | Teacher | None, adapter: Lora | None) ->
 
 def _distiller(section: dict[str, Any], given: dict[str, Any]) -> Distiller:
     """The Distiller of a recipe's section `model`, with the objects that are given in place of its own."""
-    kinds = {"loss": Loss, "rollout": Rollout, "adapter": Lora}
-    for name, kind in kinds.items():
-        if not isinstance(given[name], kind | None):
-            raise UserError(f"{name} must be an object of a class of {kind.__module__}, not {given[name]!r}")
+    kinds: dict[str, tuple[type, ...]] = {"loss": (Loss,), "rollout": (Rollout,), "adapter": (Lora, Cartridge)}
+    for name, classes in kinds.items():
+        if given[name] is not None and not isinstance(given[name], classes):
+            raise UserError(f"{name} must be an object of a class of {classes[0].__module__}, not {given[name]!r}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Distiller, "model", instantiate=False)
     made = parser.instantiate(parser.parse_object({"model": section})).model

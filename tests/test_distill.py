@@ -22,7 +22,7 @@ from opcd.callbacks import RecoveryAndDrift, SaveCheckpoints
 from opcd.losses import JSD
 from opcd.models import ModelConfig
 from opcd.models import gguf_folder as gguf
-from opcd.modules import Distiller, Lora, Sampling, SelfTeacher, StudentRollout
+from opcd.modules import Cartridge, Distiller, Lora, Sampling, SelfTeacher, StudentRollout
 from opcd.queries.askers import Asker, Tried
 from opcd.runtime.errors import UserError
 from opcd.writing.written import Written
@@ -199,6 +199,13 @@ def test_an_adapter_is_trained_beside_its_base(tiny, tmp_path):
     assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
     facts = json.loads((tmp_path / "adapter" / "distillation.json").read_text())
     assert list(facts["teacher"]) == ["BaseTeacher"]
+
+
+def test_a_cartridge_is_trained_beside_its_base(tiny, tmp_path):
+    result = distil(tiny, adapter=Cartridge(num_virtual_tokens=4), learning_rate=1e-2)
+    assert result.student.model.cartridge.config.num_virtual_tokens == 4
+    result.save(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "CARTRIDGE"
 
 
 class Ferries(Asker):
