@@ -122,6 +122,7 @@ class Writes(RecordedRollout):
     """Counts how many rows of each batch it is asked for."""
 
     def __init__(self):
+        super().__init__()
         self.asked = []
 
     def generate(self, student, teacher, batch):
