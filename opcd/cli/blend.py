@@ -25,6 +25,7 @@ from opcd.export.export_check import behaviour, check_same
 from opcd.export.source import Source, Trust, find_source, load_folder
 from opcd.games import GameSeeds
 from opcd.models import load_model
+from opcd.models.key_value_prefix import prefix_of
 from opcd.models.model_card import model_card
 from opcd.modules import Distiller
 from opcd.modules.lm.adapters import has_adapter
@@ -130,6 +131,11 @@ class Blend:
     def __init__(self, distiller: Distiller, source: Source, device: torch.device) -> None:
         self.source = source
         self.student, self.facts = source.load()
+        if prefix_of(self.student.model) is not None:
+            raise UserError(
+                f"RUN: {source.model.name} is a Cartridge: its keys and values are no change of the weights, so "
+                "there is nothing between start and end"
+            )
         self.student.model.to(device)  # type: ignore[arg-type]
         distiller.student = self.student
         weights = dict(self.student.model.named_parameters())

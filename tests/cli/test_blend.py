@@ -117,3 +117,9 @@ def test_held_out_queries_are_needed(opcd, fit, rows):
     code, text = opcd("blend", run, "--val", rows, "--scales", 1)
     assert code == 0, text
     assert scores(run)[1.0]["split"] == "val"
+
+
+def test_a_cartridge_is_refused(opcd, fit):
+    run = fit("--model.adapter", "Cartridge", "--model.adapter.num_virtual_tokens", 4)
+    code, text = opcd("blend", run)
+    assert code == 2 and "is a Cartridge: its keys and values are no change of the weights" in text
