@@ -72,10 +72,11 @@ def _of_class(found: Found, above: str) -> dict[str, bool]:
     keys = {}
     for name, annotation in arguments:
         key = f"{above}.{name}"
-        inner = _look_up(ast.unparse(annotation).removesuffix(" | None"), file)
-        keys[key] = inner is not None and _is_dataclass(inner[1])
-        if inner is not None and keys[key]:
-            keys |= _of_class(inner, key)
+        types = [_look_up(part, file) for part in ast.unparse(annotation).removesuffix(" | None").split(" | ")]
+        inner = [each for each in types if each is not None and _is_dataclass(each[1])]
+        keys[key] = len(inner) == len(types)
+        for each in inner if keys[key] else []:
+            keys |= _of_class(each, key)
     return keys
 
 
