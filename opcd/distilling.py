@@ -202,6 +202,7 @@ def distill(
     with _run_folder(folder) as run, generators_kept():
 
         def made() -> tuple[Distiller, Trainer]:
+            """Both, as the recipe is now."""
             fitting = _trainer(recipe["trainer"], trainer, callbacks, run, folder is not None)
             return _distiller(recipe["model"], parts), fitting
 
