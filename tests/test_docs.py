@@ -158,5 +158,34 @@ def test_the_other_commands_are_known(here, only_parse, command):
         assert main(words_of(command)) == 0, commands()[command]
 
 
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)|!\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as mkdocs makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page):
+    for target, anchor, picture in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
+        file = page if not (target or picture) else (page.parent / (target or picture)).resolve()
+        assert file.exists(), f"{page.name}: {target or picture}"
+        assert not anchor or file.is_relative_to(ROOT / "docs/api") or anchor in anchors(file), (
+            f"{page.name}: #{anchor}"
+        )
+
+
+def test_the_config_keys_are_those_of_the_parser(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import make_keys
+
+    shown = (ROOT / "docs/keys.md").read_text(encoding="utf-8")
+    assert make_keys.page() == shown, "run python docs/make_keys.py"
+    assert "| `model.temperature` | `1.0` | divides the logits of both models" in shown
+    assert "### ReverseKL" in shown and "### StudentRollout" in shown and "required" in shown
+
+
 def test_there_are_commands_and_blocks_of_python_at_all():
     assert len(LIGHTNINGS) > 15 and len(OTHERS) > 15 and len(python_pages()) >= 2

@@ -1,1 +1,1 @@
-"""Drills: what kills runs, done to runs on purpose (docs/survival.md)."""
+"""Drills: what kills runs, done to runs on purpose (docs/checkpoints.md)."""

@@ -89,7 +89,7 @@ def with_dotted(parser: argparse.ArgumentParser, args: list[str]) -> tuple[argpa
 def make_parser() -> argparse.ArgumentParser:
     """The command's own options; dotted options are config keys."""
     parser = Parser(prog="opcd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, axes, arms (docs/sweep.md)")
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, axes, arms (docs/evaluation.md)")
     add_engine_options(parser)
     parser.add_argument("--dry_run", action="store_true", help="check every arm, print the names, run nothing")
     return parser

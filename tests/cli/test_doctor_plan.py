@@ -210,7 +210,7 @@ def test_a_folder_with_a_config_is_enough(pair):
     # Qwen3-1.7B, a layer: 2 x 2048 x 2048, 2 x 2048 x 1024, 3 x 2048 x 6144, norms 2 x 2048 + 2 x 128.
     assert small.weights == 28 * (8388608 + 4194304 + 37748736 + 4352) + 151936 * 2048 + 2048
     assert large.weights == 8190735360  # what Qwen3-8B is known to have
-    assert large.token_bytes == 36 * 8 * 128 * 2 * 2  # docs/speed.md: 147 kB
+    assert large.token_bytes == 36 * 8 * 128 * 2 * 2  # GPU shapes: 147 kB
 
 
 class _Unknown(FrozenTeacher):

@@ -27,7 +27,7 @@ WEIGHTS, KEY = "model.safetensors", "weights of VLLMServer"
 
 
 class VLLMServer(Engine):
-    """A vLLM server, started with VLLM_SERVER_DEV_MODE=1 on the student's model (docs/vllm.md).
+    """A vLLM server, started with VLLM_SERVER_DEV_MODE=1 on the student's model (docs/rollouts.md).
 
     To update the weights, the first rank writes them to the folder `weights` and lets the server read them. Every rank
     requests the responses to its own rows.

@@ -31,7 +31,7 @@ class ServedTeacher(Teacher):
 
     It scores responses of StudentRollout or RecordedRollout, and writes none. The loss is a TopK of the teacher's
     support, which needs k tokens per position, or SampledReverseKL, which needs the response's tokens only. How to
-    start the server: docs/served_teacher.md.
+    start the server: docs/teachers.md.
 
     Args:
         base_url: URL of the server without /v1: http://localhost:8000.
