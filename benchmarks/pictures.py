@@ -3,9 +3,10 @@
     opcd fit --config configs/quickstart.yaml --trainer.default_root_dir runs/pictures \
         --trainer.callbacks+=AnswerSamples --trainer.callbacks.every_n_steps 10
     python benchmarks/pictures.py runs/pictures/version_0
+    python benchmarks/pictures.py --measured forgetting --runs NAME=RUN ...
 
 quickstart.svg comes from that run, tokens.svg from the packaged model and the quickstart context, directions.svg from
-the losses alone.
+the losses alone. forgetting_recovery.svg and forgetting_drift.svg have a line for each run, from its recovery.jsonl.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from opcd.models import ModelConfig
 from opcd.modules import Sampling
 from opcd.modules.lm.generation import generate
 from opcd.modules.student import Student
-from opcd.results.plots import drawn
-from opcd.results.run_files import read_metrics, right_over_steps
+from opcd.results.plots import curves, drawn
+from opcd.results.run_files import read_jsonl, read_metrics, right_over_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,11 +39,25 @@ QUERY = "What is the cat that lives at the Brindlewick Observatory called?"
 
 
 def main() -> None:
-    """Draw all three plots."""
+    """Draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run of the quickstart, with sample answers every 10 steps")
-    run: Path = parser.parse_args().run
+    parser.add_argument("run", type=Path, nargs="?", help="the quickstart, with sample answers every 10 steps")
+    parser.add_argument(
+        "--measured", metavar="NAME", help="draw recovery and drift of --runs, as NAME_recovery.svg ..."
+    )
+    parser.add_argument("--runs", nargs="+", default=[], metavar="NAME=RUN")
+    options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
+    if options.measured:
+        runs = {name: Path(run) for name, _, run in (word.partition("=") for word in options.runs)}
+        for figure, unit in (("recovery", "share of the context's effect"), ("drift", "nats a token")):
+            text = drawn(
+                partial(measured, runs=runs, figure=figure), figure, "step", unit, f"{options.measured}-{figure}"
+            )
+            (OUT / f"{options.measured}_{figure}.svg").write_text(text + "\n", encoding="utf-8")
+            print(OUT / f"{options.measured}_{figure}.svg")
+        return
+    run: Path = options.run
     pictures = {
         "quickstart": (
             partial(quickstart, run=run),
@@ -65,6 +80,17 @@ def quickstart(axes: "Axes", run: Path) -> None:
     shares.plot(steps, right, "o-", color="tab:blue", label="share right")
     shares.set_ylim(-0.03, 1.03)
     shares.grid(visible=False)
+
+
+def measured(axes: "Axes", runs: dict[str, Path], figure: str) -> None:
+    """Plot recovery or drift of each run over its steps, with a band for the 95 % interval."""
+    groups, bounds = {}, {}
+    for name, run in runs.items():
+        rows = read_jsonl(run / "recovery.jsonl")
+        ends = (figure, f"{figure}_low", f"{figure}_high")
+        line, low, high = ([(row["step"], row[key]) for row in rows if row[key] is not None] for key in ends)
+        groups[name], bounds[name] = [line], (low, high)
+    curves(axes, groups, bounds)
 
 
 def tokens(axes: "Axes") -> None:
