@@ -1,7 +1,7 @@
 """Seconds and GPU memory of a step with long responses over a long context, at the paper's sizes.
 
     python benchmarks/long_responses.py --responses 64 --response-tokens 4096 --context-tokens 8192
-    python benchmarks/long_responses.py --attention sdpa --responses 16      # a dense mask instead of blocks
+    python benchmarks/long_responses.py --attention eager --responses 16     # a mask of all pairs
     python benchmarks/long_responses.py --student tiny --teacher tiny --responses 4 --response-tokens 32 \\
         --context-tokens 256 --micro-batch-tokens 64                          # a trial on a CPU
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--student", choices=SHAPES, default="1.7B")
     parser.add_argument("--teacher", choices=SHAPES, default="8B")
     parser.add_argument("--tokenizer", default="smollm2-135m", help="the packaged model's, or a folder")
-    parser.add_argument("--attention", choices=("flex_attention", "sdpa"), default="flex_attention")
+    parser.add_argument("--attention", choices=("sdpa", "flash_attention_2", "eager"), default="sdpa")
     parser.add_argument("--responses", type=int, default=64)
     parser.add_argument("--response-tokens", type=int, default=4096)
     parser.add_argument("--context-tokens", type=int, default=8192)

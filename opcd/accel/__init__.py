@@ -40,14 +40,18 @@ class Accelerator:
         """
         return nullcontext()
 
+    def packs_rows(self, model: PreTrainedModel) -> bool:
+        """Whether `packed_attention` serves the model. Else packed rows get a mask."""
+        return False
+
     def packed_attention(
         self, model: PreTrainedModel, layers: list[Pair], lengths: list[int]
-    ) -> AbstractContextManager[None] | None:
+    ) -> AbstractContextManager[None]:
         """Within the context, packed rows of `lengths` tokens attend to themselves and to a prefix.
 
-        `layers` holds the prefix's keys and values, [1, groups, P, D] for each layer. None: use a mask instead.
+        `layers` holds the prefix's keys and values, [1, groups, P, D] for each layer. Only where `packs_rows`.
         """
-        return None
+        raise NotImplementedError
 
     def shared_start(self, model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Any] | None:
         """Arguments of a pass over `rows` rows whose first `tokens` are given once; None where this is not possible."""
@@ -77,6 +81,10 @@ def _of_type(kind: str) -> Accelerator:
         from opcd.accel.cpu.accelerator import CPUAccelerator
 
         return CPUAccelerator()
+    if kind == "cuda":
+        from opcd.accel.cuda import CUDAAccelerator
+
+        return CUDAAccelerator()
     return Accelerator()
 
 

@@ -44,7 +44,7 @@ class ModelConfig:
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """bitsandbytes: LLM.int8(), or NF4 with double quantization; the head is not quantized. Only for weights that are
     not trained: a teacher's, or a student's under an adapter."""
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention implementation of transformers."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; an error for local models."""

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
+from opcd.accel.cuda import fits_kernel
 from opcd.models import ModelConfig, architecture
 from opcd.models.key_value_prefix import NAME
 from opcd.modules.lm.adapters import ALL_LINEAR, Lora, trainable
@@ -45,7 +46,7 @@ class Model:
     adapter: int = 0  # weights of the adapter, in float32
     kept_bytes: float = 0.0  # kept by autograd for a token, in all layers
     casts_bytes: int = 0  # low-precision copies of weights that autocast keeps
-    masks: int = 1  # kinds of attention; 2 where some layers have a sliding window
+    masks: int = 1  # of packed rows on a GPU: 0 with FlashAttention, 2 where some layers have a sliding window
     quantization: str = "none"
 
     @property
@@ -105,6 +106,8 @@ def measured(model: PreTrainedModel, autocast: torch.dtype | None = None, quanti
     linear = (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name)
     heads = getattr(text, "num_attention_heads", 0)  # a recurrent model has none
     size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    computing = autocast.itemsize if autocast and dtype == torch.float32 else dtype.itemsize
+    kinds = len(set(getattr(text, "layer_types", None) or ["full"]))
     return Model(
         dtype=dtype,
         weights=sum(weight.numel() for weight in model.parameters()) - adapter,
@@ -114,9 +117,9 @@ def measured(model: PreTrainedModel, autocast: torch.dtype | None = None, quanti
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         keys=text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * size,
-        computing=autocast.itemsize if autocast and dtype == torch.float32 else dtype.itemsize,
+        computing=computing,
         adapter=adapter,
-        masks=len(set(getattr(text, "layer_types", None) or ["full"])),
+        masks=0 if computing < 4 and fits_kernel(model) else kinds,
         quantization=quantization,
     )
 

@@ -178,9 +178,14 @@ def _written(s: Setting) -> int:
 
 
 def _attended(s: Setting) -> int:
-    """Bytes of the keys and values of a context and of the packed rows scored after it; on a GPU also their mask."""
+    """Bytes of the keys and values of a context and of the packed rows scored after it; on a GPU also their mask.
+
+    With FlashAttention a GPU keeps one layer of them, and no mask.
+    """
     if not s.scorer or not s.prefix_bytes:
         return 0
+    if s.gpu and not s.scorer.masks:
+        return s.tokens * s.scorer.token_bytes // s.scorer.layers
     # The comparisons that make the mask; then its byte, and the numbers that torch makes of it. A second mask waits.
     pair = max(MASK, 1 + s.scorer.computing) + s.scorer.masks - 1 if s.gpu else 0
     return (s.context + s.tokens) * (s.scorer.token_bytes + s.tokens * pair)

@@ -6,6 +6,8 @@ import sys
 import torch
 
 from opcd.accel import Accelerator, accelerator
+from opcd.accel.cpu.accelerator import CPUAccelerator
+from opcd.accel.cuda import CUDAAccelerator
 from tests.helpers.paths import ROOT
 
 WITHOUT = """
@@ -27,9 +29,10 @@ print("LOADED", sorted(name for name in sys.modules if name.startswith("opcd.acc
 """
 
 
-def test_only_a_cpu_has_one():
-    assert type(accelerator("cuda")) is type(accelerator("mps")) is Accelerator
-    assert type(accelerator(torch.device("cpu"))) is not Accelerator
+def test_each_device_has_its_own():
+    assert type(accelerator("mps")) is Accelerator
+    assert type(accelerator("cuda:1")) is CUDAAccelerator
+    assert type(accelerator(torch.device("cpu"))) is CPUAccelerator
 
 
 def test_a_run_elsewhere_imports_nothing_of_the_cpus(rows, context, tiny, tmp_path):

@@ -131,6 +131,16 @@ def test_a_second_kind_of_mask_is_a_byte_a_pair_more():
     assert two - one == 20 * 30
 
 
+def test_flash_attention_keeps_a_layer_of_packed_rows_and_no_mask(pair):
+    flash = parts(replace(RUN, scorer=replace(TEACHER, masks=0)))["keys and values"]["teacher"]
+    assert flash == 20 * TEACHER.token_bytes // TEACHER.layers
+    model = build(ModelConfig(str(pair[1])), "model.teacher", torch.bfloat16)
+    assert measured(model).masks == 0
+    assert measured(model.float()).masks == 1 and measured(model, torch.bfloat16).masks == 0
+    model.config._attn_implementation = "eager"
+    assert measured(model.bfloat16()).masks == 1
+
+
 def test_what_an_optimizer_takes_in_its_step():
     assert "optimizer's scratch" not in parts(RUN)
     assert parts(replace(RUN, fused=False))["optimizer's scratch"] == {"optimizer": 5792}

@@ -25,6 +25,7 @@ from transformers import (
 
 from opcd.modules import FrozenTeacher
 from opcd.modules.prefix.prefix_cache import PrefixCache
+from opcd.modules.trajectories import Trajectories, Trajectory
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -69,3 +70,14 @@ def ids(*lengths: int, seed: int = 0) -> list[Tensor]:
     """Random tokens of the small models, a sequence for each length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, 97, (length,), generator=generator) for length in lengths]
+
+
+def packed_trajectories() -> Trajectories:
+    """Nine rows: four of one context, three of another, one whose prompt leaves the prefix early, one of none."""
+    one, two = (torch.cat([torch.tensor([96]), context]) for context in ids(29, 20, seed=1))  # 96: a BOS token
+    queries, responses = ids(5, 9, 3, 7, 4, 6, 8, 5, 5, seed=2), ids(6, 1, 12, 4, 5, 9, 3, 7, 2, seed=3)
+    prefixes = [one, two, one, two, one, one, two, one, ids(40, seed=4)[0]]
+    heads = [*prefixes[:7], one[:20], ids(40, seed=5)[0]]
+    prompts = [torch.cat([head, query]) for head, query in zip(heads, queries, strict=True)]
+    views = zip(queries, prompts, prefixes, responses, strict=True)
+    return Trajectories([Trajectory(*row) for row in views])

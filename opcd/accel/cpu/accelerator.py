@@ -1,7 +1,7 @@
 """All optimizations of a step on a CPU, in one place, and the backward pass that saves memory."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opcd.accel import Accelerator, Pair
+from opcd.accel import Accelerator
 from opcd.accel.cpu import attention
 from opcd.accel.cpu.heap import KEPT, LARGE, drop_file_pages, keep_freed_blocks, large_blocks_kept, trim_heap
 from opcd.accel.cpu.onednn_linear import packed_linears
@@ -80,6 +80,8 @@ class CPUAccelerator(Accelerator):
 
     prepare = staticmethod(attention.use_cpu_attention)
     prepare_recomputation = staticmethod(less_memory_in_backward)
+    packs_rows = staticmethod(attention.attends_by_rows)
+    packed_attention = staticmethod(attention.attention_by_rows)
     fast_linears = staticmethod(packed_linears)
     trim = staticmethod(trim_heap)
     forget_pages = staticmethod(drop_file_pages)
@@ -91,12 +93,6 @@ class CPUAccelerator(Accelerator):
         """The model's attention; that of `attention.py` takes SDPA's masks."""
         name = super().mask_name(model)
         return "sdpa" if name == attention.NAME else name
-
-    def packed_attention(
-        self, model: PreTrainedModel, layers: list[Pair], lengths: list[int]
-    ) -> AbstractContextManager[None] | None:
-        """See `attention_by_rows`."""
-        return attention.attention_by_rows(model, layers, lengths) if attention.attends_by_rows(model) else None
 
     def shared_start(self, model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Any] | None:
         """The argument `ROWS` of `attention.attention`; None for a model with another attention."""

@@ -6,8 +6,8 @@ recomputes the probabilities from queries, keys and values, as FlashAttention do
 
 Rows behind a prefix need no mask: first all queries attend to the prefix, in blocks of queries and keys, which also
 gives the sum of each query's weights. That sum is one more key in the softmax over a row's own keys. torch's kernel
-with a mask takes twice as long, because it computes what the mask hides and leaves its fast path (docs/log.md). On a
-GPU, FlexAttention does the same with blocks (`packing.py`).
+with a mask takes twice as long, because it computes what the mask hides and leaves its fast path (docs/log.md).
+`accel/cuda.py` has the same for a GPU.
 """
 
 import math

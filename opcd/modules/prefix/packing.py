@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 from opcd.accel import accelerator
 from opcd.models.key_value_prefix import CACHE
 from opcd.modules.lm.generation import EncodedPrefix, joined_cache
 
-Mask = Tensor | BlockMask
-Rule = Callable[[Tensor | None, Tensor | None, Tensor, Tensor], Tensor]
-"""(batch, head, query, key), indices -> whether the query sees the key: a mask_mod of FlexAttention."""
+Rule = Callable[[Tensor, Tensor], Tensor]
+"""Indices of queries and keys -> whether the query sees the key."""
 
 RECURRENT = {"linear_attention", "mamba", "mamba2", "conv", "recurrent"}
 """The kinds of layers (`layer_types`) that keep a state instead of keys and values."""
@@ -53,29 +51,30 @@ def cannot_pack(model: PreTrainedModel) -> str | None:
         return "it has recurrent layers, which keep a state and no keys and values of each token"
     if unknown := kinds - {"full_attention", "sliding_attention"}:
         return f"its layers of the kind {', '.join(sorted(unknown))} need masks that opcd does not make"
-    name = accelerator(model.device).mask_name(model)
-    if name not in MASKS:
-        return f"attention {name} takes no mask of packed rows; set attention to sdpa, eager or flex_attention"
+    device = accelerator(model.device)
+    if not device.packs_rows(model) and (name := device.mask_name(model)) not in MASKS:
+        return f"attention {name} takes no mask of packed rows; set attention to sdpa or eager"
     return None
 
 
 @contextmanager
 def packed_rows(model: PreTrainedModel, prefix: EncodedPrefix, lengths: list[int]) -> Iterator[dict[str, Any]]:
     """Within, the model can run Q packed tokens behind a prefix, with the arguments that this yields."""
-    if (attention := accelerator(model.device).packed_attention(model, prefix.layers, lengths)) is not None:
-        with attention:
+    device = accelerator(model.device)
+    if device.packs_rows(model):
+        with device.packed_attention(model, prefix.layers, lengths):
             yield {"use_cache": False}
     else:
         mask = packed_masks(model, len(prefix.ids), lengths)
         yield {"attention_mask": mask, "use_cache": True, CACHE: joined_cache([prefix])}
 
 
-def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Mask | dict[str, Mask]:
+def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Tensor | dict[str, Tensor]:
     """The mask of Q packed tokens behind a prefix: every token sees the prefix and the past of its own row.
 
     Sliding-window layers see no further back than their window, counted in positions of the row. Models with more than
     one kind of layer get one mask per kind. A mask is [1, 1, Q, prefix + Q]: bool; or, for eager attention, 0 and the
-    type's lowest number, to be added to scores; or, for FlexAttention, a BlockMask, which needs less memory on a GPU.
+    type's lowest number, to be added to scores.
 
     Raises:
         ValueError: the model's attention takes no such mask.
@@ -86,7 +85,7 @@ def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Mas
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(model.device)
     position = torch.cat([torch.arange(prefix, prefix + length) for length in lengths]).to(model.device)
 
-    def make(window: int | None = None) -> Mask:
+    def make(window: int | None = None) -> Tensor:
         return MASKS[name](_rule(prefix, row, position, window), len(row), prefix + len(row), model)
 
     if (window := sliding_window(model)) is None:
@@ -100,7 +99,7 @@ def _rule(prefix: int, row: Tensor, position: Tensor, window: int | None) -> Rul
     key_row = torch.cat([row.new_full((prefix,), -1), row])
     key_position = torch.cat([torch.arange(prefix, device=row.device), position])
 
-    def seen(batch: Tensor | None, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    def seen(query: Tensor, key: Tensor) -> Tensor:
         """The prefix, and the query's own row up to itself.
 
         Only comparisons have the size of all pairs: 3 bytes each at most (`planning/sizes.py`).
@@ -113,7 +112,7 @@ def _rule(prefix: int, row: Tensor, position: Tensor, window: int | None) -> Rul
 
 def _dense_mask(seen: Rule, queries: int, keys: int, model: PreTrainedModel) -> Tensor:
     query, key = torch.arange(queries, device=model.device), torch.arange(keys, device=model.device)
-    return seen(None, None, query[:, None], key[None, :])[None, None]
+    return seen(query[:, None], key[None, :])[None, None]
 
 
 def _added_mask(seen: Rule, queries: int, keys: int, model: PreTrainedModel) -> Tensor:
@@ -122,17 +121,6 @@ def _added_mask(seen: Rule, queries: int, keys: int, model: PreTrainedModel) -> 
     return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(mask.logical_not_(), low)
 
 
-def _block_mask(seen: Rule, queries: int, keys: int, model: PreTrainedModel) -> BlockMask:
-    # Compiled, it is made block by block; otherwise through a mask of all pairs.
-    create = torch.compile(create_block_mask) if model.device.type == "cuda" else create_block_mask
-    blocks: BlockMask = create(seen, None, None, queries, keys, device=model.device)
-    return blocks
-
-
-MASKS: dict[str, Callable[[Rule, int, int, PreTrainedModel], Mask]] = {
-    "sdpa": _dense_mask,
-    "eager": _added_mask,
-    "flex_attention": _block_mask,
-}
+MASKS: dict[str, Callable[[Rule, int, int, PreTrainedModel], Tensor]] = {"sdpa": _dense_mask, "eager": _added_mask}
 """How the mask is made, by the name of the attention that takes it. FlashAttention takes no mask of all pairs: it would
 read it as padding, and on a GPU every later call of the process would fail."""

@@ -245,7 +245,7 @@ def test_a_run_writes_an_adapter_that_every_command_takes(tiny, rows, context, t
         (["--model.adapter.num_virtual_tokens", "x"], "num_virtual_tokens: Expected a <class 'int'>"),
         (["--model.adapter.num_virtual_tokens", 400], "more than the context has: the teacher's prompts begin with"),
         (["--model.gradient_checkpointing", "true"], "model.gradient_checkpointing"),
-        (["--model.student.attention", "flex_attention"], "model.student.attention"),
+        (["--model.student.attention", "flash_attention_2"], "model.student.attention"),
         (["--model.rollout", SERVED], "takes weights"),
         (["--trainer.callbacks+", "{class_path: ExportStudent, init_args: {merge: true}}"], "cannot be merged"),
     ],

@@ -15,23 +15,17 @@ from opcd.modules.lm.generation import Sampling, generate
 from opcd.modules.prefix import packing
 from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student
-from opcd.modules.trajectories import Trajectories, Trajectory
+from opcd.modules.trajectories import Trajectories
 from opcd.planning.sizes import MASK
 from opcd.runtime.errors import UserError
 from tests.helpers.families import make
-from tests.helpers.small_models import FAMILIES, WITHOUT, Teaches, ids
+from tests.helpers.small_models import FAMILIES, WITHOUT, Teaches, ids, packed_trajectories
 
 
 @pytest.fixture
 def mixed():
-    """Nine rows: four of one context, three of another, one whose prompt leaves the prefix early, one of none."""
-    one, two = (torch.cat([torch.tensor([96]), context]) for context in ids(29, 20, seed=1))  # 96: a BOS token
-    queries, responses = ids(5, 9, 3, 7, 4, 6, 8, 5, 5, seed=2), ids(6, 1, 12, 4, 5, 9, 3, 7, 2, seed=3)
-    prefixes = [one, two, one, two, one, one, two, one, ids(40, seed=4)[0]]
-    heads = [*prefixes[:7], one[:20], ids(40, seed=5)[0]]
-    prompts = [torch.cat([head, query]) for head, query in zip(heads, queries, strict=True)]
-    views = zip(queries, prompts, prefixes, responses, strict=True)
-    return Trajectories([Trajectory(*row) for row in views])
+    """Rows of several contexts."""
+    return packed_trajectories()
 
 
 @pytest.mark.parametrize("max_tokens", [10, 40, 4096])
@@ -50,10 +44,10 @@ def test_the_shared_prefix_changes_nothing(family, mixed, max_tokens) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sdpa_with_a_mask(family, mixed, monkeypatch) -> None:
-    """What a GPU takes without FlexAttention."""
+    """What a GPU takes in float32."""
     torch.manual_seed(0)
     model = FAMILIES[family]()
-    monkeypatch.setattr(CPUAccelerator, "packed_attention", lambda *arguments: None)
+    monkeypatch.setattr(CPUAccelerator, "packs_rows", lambda *arguments: False)
     fast, full = Teaches(model).score(mixed, 4096), Teaches(model, "never").score(mixed, 4096)
     assert_close(fast.hidden, full.hidden, rtol=1e-5, atol=1e-5)
 
@@ -154,19 +148,6 @@ def test_what_it_takes_to_make_a_mask(family, kinds) -> None:
 def test_scores_that_come_in_several_parts(family, name, mixed, monkeypatch) -> None:
     monkeypatch.setattr(cpu_attention, name, 7)
     test_the_shared_prefix_changes_nothing(family, mixed, 4096)
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch and transformers, that FlexAttention should be compiled
-@pytest.mark.parametrize("family", ["llama", "gemma3, both kinds of layer"])
-def test_flex_attention_with_a_block_mask(family, mixed) -> None:
-    """What keeps the mask of many long rows out of memory on a GPU, here uncompiled on the CPU."""
-    torch.manual_seed(0)
-    model = FAMILIES[family]()
-    full = Teaches(model, "never").score(mixed, 4096)
-    model.set_attn_implementation("flex_attention")
-    with torch.compiler.set_stance("force_eager"):
-        fast = Teaches(model, "always").score(mixed, 4096)
-    assert_close(fast.hidden, full.hidden, rtol=1e-5, atol=1e-5)
 
 
 def test_the_fast_path_is_taken(mixed, monkeypatch) -> None:
