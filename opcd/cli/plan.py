@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from opcd.cli.fit import fit_parser
 from opcd.config.parsing import Parser
 from opcd.config.precheck import checked
 from opcd.planning.reading import read_setting
-from opcd.planning.sizes import PHASES, Parts, Setting, parts, peak, until_it_fits
+from opcd.planning.sizes import PHASES, Parts, Setting, parts, peak, rows_in_memory, until_it_fits
 from opcd.runtime.errors import UserError
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
@@ -43,9 +44,11 @@ def main(args: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
     options, rest = parser.parse_known_args(args)
     setting = read(rest, options.query_tokens, options.context_tokens)
+    memory = options.memory or _memory(setting)
+    if setting.gpu and setting.at_a_time is None and memory is not None and setting.writers:
+        setting = replace(setting, at_a_time=rows_in_memory(setting, memory))
     found = parts(setting)
     phase, most = peak(found)
-    memory = options.memory or _memory(setting)
     if options.json:
         print(json.dumps({"peak": most, "phase": phase, "parts": found, "not_counted": setting.not_counted}))
     else:
@@ -115,6 +118,8 @@ def _verdict(setting: Setting, phase: str, most: int, memory: int | None) -> lis
     lines = [f"not counted: {what}" for what in setting.not_counted]
     if setting.gpu:
         lines.append("not counted: the CUDA context, and what the allocator keeps between its blocks")
+    if setting.at_a_time is not None and setting.at_a_time < setting.batch:
+        lines.append(f"the rollout writes {setting.at_a_time} of {setting.batch} rows at a time")
     lines.append(f"peak: {_gib(most)}, in the phase {phase}")
     if memory is None:
         return [*lines, "the memory of the device is unknown: give --memory, such as 24GiB"]

@@ -11,17 +11,16 @@ import psutil
 import torch
 import torch.distributed
 from accelerate.utils import find_executable_batch_size
-from transformers import PreTrainedModel
 
 from opcd.data import Example, Views
 from opcd.modules.lm.generation import Sampling
+from opcd.modules.lm.rows_at_a_time import free_of_gpu, rows_that_fit
 from opcd.modules.prefix.prefix_cache import PrefixCache
 from opcd.modules.student import Student, respond
 
 Answers = TypeVar("Answers")
 MOST_ROWS = 256
-MEMORY_SHARE = 0.5
-"""Share of the free memory for one batch; the estimate leaves out the temporary memory of attention."""
+"""Most prompts in a batch of the size auto."""
 
 
 class Answer(str):
@@ -60,7 +59,10 @@ class Answering:
         """The value of `answer(batch_size, *args)`; `longest` is the number of tokens of the longest prompt."""
         if self.batch_size != "auto":
             return answer(self.batch_size, *args)
-        first = _rows_that_fit(self.student.model, longest + self.sampling.max_new_tokens)
+        model = self.student.model
+        gpu = model.device.type == "cuda"
+        free = free_of_gpu(model.device) if gpu else psutil.virtual_memory().available
+        first = min(MOST_ROWS, rows_that_fit(model, longest + self.sampling.max_new_tokens, free))
         found: Answers = find_executable_batch_size(answer, starting_batch_size=first)(*args)
         return found
 
@@ -111,18 +113,3 @@ def gather_on(target: int, part: Any) -> list[Any] | None:
     parts = [None] * ranks if rank == target else None
     torch.distributed.gather_object(part, parts, dst=target)
     return parts
-
-
-def _rows_that_fit(model: PreTrainedModel, tokens: int) -> int:
-    """Rows of `tokens` (prompt and answer) whose keys, values, activations and logits fit into half the free memory."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    element = model.dtype.itemsize
-    cache = 2 * config.num_hidden_layers * heads * width * element
-    activations = 4 * (config.hidden_size + (getattr(config, "intermediate_size", None) or 4 * config.hidden_size))
-    # The cache counts twice: it grows by copying.
-    row = tokens * (2 * cache + activations * element) + 4 * config.vocab_size * 4
-    gpu = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if gpu else psutil.virtual_memory().available
-    return max(1, min(MOST_ROWS, int(MEMORY_SHARE * free / row)))

@@ -42,6 +42,7 @@ class Setting:
     state_bytes: float = 8.0  # bytes of the optimizer's states for a trainable number
     fused: bool = True  # whether the optimizer's step needs no tensors beside its states
     batch: int = 8
+    at_a_time: int | None = None  # most rows that are written side by side; None: all
     query: int = 64  # tokens of the longest prompt without the context
     context: int = 1024  # tokens that the longest context adds
     contexts: int = 1
@@ -174,7 +175,14 @@ def _written(s: Setting) -> int:
     row = s.query + s.response
     of_student = row * s.student.keys * 2 * s.rollout_dtype.itemsize if "student" in s.writers else 0
     of_teacher = (s.context + row) * s.scorer.token_bytes if "teacher" in s.writers and s.scorer else 0
-    return s.batch * max(of_student, of_teacher)
+    return min(s.batch, s.at_a_time or s.batch) * max(of_student, of_teacher)
+
+
+def rows_in_memory(s: Setting, memory: int) -> int:
+    """Rows that a rollout writes side by side on a GPU of so many bytes, at least 1. Their cache grows by copying."""
+    one = _written(replace(s, at_a_time=1))
+    others = sum(part.get("rollout", 0) for part in parts(s).values()) - _written(s)
+    return max(1, min(s.batch, (memory - others) // max(1, 2 * one)))
 
 
 def _attended(s: Setting) -> int:

@@ -373,11 +373,15 @@ def test_the_papers_case(plan, pair):
     code, text = plan(*words)
     assert code == 2 and "--query_tokens and --context_tokens" in text
     lengths = ("--query_tokens", 512, "--context_tokens", 4096)
-    code, text = plan(*words, *lengths, "--memory", "80GB")
+    code, text = plan(*words, *lengths, "--memory", "80GB", "--model.rollout.init_args.rows_at_a_time", 128)
     assert code == 1
     # 128 rows of 512 + 16,384 tokens of 114,688 bytes.
     assert f"{128 * 16896 * 114688 / 2**20:,.0f}" in text
     assert re.search(r"\d+\.\d GiB  with data.batch_size: 16", text)
+    code, text = plan(*words, *lengths, "--memory", "80GB")
+    assert code == 0, text
+    rows = int(re.search(r"the rollout writes (\d+) of 128 rows at a time", text)[1])
+    assert f"{rows * 16896 * 114688 / 2**20:,.0f}" in text and 4 < rows < 30
     ranks = ("--config", "configs/node_8gpu.yaml", "--config", "configs/fsdp2.yaml")
     code, text = plan(*words, *ranks, *lengths, "--memory", "80GB")
     assert code == 0, text

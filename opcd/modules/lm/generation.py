@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from opcd.accel import accelerator
 from opcd.models.key_value_prefix import CACHE
+from opcd.modules.lm.rows_at_a_time import at_a_time
 from opcd.modules.trajectories import first_sequence
 from opcd.runtime.did_you_mean import or_all
 from opcd.runtime.interruption import check
@@ -152,12 +153,49 @@ def generate(
     pad_id: int,
     prefixes: list[EncodedPrefix] | None = None,
     told: Told | None = None,
+    rows_at_a_time: int | None = None,
 ) -> list[Tensor]:
     """Generate one response per prompt: B tensors [P] of token ids -> B tensors [R], 1 <= R <= max_new_tokens.
 
     Each response ends with its first end-of-sequence token or at the limit. Draws come from torch's default generator.
-    `prefixes` are the keys and values of the ids that each prompt begins with; `told` is called for each new token.
+
+    Args:
+        model: in any mode.
+        prompts: B tensors [P] of token ids.
+        sampling: how tokens are drawn.
+        eos_ids: the end-of-sequence tokens.
+        pad_id: fills shorter rows.
+        prefixes: keys and values of the ids that each prompt begins with.
+        told: called for each new token.
+        rows_at_a_time: most rows that are generated side by side. None: as many as fit into a GPU's free memory, on
+            other devices all.
     """
+    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    size = at_a_time(model, len(prompts), longest, rows_at_a_time)
+    responses: list[Tensor] = []
+    for first in range(0, len(prompts), max(1, size)):
+        part = slice(first, first + size)
+        of_part = None if told is None else _of_part(told, first)
+        begun = None if prefixes is None else prefixes[part]
+        responses += _generate(model, prompts[part], sampling, eos_ids, pad_id, begun, of_part)
+    return responses
+
+
+def _of_part(told: Told, first: int) -> Told:
+    """The callback for rows that are counted from `first`."""
+    return lambda rows, tokens: told(rows + first, tokens)
+
+
+def _generate(
+    model: PreTrainedModel,
+    prompts: list[Tensor],
+    sampling: Sampling,
+    eos_ids: set[int],
+    pad_id: int,
+    prefixes: list[EncodedPrefix] | None,
+    told: Told | None,
+) -> list[Tensor]:
+    """`generate` for rows that are generated side by side."""
     shared = [len(prefix.ids) for prefix in prefixes] if prefixes else [0] * len(prompts)
     begin, begin_mask = left_padded([prompt[:n] for prompt, n in zip(prompts, shared, strict=True)], pad_id)
     rest, rest_mask = left_padded([prompt[n:] for prompt, n in zip(prompts, shared, strict=True)], pad_id)

@@ -27,6 +27,8 @@ class StudentRollout(Rollout):
         dtype: type of the generating weights; auto: bfloat16 if the device has instructions for it, else float32.
             If it differs from the student's type, or the student is sharded, a copy is filled from the master weights
             in each step; its memory is freed after the rollout.
+        rows_at_a_time: most responses that are written side by side; the others follow, so that a large batch fits.
+            auto: as many as fit into a GPU's free memory, on other devices all. The draws depend on it.
     """
 
     writer: ClassVar[Writer] = "student"
@@ -36,8 +38,12 @@ class StudentRollout(Rollout):
         self,
         sampling: Sampling = Sampling(),  # noqa: B008
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        rows_at_a_time: int | Literal["auto"] = "auto",
     ) -> None:
+        if rows_at_a_time != "auto" and rows_at_a_time < 1:
+            raise ValueError(f"rows_at_a_time must be auto or at least 1, got {rows_at_a_time}")
         self.sampling = sampling
+        self.rows_at_a_time = None if rows_at_a_time == "auto" else rows_at_a_time
         self.dtype = rollout_dtype(dtype)
         self._copy: PreTrainedModel | None = None
 
@@ -78,7 +84,10 @@ class StudentRollout(Rollout):
     def generate(self, student: Student, teacher: Teacher, batch: Batch) -> Trajectories:
         model = self._copy if self._needs_copy(student) else student.model
         assert model is not None, "within `active` only"
-        responses = generate(model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id)
+        responses = generate(
+            *(model, batch.student_prompts, self.sampling, student.eos_ids, student.pad_id),
+            rows_at_a_time=self.rows_at_a_time,
+        )
         return Trajectories.of(batch, responses, student.eos_ids)
 
     def _needs_copy(self, student: Student) -> bool:

@@ -3,12 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from opcd.models import ModelConfig
+from opcd.modules import FrozenTeacher, Student, StudentRollout
+from opcd.modules.lm import rows_at_a_time
 from opcd.modules.lm.generation import DRAWING, OPTIONS, Sampling, generate
+from opcd.modules.lm.rows_at_a_time import at_a_time
 
 PAD, ENDS = 2, set(range(0, 49152, 12))
 SETTINGS = {
@@ -217,3 +222,54 @@ def test_numbers_that_cannot_be_are_refused_before_a_model_is_loaded(opcd, monke
     code, printed = opcd("fit", "--data.train", rows, "--data.context", context, *words)
     assert code == 2
     assert message in printed
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_a_few_rows_at_a_time_are_those_of_all_side_by_side(model, most):
+    prompts = [torch.arange(3, 3 + length) for length in (4, 9, 2, 6, 5)]
+    told = {None: {}, most: {}}
+
+    def written(rows_at_a_time):
+        def tell(rows, tokens):
+            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+                told[rows_at_a_time].setdefault(row, []).append(token)
+
+        greedy = Sampling(6, temperature=0.0)
+        return generate(model, prompts, greedy, ENDS, PAD, told=tell, rows_at_a_time=rows_at_a_time)
+
+    for number, (part, whole) in enumerate(zip(written(most), written(None), strict=True)):
+        assert torch.equal(part, whole)
+        assert told[most][number] == told[None][number] == whole.tolist()
+
+
+def test_no_prompts_are_no_responses(model):
+    assert generate(model, [], Sampling(2), ENDS, PAD) == []
+
+
+def test_parts_are_of_nearly_one_size(model):
+    assert [at_a_time(model, 10, 100, most) for most in (1, 3, 8, 10, 100)] == [1, 3, 5, 10, 10]
+    assert at_a_time(model, 1000, 100000) == 1000  # a CPU: all
+
+
+def test_as_many_rows_as_fit_into_a_gpu(model, monkeypatch):
+    config = model.config
+    gpu = SimpleNamespace(device=torch.device("cuda"), config=config, dtype=torch.bfloat16)
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    row = 1000 * (2 * cache + 4 * (config.hidden_size + config.intermediate_size) * 2) + 16 * config.vocab_size
+    for free, rows in ((2 * row, 1), (6.2 * row, 3), (0, 1), (1000 * row, 10)):
+        monkeypatch.setattr(rows_at_a_time, "free_of_gpu", lambda device, free=free: int(free))
+        assert min(10, rows_at_a_time.rows_that_fit(gpu, 1000, int(free))) == rows
+        assert at_a_time(gpu, 10, 1000) == -(-10 // -(-10 // rows))
+
+
+def test_a_rollout_in_parts(tiny, batch):
+    student = Student.load(ModelConfig(tiny))
+    whole, parts = (StudentRollout(Sampling(4, 0.0), rows_at_a_time=rows) for rows in ("auto", 3))
+    written = []
+    for rollout in (whole, parts):
+        with rollout.active(student):
+            written.append(rollout.generate(student, FrozenTeacher(), batch).responses)
+    assert len(written[0]) == len(batch) > 3
+    assert all(torch.equal(one, other) for one, other in zip(*written, strict=True))
+    with pytest.raises(ValueError, match="rows_at_a_time must be auto or at least 1, got 0"):
+        StudentRollout(rows_at_a_time=0)
