@@ -3,7 +3,7 @@
 #     sbatch configs/slurm.sh --config configs/cross_size.yaml --config configs/node_8gpu.yaml
 # Not run on a cluster by us yet; the signal, the save and the requeue are tested with SLURM's variables.
 #SBATCH --job-name=opcd
-#SBATCH --nodes=1                 # of several, divide data.batch_size: a step has nodes x devices x batch_size queries
+#SBATCH --nodes=1                 # of several, the queries of a step (data.batch_size) are divided among all GPUs
 #SBATCH --ntasks-per-node=8       # one process a GPU: trainer.devices
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8

@@ -5,13 +5,14 @@ import re
 import pytest
 import yaml
 
+from opcd.data import ContextQueryDataModule
 from tests.helpers.paths import ROOT
 
 CONFIGS = ROOT / "configs"
 
 
 def queries_a_step(script: str, *configs: str) -> int:
-    """Nodes x processes a node x batch size: each process takes its own batch."""
+    """The batch size, which nodes x processes a node must divide."""
     trainer: dict[str, object] = {}
     data: dict[str, object] = {}
     for config in configs:
@@ -20,7 +21,8 @@ def queries_a_step(script: str, *configs: str) -> int:
         data |= values.get("data", {})
     asked = dict(re.findall(r"^#SBATCH --(nodes|ntasks-per-node|gpus-per-node)=(\d+)", script, re.MULTILINE))
     assert int(asked["ntasks-per-node"]) == int(asked["gpus-per-node"]) == trainer["devices"]
-    return int(asked["nodes"]) * trainer["devices"] * data["batch_size"]
+    data_module = ContextQueryDataModule(batch_size=data["batch_size"])
+    return int(asked["nodes"]) * trainer["devices"] * data_module.rows_on_each(int(asked["nodes"]) * trainer["devices"])
 
 
 @pytest.mark.case("W2")

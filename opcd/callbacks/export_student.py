@@ -136,7 +136,7 @@ def facts_of(trainer: Trainer, distiller: Distiller) -> Facts:
         steps=trainer.global_step,
         recovery=of_now.get("recovery"),
         drift=of_now.get("drift"),
-        batch_size=data.batch_size * trainer.world_size if data else None,
+        batch_size=data.batch_size if data else None,
         precision=str(trainer.precision),
         **_optimizer(trainer),
         former_contexts=Facts.contexts_in(Path(base).expanduser()),

@@ -111,7 +111,8 @@ def _memory(setting: Setting) -> int | None:
 def _title(s: Setting) -> str:
     device = f"{s.ranks} {'GPU' if s.gpu else 'CPU'}{'s' * (s.ranks > 1)}{', the student sharded' * s.sharded}"
     prompts = f"prompts of {s.query} tokens, with the context {s.context} more, responses of {s.response}"
-    return f"{device}; {s.batch} rows a step, {prompts}; micro-batches of {s.micro_rows} rows, {s.tokens} tokens"
+    rows = f"{s.batch} rows a step{' on each' * (s.ranks > 1)}"
+    return f"{device}; {rows}, {prompts}; micro-batches of {s.micro_rows} rows, {s.tokens} tokens"
 
 
 def _verdict(setting: Setting, phase: str, most: int, memory: int | None) -> list[str]:

@@ -47,8 +47,9 @@ class ContextQueryDataModule(LightningDataModule):
             (before the query, without a chat template).
         template: joins context and query for placement user and raw; holds {context} and {query} once each. Default:
             the two with a blank line between them.
-        batch_size: queries in a training batch, per device; with anchors the most: the share need not come out even.
-        eval_batch_size: queries in a batch of the other splits. Default: batch_size.
+        batch_size: queries of an optimizer step, over all devices, among which they are divided; with anchors the most:
+            the share need not come out even.
+        eval_batch_size: queries in a batch of the other splits, per device. Default: those of a device in training.
         max_context_tokens: maximum number of tokens of a context's own text.
         overlong_context: what happens to a longer context: raise an error, drop the row (or the context from the list),
             or cut the context's beginning (cut_left) or end (cut_right).
@@ -102,8 +103,7 @@ class ContextQueryDataModule(LightningDataModule):
         self.anchors = anchors
         if anchors is not None:
             anchors.rows_beside(batch_size)  # raises for a share that leaves no row with the context
-        eval_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.eval_batch_size = _at_least(1, eval_size, "eval_batch_size")
+        self.eval_batch_size = None if eval_batch_size is None else _at_least(1, eval_batch_size, "eval_batch_size")
         self.budgets = LengthBudgets(max_context_tokens, overlong_context, max_query_tokens, overlong_query)
         self.on_bad_row, self.shuffle, self.seed = on_bad_row, shuffle, seed
         self.num_workers = _at_least(0, num_workers, "num_workers")
@@ -209,15 +209,16 @@ class ContextQueryDataModule(LightningDataModule):
         options = {**ranks, "shuffle": self.shuffle, "seed": self.seed}
         start = begin["samples"] // ranks["num_replicas"]
         sampler: ResumableSampler | AnchoredSampler
+        size = self.rows_on_each(ranks["num_replicas"])
         if self.anchors is None:
-            sampler, size = ResumableSampler(dataset, **options), self.batch_size
+            sampler = ResumableSampler(dataset, **options)
         else:
             count = len(self.examples(ANCHORS))
-            sampler, size = AnchoredSampler(dataset, self.anchors, count, self.batch_size, **options), None
-            dataset, start = Listed([*dataset, *self.examples(ANCHORS)]), start // self.batch_size
+            sampler = AnchoredSampler(dataset, self.anchors, count, size, **options)
+            dataset, start = Listed([*dataset, *self.examples(ANCHORS)]), start // size
         sampler.set_epoch(begin["epoch"])
         sampler.start = start
-        return self._loader(dataset, size, sampler)
+        return self._loader(dataset, size if self.anchors is None else None, sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """The progress of training: the epoch, and the rows of all ranks that were trained on in it."""
@@ -225,7 +226,7 @@ class ContextQueryDataModule(LightningDataModule):
             return {}  # nothing is trained
         done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         epoch, batches = divmod(done.processed, int(self.trainer.num_training_batches))
-        place = {"epoch": epoch, "samples": batches * self.batch_size * self.trainer.world_size}
+        place = {"epoch": epoch, "samples": batches * self.batch_size}
         return {**place, "sha256": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -242,17 +243,34 @@ class ContextQueryDataModule(LightningDataModule):
         # Lightning looks for a resumable loader; here the sampler is resumable.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
 
+    def rows_on_each(self, ranks: int) -> int:
+        """The queries of a step on each of the ranks.
+
+        Raises:
+            UserError: `batch_size` cannot be divided among them.
+        """
+        if self.batch_size % ranks:
+            raise UserError(
+                f"data.batch_size: {self.batch_size} queries a step cannot be divided among {ranks} ranks (it counts "
+                f"those of all ranks); take a multiple, such as {ranks * -(-self.batch_size // ranks)}"
+            )
+        return self.batch_size // ranks
+
     def val_dataloader(self) -> DataLoader[Example]:
         """Batches of validation rows."""
-        return self._loader(self.examples("val"), self.eval_batch_size)
+        return self._held_out("val")
 
     def test_dataloader(self) -> DataLoader[Example]:
         """Batches of test rows."""
-        return self._loader(self.examples("test"), self.eval_batch_size)
+        return self._held_out("test")
 
     def predict_dataloader(self) -> DataLoader[Example]:
         """Batches of rows to answer."""
-        return self._loader(self.examples("predict"), self.eval_batch_size)
+        return self._held_out("predict")
+
+    def _held_out(self, split: str) -> DataLoader[Example]:
+        ranks = self.trainer.world_size if self.trainer else 1
+        return self._loader(self.examples(split), self.eval_batch_size or max(1, self.batch_size // ranks))
 
     def on_before_batch_transfer(self, batch: list[Row], dataloader_idx: int) -> Batch:
         """Make a batch of a loader's rows; its workers do not send the views, which hold tokenizers."""

@@ -199,8 +199,13 @@ def check_on_policy(loss: Loss, rollout: Rollout, temperature: float) -> None:
 
 
 def check_data(run: Run, data: ContextQueryDataModule) -> None:
-    """Raise a UserError for prompts without room for a response in a model's window, or names of other teachers."""
+    """Raise a UserError for data that the run cannot use.
+
+    Prompts without room for a response in a model's window, names of other teachers, a batch that ranks cannot divide.
+    """
     distiller, predicts = run.distiller, run.stage == "predict"
+    if run.stage == "fit":
+        data.rows_on_each(run.ranks)
     anchored = run.stage == "fit" and data.anchors is not None
     if anchored:
         _check_anchors(distiller)

@@ -67,7 +67,7 @@ def read_setting(trainer: Any, made: Any, query: int | None, context: int | None
         adapted=lambda: _with_activations(build(model.student_config, "model.student", frozen, Lora()), autocast)[0],
         state_bytes=state_bytes,
         fused=bool(optimizer.defaults.get("fused")),
-        batch=made.data.batch_size,
+        batch=made.data.rows_on_each(ranks),
         at_a_time=next((n for n in (getattr(part, "rows_at_a_time", None) for part in model.rollout.parts) if n), None),
         micro_batch_tokens=model.micro_batch_tokens,
         multi_turn=model.rollout.multi_turn,

@@ -131,7 +131,7 @@ def ways(s: Setting) -> Iterator[tuple[str, Setting]]:
         half = s.tokens // s.micro_rows * (s.micro_rows // 2)
         yield f"model.micro_batch_tokens: {half}", replace(s, micro_batch_tokens=half)
     if s.batch > 1:
-        yield f"data.batch_size: {s.batch // 2}", replace(s, batch=s.batch // 2)
+        yield f"data.batch_size: {s.batch // 2 * s.ranks}", replace(s, batch=s.batch // 2)
 
 
 def until_it_fits(s: Setting, memory: int) -> list[tuple[str, int]]:

@@ -226,7 +226,7 @@ def test_two_ranks_answer_each_their_share(words, tmp_path):
     config = {"at_start": True, "evaluation": evaluation}
     for count in (1, 2):
         precision = ("--trainer.precision", "64-true", "--model.teacher", "SelfTeacher")
-        run(*words(1, **copy.deepcopy(config)), *precision, *RANKS, count, "--data.batch_size", 2 // count)
+        run(*words(1, **copy.deepcopy(config)), *precision, *RANKS, count, "--data.batch_size", 2)
     one, two = ((tmp_path / "runs" / f"version_{number}" / "eval") for number in (0, 1))
     for task in files:
         first = [json.loads(line) for line in (one / f"step=0-{task}.jsonl").read_text().splitlines()]

@@ -385,7 +385,7 @@ def test_the_papers_case(plan, pair):
     ranks = ("--config", "configs/node_8gpu.yaml", "--config", "configs/fsdp2.yaml")
     code, text = plan(*words, *ranks, *lengths, "--memory", "80GB")
     assert code == 0, text
-    assert "8 GPUs, the student sharded; 16 rows a step" in text
+    assert "8 GPUs, the student sharded; 16 rows a step on each" in text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import logging
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +161,20 @@ def test_eval_loaders_keep_the_order(files):
     assert batches(data, data.val_dataloader()) == [[0, 1], [2]]
     assert batches(data, module("predict", predict="val.jsonl").predict_dataloader()) == [[0, 1, 2]]
     assert batches(data, module("test", test="val.jsonl", batch_size=1).test_dataloader()) == [[0], [1], [2]]
+
+
+def test_the_queries_of_a_step_are_divided_among_the_ranks(files):
+    data = module(batch_size=8)
+    seen = []
+    for rank in range(2):
+        data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank}, world_size=2)
+        rows = batches(data, data.train_dataloader())
+        assert [len(batch) for batch in rows] == [4, 1]
+        seen += chain(*rows)
+    assert sorted(seen) == list(range(10))
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 3, "rank": 0}, world_size=3)
+    with pytest.raises(UserError, match=r"data\.batch_size: 8 queries a step cannot be divided among 3 ranks .* 9$"):
+        data.train_dataloader()
 
 
 class Recorder(LightningModule):

@@ -21,7 +21,7 @@ from opcd.runtime.files.disk import write_atomic
 
 KNOBS = {
     "sync": "model.rollout's dtype: bfloat16",
-    "rollout": "data.batch_size, or max_new_tokens in model.rollout's sampling",
+    "rollout": "data.batch_size, rows_at_a_time of model.rollout, or max_new_tokens in its sampling",
     "teacher": "model.micro_batch_tokens, data.max_context_tokens, or model.prefix_memory_mib",
     "student": "model.micro_batch_tokens, or set model.gradient_checkpointing: true",
     "loss": "model.micro_batch_tokens",

@@ -33,9 +33,9 @@ def words(tiny, context, tmp_path):
 def test_two_ranks_train_the_weights_of_one(words, tmp_path):
     common, fit = words
     run("fit", *common, *fit, *RANKS, 1, "--data.batch_size", 8)
-    run("fit", *common, *fit, *RANKS, 2, "--data.batch_size", 4)
+    run("fit", *common, *fit, *RANKS, 2, "--data.batch_size", 8)
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    run("fit", *common, *fit, *RANKS, 2, "--data.batch_size", 4, launcher=torchrun)
+    run("fit", *common, *fit, *RANKS, 2, "--data.batch_size", 8, launcher=torchrun)
     folders = sorted((tmp_path / "runs").iterdir())
     assert [folder.name for folder in folders] == ["version_0", "version_1", "version_2"]
     one, *others = (load_file(folder / "student" / "model.safetensors") for folder in folders)
@@ -62,7 +62,7 @@ def test_two_ranks_of_one_teacher_each(words, tmp_path):
     fit = ("--model.rollout", "RecordedRollout", "--data.train", file, "--data.val", file, "--data.shuffle", "false")
     fit += ("--model.teacher", json.dumps(routed), "--trainer.max_steps", 4)
     run("fit", *common, *fit, *RANKS, 1, "--data.batch_size", 2)
-    run("fit", *common, *fit, *RANKS, 2, "--data.batch_size", 1)
+    run("fit", *common, *fit, *RANKS, 2, "--data.batch_size", 2)
     folders = sorted((tmp_path / "runs").iterdir())
     one, two = (load_file(folder / "student" / "model.safetensors") for folder in folders)
     for name, weight in one.items():
@@ -94,7 +94,7 @@ def test_two_ranks_leave_together_and_go_on_exactly(words, tmp_path):
     """Each rank draws its own responses; SIGTERM reaches the first process only."""
     common, fit = words
     sampled = ("--model.rollout", "StudentRollout", "--model.rollout.init_args.sampling.max_new_tokens", 6)
-    fit = ("fit", *common, *fit, *sampled, "--data.batch_size", 2, "--trainer.max_steps", 12, *RANKS, 2)
+    fit = ("fit", *common, *fit, *sampled, "--data.batch_size", 4, "--trainer.max_steps", 12, *RANKS, 2)
     run(*fit, "--trainer.default_root_dir", tmp_path / "whole")
     broken = (*fit, "--trainer.default_root_dir", tmp_path / "broken", "--ckpt_path", "last")
     process = subprocess.Popen([sys.executable, "-m", "opcd", *map(str, broken)], stderr=subprocess.PIPE, text=True)
@@ -121,7 +121,7 @@ def test_two_ranks_share_the_anchors(words, tmp_path):
     source = write_rows(tmp_path / "anchors.jsonl", anchors)
     fit += ("--data.anchors", json.dumps({"share": 0.5, "source": str(source)}), "--trainer.max_steps", 6)
     run("fit", *common, *fit, *RANKS, 1, "--data.batch_size", 8)
-    run("fit", *common, *fit, *RANKS, 2, "--data.batch_size", 4)
+    run("fit", *common, *fit, *RANKS, 2, "--data.batch_size", 8)
     folders = sorted((tmp_path / "runs").iterdir())
     one, two = (load_file(folder / "student" / "model.safetensors") for folder in folders)
     for name, weight in one.items():

@@ -201,8 +201,17 @@ def test_a_teacher_in_parts_teaches_what_it_teaches_whole(strategy, taught, opcd
     whole, parts = (("--trainer.default_root_dir", tmp_path / name) for name in ("whole", "parts"))
     assert opcd(*taught, *whole, "--data.batch_size", 8, "--model.shared_prefix", "always")[0] == 0
     two = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", strategy)
-    batch = ("--data.batch_size", 8 if strategy != "ddp" else 4)
-    run(*taught, *parts, *two, *batch, "--model.teacher.shard", "true", "--model.shared_prefix", "always")
+    run(
+        *taught,
+        *parts,
+        *two,
+        "--data.batch_size",
+        8,
+        "--model.teacher.shard",
+        "true",
+        "--model.shared_prefix",
+        "always",
+    )
     assert_same(saved(tmp_path / "whole", 0, 2), saved(tmp_path / "parts", 0, 2), atol=1e-6)
 
 
