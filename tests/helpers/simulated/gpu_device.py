@@ -206,8 +206,9 @@ _every, _library = torch.library.Library("_", "IMPL"), torch.library.Library("at
 _every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 _every.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
 # `torch.tensor` reaches the device where no fallback in Python can.
-for _name, _kernel in {"empty.memory_format": _empty, "empty_strided": _empty_strided, "_copy_from": _copy_from}.items():
-    _library.impl(_name, _kernel, "PrivateUse1")
+_library.impl("empty.memory_format", _empty, "PrivateUse1")
+_library.impl("empty_strided", _empty_strided, "PrivateUse1")
+_library.impl("_copy_from", _copy_from, "PrivateUse1")
 for _name in IN_AUTOCAST:
     _library.impl(_name, _cast(getattr(aten, _name).default), "AutocastPrivateUse1")
 nn.Module._apply = _keeping_ties(nn.Module._apply)  # type: ignore[method-assign]

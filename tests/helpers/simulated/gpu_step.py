@@ -1,21 +1,46 @@
 """A step of `opcd fit` on the simulated GPU: rollout, teacher, loss, backward pass and optimizer, with device checks.
 
-    python -m tests.helpers.simulated.gpu_step NAME WORDS...   # words of `opcd fit`; one JSON object
+python -m tests.helpers.simulated.gpu_step    # from stdin by name: words of `opcd fit`; prints one JSON object
 """
 
+import contextlib
+import io
 import json
 import sys
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+import opcd.cli.fit
 from opcd.cli.main import main
 from tests.helpers.simulated.gpu_device import DEVICE, NAME, counted
 
-PHASES = ("rollout", "teacher", "student", "loss", "optimizer")
+
+class Seen(Callback):
+    """Keeps what a run has left when it ends.
+
+    Attributes:
+        found: the steps, the metrics, and on which devices the student's weights and the optimizer's states are.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read them, before Lightning moves the weights back."""
+        states = [x for state in trainer.optimizers[0].state.values() for x in state.values() if x.dim() > 0]
+        weights = [*pl_module.student.parameters(), *states]
+        self.found = {
+            "steps": trainer.global_step,
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "devices": sorted({str(tensor.device) for tensor in weights}),
+            "states": len(states),
+        }
 
 
 def on_device(self: SingleDeviceStrategy) -> torch.device:
@@ -28,11 +53,13 @@ def in_autocast(self: MixedPrecision) -> AbstractContextManager[None]:
     return torch.autocast(NAME, torch.bfloat16)
 
 
-def run(words: list[str]) -> dict[str, object]:
-    """The exit code of `opcd fit`, and the kernels and syncs of the run."""
-    with counted() as counts:
+def run(words: list[str]) -> dict[str, Any]:
+    """What `opcd fit` did on the device."""
+    said, seen = io.StringIO(), Seen()
+    opcd.cli.fit.default_callbacks = lambda *yours, **options: [*yours, seen]
+    with counted() as counts, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = main(["fit", *words])
-    return {"code": code, "kernels": counts.kernels.total(), "syncs": counts.syncs.total(), "names": counts.syncs}
+    return {"code": code, "syncs": counts.syncs, "said": said.getvalue()[-3000:]} | seen.found
 
 
 if __name__ == "__main__":
