@@ -12,7 +12,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from opcd.modules.lm.generation import Sampling, generate
 from tests.helpers.simulated.gpu_device import DEVICE, Counts, OnDevice, count, counted
 
-
 PLAIN = nn.functional.scaled_dot_product_attention
 
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import sys
+import traceback
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -58,7 +59,11 @@ def run(words: list[str]) -> dict[str, Any]:
     said, seen = io.StringIO(), Seen()
     opcd.cli.fit.default_callbacks = lambda *yours, **options: [*yours, seen]
     with counted() as counts, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = main(["fit", *words])
+        try:
+            code = main(["fit", *words])
+        except Exception:  # of this recipe: the others run
+            code = 1
+            traceback.print_exc()
     return {"code": code, "syncs": counts.syncs, "said": said.getvalue()[-3000:]} | seen.found
 
 
