@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--widths", type=int, nargs=2, default=(896, 1536), help="of the student and of the teacher")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: of the teacher, and of autocast")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of teacher and autocast")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
