@@ -80,6 +80,7 @@ def step(path: str, name: str) -> Callable[..., None]:
 
         fused = LigerFusedLinearJSDLoss(0.0, 1.0, PEERS[name], compiled=hidden.is_cuda)
         labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)  # used to count tokens
+        hidden, matrix = hidden.to(teacher_hidden.dtype), matrix.to(teacher_matrix.dtype)  # it knows no autocast
         fused(hidden, matrix, teacher_hidden, teacher_matrix, labels).backward()
 
     return {"opcd": opcd_, "dense": dense_, "trl": trl_, "liger": liger_}[path]
@@ -91,12 +92,19 @@ def child(options: argparse.Namespace) -> None:
     dtype, (width, teacher_width) = getattr(torch, options.dtype), options.widths
 
     def normal(rows: int, columns: int, scale: float) -> Tensor:
-        return torch.randn(rows, columns, dtype=dtype, device=options.device).mul_(scale)
+        return torch.randn(rows, columns, device=options.device).mul_(scale)
 
-    hidden, teacher_hidden = normal(options.tokens, width, 1.0), normal(options.tokens, teacher_width, 1.0)
+    # The student's are float32 and trained under autocast, the teacher's have the short type: as in a run.
+    hidden, teacher_hidden = normal(options.tokens, width, 1.0), normal(options.tokens, teacher_width, 1.0).to(dtype)
     matrix, teacher_matrix = (normal(options.vocabulary, w, 2 * w**-0.5) for w in options.widths)
+    teacher_matrix = teacher_matrix.to(dtype)
     trained = (hidden.requires_grad_(), matrix.requires_grad_())
-    run, seconds = step(options.path, options.loss), []
+    one, seconds = step(options.path, options.loss), []
+
+    def run(*tensors: Tensor) -> None:
+        with torch.autocast(options.device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            one(*tensors)
+
     few = [x[:8].detach() for x in (hidden, matrix, teacher_hidden, teacher_matrix)]
     run(few[0].requires_grad_(), few[1].requires_grad_(), *few[2:])  # libraries load now
     before = reset_peak(options.device) + sum(tensor.nbytes for tensor in trained)
@@ -146,7 +154,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--widths", type=int, nargs=2, default=(896, 1536), help="of the student and of the teacher")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of states and matrices")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of teacher and autocast")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))

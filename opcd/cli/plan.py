@@ -45,6 +45,7 @@ def main(args: list[str]) -> int:
     options, rest = parser.parse_known_args(args)
     setting = read(rest, options.query_tokens, options.context_tokens)
     memory = options.memory or _memory(setting)
+    setting = replace(setting, memory=memory)
     if setting.gpu and setting.at_a_time is None and memory is not None and setting.writers:
         setting = replace(setting, at_a_time=rows_in_memory(setting, memory))
     found = parts(setting)

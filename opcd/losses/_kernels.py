@@ -3,10 +3,16 @@
 Each function maps ``log_p, log_q: [..., V]`` in nats to ``[...]`` in nats and is differentiable once in both. A token
 that has probability zero in both models adds 0. The forward pass also computes the gradient, a few rows at a time; the
 backward pass only multiplies each row by a factor. Autograd alone keeps more than twice as many tensors [..., V].
+
+Probabilities of zero need masks, and are rare. A CPU looks at every sum and makes the masks where one is not finite. A
+GPU would have to wait for each look: there the masks are always made, or, within ``assuming_finite``, for the few
+columns of a top-k alone.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -15,6 +21,10 @@ from torch import Tensor
 
 BLOCK = 2**18
 """The numbers in one block of rows on a CPU. With 2**19 glibc's heap keeps 50 MiB more."""
+
+
+NARROW = 4096
+"""Up to so many columns masks cost a GPU next to nothing, and a top-k's unused places make them usual."""
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -86,14 +96,54 @@ def _compare(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     p = log_p.exp()
     terms = (log_p - log_q).mul_(p)
     value = terms.sum(-1)
-    # Only a probability of zero makes this sum NaN or infinite. That is rare, so the masks are made only then.
-    if not bool(value.isfinite().all()):
+    if needs_masks(value, log_p.shape[-1]):
         absent = torch.isneginf(log_p)
         unreachable = torch.isneginf(log_q) & ~absent
         value = terms.masked_fill_(absent, 0.0).masked_fill_(unreachable, math.inf).sum(-1)
         terms.masked_fill_(unreachable, 0.0)
         p.masked_fill_(unreachable, 0.0)
     return p, terms, value
+
+
+class FiniteSums:
+    """Whether all sums of `assuming_finite` were finite; kept on their device, and read once.
+
+    Attributes:
+        found: the sums, on their device.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    @property
+    def failed(self) -> bool:
+        """Whether one was not: the values and gradients are wrong without masks. Waits for the device."""
+        return bool(self.found) and not bool(torch.cat(self.found).isfinite().all())
+
+
+_ASSUMED: ContextVar[FiniteSums | None] = ContextVar("_ASSUMED", default=None)
+
+
+@contextmanager
+def assuming_finite() -> Iterator[FiniteSums]:
+    """Within, a GPU makes no masks for probabilities of zero; the caller repeats without this where it ``failed``."""
+    sums = FiniteSums()
+    before = _ASSUMED.set(sums)
+    try:
+        yield sums
+    finally:
+        _ASSUMED.reset(before)
+
+
+def needs_masks(value: Tensor, width: int) -> bool:
+    """Whether sums [...] over so many columns need masks: only a probability of zero makes one NaN or infinite."""
+    if value.device.type == "cpu":
+        return not bool(value.isfinite().all())
+    assumed = _ASSUMED.get()
+    if assumed is None or width <= NARROW:
+        return True
+    assumed.found.append(value.detach())
+    return False
 
 
 class _ByRows(torch.autograd.Function):
@@ -114,7 +164,8 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        plain = bool((upstream == 1.0).all())  # the gradient of a sum: needs no further tensor [..., V]
+        # The gradient of a sum needs no further tensor [..., V]. A GPU would wait for the answer.
+        plain = upstream.device.type == "cpu" and bool((upstream == 1.0).all())
         of_first, of_second = (x if x is None or plain else x * upstream[..., None] for x in ctx.saved_tensors)
         return of_first, of_second, None
 

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor
 
-from opcd.losses.chunking import MEMORY_BYTES, LogProbsFunction, chunked
+from opcd.losses.chunking import LogProbsFunction, chunked
 from opcd.losses.divergences import Divergence
 from opcd.losses.head import Head, Projection
 from opcd.losses.recorded import RecordedTokens, RecordedTopK
@@ -21,7 +21,7 @@ def chunked_divergence(
     *,
     temperature: float = 1.0,
     weights: Tensor | None = None,
-    memory_bytes: int = MEMORY_BYTES,
+    memory_bytes: int | None = None,
 ) -> Tensor:
     """D(p_S, p_T) of every token, [N, H_s] and the teacher's side -> [N] in nats, no [N, V] ever stored.
 

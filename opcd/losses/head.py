@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -146,7 +147,8 @@ class _AccumulatingProduct:
     """``hidden @ matrixᵀ + bias``, [n, H] -> [n, V]; its backward pass adds the matrix's gradient to ``total`` [V, H].
 
     Autograd would make a tensor [V, H] for every chunk and then add it: half a gigabyte each at 150,000 x 900. The
-    matrix is cast once to autocast's dtype. Every product overwrites the one before.
+    matrix is cast once to autocast's dtype. On a CPU every product overwrites the one before; a GPU's allocator gives
+    the same block again.
     """
 
     def __init__(self, matrix: Tensor, bias: Tensor | None, total: Tensor) -> None:
@@ -161,12 +163,31 @@ class _AccumulatingProduct:
         product: Tensor = _ProductFunction.apply(hidden.to(self.matrix.dtype), self)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias
 
-    def room(self, rows: int) -> Tensor:
-        """The block [rows, V] for every product. It is no view, so autograd lets it be overwritten."""
+    def room(self, rows: int) -> Tensor | None:
+        """The block [rows, V] for every product. It is no view, so autograd lets it be overwritten. None on a GPU."""
+        if self.matrix.device.type != "cpu":
+            return None
         values = self.matrix.new_empty(0)
         if self._memory.nbytes() < rows * len(self.matrix) * values.itemsize:
             self._memory = self.matrix.new_empty(rows, len(self.matrix)).untyped_storage()
         return values.set_(self._memory, 0, (rows, len(self.matrix)))  # type: ignore[no-any-return, call-overload]
+
+
+@cache
+def adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device adds a product of short numbers to a float32 matrix in place; tried once, with its values.
+
+    A CPU does not (torch 2.13), and older releases refuse a float32 matrix on a GPU too.
+    """
+    if device.type == "cpu" or dtype == torch.float32:
+        return False
+    total = torch.ones(32, 32, device=device)
+    left, right = (torch.full((32, 16), value, dtype=dtype, device=device) for value in (3.0, 0.5))
+    try:
+        torch.addmm(total, left, right.T, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+    return bool((total == 25.0).all())  # 1 + 16 · 3 · 0.5
 
 
 class _ProductFunction(torch.autograd.Function):
@@ -181,8 +202,11 @@ class _ProductFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
         (hidden,), product = ctx.saved_tensors, ctx.product
-        if product.total.dtype == hidden.dtype:
-            product.total.addmm_(upstream.T, hidden)
+        total = product.total
+        if total.dtype == hidden.dtype:
+            total.addmm_(upstream.T, hidden)
+        elif adds_in_float32(hidden.device, hidden.dtype) and total.dtype == torch.float32:
+            torch.addmm(total, upstream.T, hidden, out_dtype=torch.float32, out=total)
         else:  # low precision is added up in float32
-            product.total.add_(torch.mm(upstream.T, hidden, out=product.share))
+            total.add_(torch.mm(upstream.T, hidden, out=product.share))
         return (upstream @ product.matrix if ctx.needs_input_grad[0] else None), None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opcd.losses._kernels import blocks
+from opcd.losses._kernels import blocks, needs_masks
 
 NEVER = -math.inf
 """The log-probability of a token that cannot occur."""
@@ -91,7 +91,7 @@ def entropy(log_p: Tensor) -> Tensor:
     value = log_p.new_empty(log_p.shape[:-1])
     for values, rows in blocks(value, log_p):
         values[:] = -(rows.exp().mul_(rows)).sum(-1)
-        if not bool(values.isfinite().all()):  # 0 · −inf
+        if needs_masks(values, rows.shape[-1]):  # 0 · −inf
             values[:] = -(rows.exp().mul_(rows.masked_fill(torch.isneginf(rows), 0.0))).sum(-1)
     return value
 

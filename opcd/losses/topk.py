@@ -142,9 +142,9 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        rest, without = log_p.new_empty(log_p.shape[:-1]), _Without(tokens, log_p.shape[-1])
-        for mass, values, ids in blocks(rest, log_p, without.tokens):
-            mass[:] = without(values.clone(), ids, NEVER).logsumexp(-1)
+        rest = log_p.new_empty(log_p.shape[:-1])
+        for mass, values, ids in blocks(rest, log_p, tokens):
+            mass[:] = _without(values.clone(), ids, NEVER).logsumexp(-1)
         ctx.save_for_backward(log_p, tokens, rest)
         return _gather(log_p, tokens), rest
 
@@ -156,10 +156,9 @@ class _Split(torch.autograd.Function):
         rest, rest_upstream = rest.masked_fill(empty, 0.0), rest_upstream.masked_fill(empty, 0.0)
         kept_upstream = kept_upstream.masked_fill(tokens == vocabulary, 0.0)
         gradient = torch.empty_like(log_p, memory_format=torch.contiguous_format)
-        without = _Without(tokens, vocabulary)
-        for mass, values, room, ids, of_rest in blocks(rest, log_p, gradient, without.tokens, rest_upstream[..., None]):
+        for mass, values, room, ids, of_rest in blocks(rest, log_p, gradient, tokens, rest_upstream[..., None]):
             share = torch.sub(values, mass[:, None], out=room).exp_().mul_(of_rest)
-            without(share, ids, 0.0)
+            _without(share, ids, 0.0)
         return gradient.scatter_add_(-1, tokens.clamp(max=vocabulary - 1), kept_upstream), None
 
 
@@ -169,18 +168,12 @@ def _gather(log_p: Tensor, tokens: Tensor) -> Tensor:
     return log_p.gather(-1, tokens.clamp(max=vocabulary - 1)).masked_fill(tokens == vocabulary, NEVER)
 
 
-class _Without:
-    """Overwrites the values of chosen tokens, [..., n] ids of a vocabulary; the filling id V is ignored."""
-
-    def __init__(self, tokens: Tensor, vocabulary: int) -> None:
-        self.tokens = torch.where(tokens == vocabulary, tokens.amin(-1, keepdim=True), tokens)  # repeat an id
-        self._complete = bool((self.tokens < vocabulary).all())
-
-    def __call__(self, values: Tensor, tokens: Tensor, fill: float) -> Tensor:
-        """The values with `fill` at the tokens, which are rows of `self.tokens`: [n, V] and [n, m] -> [n, V]."""
-        if self._complete:
-            return values.scatter_(-1, tokens, fill)
-        return values.masked_fill_(_members(tokens, values.shape[-1]), fill)
+def _without(values: Tensor, tokens: Tensor, fill: float) -> Tensor:
+    """The values with `fill` at the tokens, written over them: [n, V] and ids [n, m] -> [n, V]; the id V is ignored."""
+    vocabulary = values.shape[-1]
+    tokens = torch.where(tokens == vocabulary, tokens.amin(-1, keepdim=True), tokens)  # repeat an id
+    places = tokens.clamp(max=vocabulary - 1)  # a row without any token: write the value that is there
+    return values.scatter_(-1, places, torch.where(tokens < vocabulary, fill, values.gather(-1, places)))
 
 
 def _members(tokens: Tensor, vocabulary: int) -> Tensor:

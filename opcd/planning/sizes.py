@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from opcd.losses.chunking import LIVE, MEMORY_BYTES, MOST_ROWS
+from opcd.losses.chunking import GPU_LIVE, LIVE, rows_of
 from opcd.planning.model_shapes import Model
 
 PHASES = ("rollout", "teacher", "student", "backward", "optimizer")
@@ -52,6 +52,7 @@ class Setting:
     checkpointing: bool = False
     prefix_bytes: int = 2048 * 2**20  # most bytes kept for contexts, one at least; 0: nothing is shared
     gpu: bool = False
+    memory: int | None = None  # bytes of a GPU, a share of which is the loss's; None: this machine's, else 80 GiB
     heap: bool = False  # whether glibc keeps freed memory
     ranks: int = 1
     sharded: bool = False  # whether the student's weights, gradients and states are sharded over ranks (FSDP2)
@@ -201,10 +202,11 @@ def _attended(s: Setting) -> int:
 
 def _loss_chunk(s: Setting) -> int:
     """Bytes of a chunk's log-probabilities and gradient; with short logits also the casts of a trainable head."""
-    m, low = s.student, s.student.computing < 4
-    rows = max(1, min(MOST_ROWS, MEMORY_BYTES // (4 * LIVE * m.vocabulary), s.micro_rows * s.response))
+    m, low, device = s.student, s.student.computing < 4, torch.device("cuda" if s.gpu else "cpu")
+    rows = min(rows_of(device, m.vocabulary, memory=s.memory), s.micro_rows * s.response)
     casts = 2 * m.head * m.computing if low and m.dtype.itemsize == 4 and not m.adapter else 0
-    return rows * m.vocabulary * (4 * LIVE + (2 * m.computing if low else 0)) + casts
+    number = 4 * GPU_LIVE if s.gpu else 4 * LIVE + (2 * m.computing if low else 0)
+    return rows * m.vocabulary * number + casts
 
 
 def _free(s: Setting, passing: Parts) -> dict[str, int]:

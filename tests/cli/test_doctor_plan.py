@@ -74,10 +74,14 @@ def test_the_parts_of_a_run_by_hand():
     # The head's are made by the loss, and those of the first micro-batch are there.
     assert found["gradients"] == {"student": 1024 + 5792, "backward": 5792, "optimizer": 5792}
     assert found["activations"] == {"student": 20 * 864, "backward": 20 * 864 + 1024}
-    # Eight tokens of 32 probabilities, 12 bytes each and 4 for bfloat16 logits; two bfloat16 matrices of the head.
-    assert found["loss chunk"] == {"student": 8 * 32 * 16 + 2 * 256 * 2}
+    # Eight tokens of 32 probabilities, 32 bytes each with their bfloat16 logits; two bfloat16 matrices of the head.
+    assert found["loss chunk"] == {"student": 8 * 32 * 32 + 2 * 256 * 2}
+    on_cpu = parts(replace(RUN, gpu=False))["loss chunk"]  # 12 bytes, and 4 for bfloat16 logits
+    assert on_cpu == {"student": 8 * 32 * 16 + 2 * 256 * 2}
+    small = parts(replace(RUN, memory=10 * 3 * 32 * 32))["loss chunk"]  # a tenth of it holds three tokens
+    assert small == {"student": 3 * 32 * 32 + 2 * 256 * 2}
     assert found["copy that writes"] == {"rollout": 1448 * 2}
-    assert peak(found) == ("student", 5792 + 11584 + 2896 + 320 + 2304 + 17280 + 5120 + 6816)
+    assert peak(found) == ("student", 5792 + 11584 + 2896 + 320 + 2304 + 17280 + 9216 + 6816)
     whole = parts(replace(RUN, micro_batch_tokens=40, query=1, batch=1))  # one pass: 5 x 864 bytes go as 4,768 come
     assert whole["gradients"] == {"student": 1024, "backward": 5792, "optimizer": 5792}
     assert whole["activations"] == {"student": 4320, "backward": 0}
@@ -99,7 +103,7 @@ def test_an_adapter_by_hand():
     assert found["student's weights"]["teacher"] == 2896 + 512 * 4
     assert found["optimizer's states"]["teacher"] == 512 * 8
     assert found["gradients"] == {"student": 2048, "backward": 2048, "optimizer": 2048}
-    assert found["loss chunk"] == {"student": 8 * 32 * 16}
+    assert found["loss chunk"] == {"student": 8 * 32 * 32}
     assert "teacher's weights" not in found and "copy that writes" not in found
 
 
@@ -311,7 +315,7 @@ def test_levers_are_tried_until_it_fits():
     first = until_it_fits(RUN, before - 1)
     assert first[0][1] == min(peak(parts(other))[1] for _, other in ways(RUN)) < before
     # 64 rows of 4,006 tokens are 8.2 MB of keys and values; what is halved again and again is named once.
-    long = replace(RUN, response=4000, batch=64, prefix_bytes=0, checkpointing=True, micro_batch_tokens=1)
+    long = replace(RUN, response=4000, batch=64, prefix_bytes=0, checkpointing=True, micro_batch_tokens=1, memory=2**20)
     assert parts(long)["keys and values"]["rollout"] == 64 * 4006 * 32
     taken = until_it_fits(long, 4_000_000)
     assert [name for name, _ in taken] == ["data.batch_size: 16"]

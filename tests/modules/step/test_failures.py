@@ -78,7 +78,12 @@ def too_much(*args: object, **kwargs: object) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "kind", "message"),
     [
-        (StudentRollout, "generate", StepAbandoned, "in a step's rollout .*lower data.batch_size, rows_at_a_time of model.rollout, or max_new_tokens"),
+        (
+            StudentRollout,
+            "generate",
+            StepAbandoned,
+            "in a step's rollout .*lower data.batch_size, rows_at_a_time of model.rollout",
+        ),
         (SelfTeacher, "score", StepAbandoned, "in a step's teacher .*lower model.micro_batch_tokens, data.max_context"),
         (Student, "score", StepAbandoned, "in a step's student .*model.gradient_checkpointing: true"),
         (torch.optim.SGD, "step", UserError, "in a step's optimizer .*smaller state"),
