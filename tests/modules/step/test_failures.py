@@ -82,7 +82,7 @@ def too_much(*args: object, **kwargs: object) -> None:
             StudentRollout,
             "generate",
             StepAbandoned,
-            "in a step's rollout .*lower data.batch_size, rows_at_a_time of model.rollout",
+            "in a step's rollout .*lower data.batch_size, rows_at_a_time",
         ),
         (SelfTeacher, "score", StepAbandoned, "in a step's teacher .*lower model.micro_batch_tokens, data.max_context"),
         (Student, "score", StepAbandoned, "in a step's student .*model.gradient_checkpointing: true"),
