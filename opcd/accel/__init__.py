@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["Accelerator", "accelerator"]
+from opcd.accel.packed_attention import Packed, Pair, Scoring, attend, attends_by_rows, attention_by_rows
 
-Pair = tuple[Tensor, Tensor]
-"""Keys and values."""
+__all__ = ["Accelerator", "accelerator"]
 
 
 class Accelerator:
@@ -42,7 +41,7 @@ class Accelerator:
 
     def packs_rows(self, model: PreTrainedModel) -> bool:
         """Whether `packed_attention` serves the model. Else packed rows get a mask."""
-        return False
+        return attends_by_rows(model)
 
     def packed_attention(
         self, model: PreTrainedModel, layers: list[Pair], lengths: list[int]
@@ -51,7 +50,11 @@ class Accelerator:
 
         `layers` holds the prefix's keys and values, [1, groups, P, D] for each layer. Only where `packs_rows`.
         """
-        raise NotImplementedError
+        return attention_by_rows(model, layers, lengths, self.attend_packed)
+
+    def attend_packed(self, query: Tensor, own: Pair, shared: Pair, rows: Packed, scoring: Scoring) -> Tensor:
+        """The attention of `packed_attention`, the fastest way that the device has."""
+        return attend(query, own, shared, rows, scoring)
 
     def shared_start(self, model: PreTrainedModel, rows: int, tokens: int) -> dict[str, Any] | None:
         """Arguments of a pass over `rows` rows whose first `tokens` are given once; None where this is not possible."""
@@ -81,10 +84,6 @@ def _of_type(kind: str) -> Accelerator:
         from opcd.accel.cpu.accelerator import CPUAccelerator
 
         return CPUAccelerator()
-    if kind == "cuda":
-        from opcd.accel.cuda import CUDAAccelerator
-
-        return CUDAAccelerator()
     return Accelerator()
 
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
-from opcd.accel.cuda import fits_kernel
+from opcd.accel.packed_attention import attends_by_rows
 from opcd.models import ModelConfig, architecture
 from opcd.models.key_value_prefix import NAME
 from opcd.modules.lm.adapters import ALL_LINEAR, Lora, trainable
@@ -46,7 +46,7 @@ class Model:
     adapter: int = 0  # weights of the adapter, in float32
     kept_bytes: float = 0.0  # kept by autograd for a token, in all layers
     casts_bytes: int = 0  # low-precision copies of weights that autocast keeps
-    masks: int = 1  # of packed rows on a GPU: 0 with FlashAttention, 2 where some layers have a sliding window
+    masks: int = 0  # masks of all pairs that packed rows need; 2 where some layers have a sliding window
     quantization: str = "none"
 
     @property
@@ -119,7 +119,7 @@ def measured(model: PreTrainedModel, autocast: torch.dtype | None = None, quanti
         keys=text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * size,
         computing=computing,
         adapter=adapter,
-        masks=0 if computing < 4 and fits_kernel(model) else kinds,
+        masks=0 if attends_by_rows(model) else kinds,
         quantization=quantization,
     )
 

@@ -187,17 +187,19 @@ def rows_in_memory(s: Setting, memory: int) -> int:
 
 
 def _attended(s: Setting) -> int:
-    """Bytes of the keys and values of a context and of the packed rows scored after it; on a GPU also their mask.
+    """Bytes of the attention of packed rows to themselves and to a context, whose keys and values are kept already.
 
-    With FlashAttention a GPU keeps one layer of them, and no mask.
+    A layer has the rows' own keys and values, and the results of both parts and of their merge. A model that needs a
+    mask copies the context's keys and values and keeps those of all layers.
     """
     if not s.scorer or not s.prefix_bytes:
         return 0
-    if s.gpu and not s.scorer.masks:
-        return s.tokens * s.scorer.token_bytes // s.scorer.layers
+    m = s.scorer
+    if not m.masks:
+        return s.tokens * (m.token_bytes // m.layers + 3 * m.hidden * m.computing)
     # The comparisons that make the mask; then its byte, and the numbers that torch makes of it. A second mask waits.
-    pair = max(MASK, 1 + s.scorer.computing) + s.scorer.masks - 1 if s.gpu else 0
-    return (s.context + s.tokens) * (s.scorer.token_bytes + s.tokens * pair)
+    pair = max(MASK, 1 + m.computing) + m.masks - 1
+    return (s.context + s.tokens) * (m.token_bytes + s.tokens * pair)
 
 
 def _loss_chunk(s: Setting) -> int:

@@ -11,7 +11,9 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DeepseekV3Config,
     FalconConfig,
+    Gemma2Config,
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
@@ -69,8 +71,8 @@ def test_the_parts_of_a_run_by_hand():
     assert set(found["teacher's weights"].values()) == {1448 * 2}
     assert found["casts of weights"] == {"student": 2304, "backward": 2304, "optimizer": 2304}
     assert found["contexts' keys and values"]["rollout"] == 10 * 32
-    mask = 20 * 30 * 3  # of all pairs, three bytes each
-    assert found["keys and values"] == {"rollout": 4 * 10 * 32, "teacher": (10 + 20) * 32 + mask}
+    # Of a layer: own keys and values of the 20 tokens, and three results of width 8.
+    assert found["keys and values"] == {"rollout": 4 * 10 * 32, "teacher": 20 * (16 + 3 * 8 * 2)}
     # The head's are made by the loss, and those of the first micro-batch are there.
     assert found["gradients"] == {"student": 1024 + 5792, "backward": 5792, "optimizer": 5792}
     assert found["activations"] == {"student": 20 * 864, "backward": 20 * 864 + 1024}
@@ -130,19 +132,20 @@ def test_who_writes_by_hand():
 
 
 @pytest.mark.case("W3")
-def test_a_second_kind_of_mask_is_a_byte_a_pair_more():
+def test_models_that_need_a_mask_by_hand():
     one, two = (parts(replace(RUN, scorer=replace(TEACHER, masks=n)))["keys and values"]["teacher"] for n in (1, 2))
+    assert one == (10 + 20) * 32 + 20 * 30 * 3  # of all pairs, three bytes each
     assert two - one == 20 * 30
 
 
-def test_flash_attention_keeps_a_layer_of_packed_rows_and_no_mask(pair):
-    flash = parts(replace(RUN, scorer=replace(TEACHER, masks=0)))["keys and values"]["teacher"]
-    assert flash == 20 * TEACHER.token_bytes // TEACHER.layers
-    model = build(ModelConfig(str(pair[1])), "model.teacher", torch.bfloat16)
-    assert measured(model).masks == 0
-    assert measured(model.float()).masks == 1 and measured(model, torch.bfloat16).masks == 0
-    model.config._attn_implementation = "eager"
-    assert measured(model.bfloat16()).masks == 1
+@pytest.mark.parametrize(
+    ("family", "masks"),
+    [(LlamaConfig, 0), (Qwen3Config, 0), (Gemma2Config, 0), (FalconConfig, 1), (BloomConfig, 1), (DeepseekV3Config, 1)],
+)
+def test_who_needs_a_mask(family, masks, tmp_path):
+    """Falcon and Bloom keep their own attention; DeepSeek-V3's cache holds compressed states."""
+    family(hidden_size=64, num_hidden_layers=2, vocab_size=512, num_attention_heads=4).save_pretrained(tmp_path)
+    assert measured(build(ModelConfig(str(tmp_path)), "model.student", torch.float32)).masks == masks
 
 
 def test_what_an_optimizer_takes_in_its_step():

@@ -80,11 +80,10 @@ class CPUAccelerator(Accelerator):
 
     prepare = staticmethod(attention.use_cpu_attention)
     prepare_recomputation = staticmethod(less_memory_in_backward)
-    packs_rows = staticmethod(attention.attends_by_rows)
-    packed_attention = staticmethod(attention.attention_by_rows)
     fast_linears = staticmethod(packed_linears)
     trim = staticmethod(trim_heap)
     forget_pages = staticmethod(drop_file_pages)
+    attend_packed = staticmethod(attention.attend_packed)
 
     def __init__(self) -> None:
         keep_freed_blocks()

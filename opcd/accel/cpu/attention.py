@@ -7,13 +7,11 @@ recomputes the probabilities from queries, keys and values, as FlashAttention do
 Rows behind a prefix need no mask: first all queries attend to the prefix, in blocks of queries and keys, which also
 gives the sum of each query's weights. That sum is one more key in the softmax over a row's own keys. torch's kernel
 with a mask takes twice as long, because it computes what the mask hides and leaves its fast path (docs/log.md).
-`accel/cuda.py` has the same for a GPU.
+`packed_attention.py` has the same for other devices.
 """
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from opcd.accel import Pair
+from opcd.accel.packed_attention import Packed, Pair, Scoring, attend
 
-NAME, PACKED_NAME = "opcd_cpu", "opcd_packed_rows"
-"""The names of the two in transformers."""
+NAME = "opcd_cpu"
+"""The name of the causal one in transformers."""
 
 ROWS = "opcd_rows"
 """The argument for rows that share their beginning (`student_prefix.py`): how many rows, and how many shared tokens."""
@@ -195,69 +193,17 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def attends_by_rows(model: PreTrainedModel) -> bool:
-    """Whether `attention_by_rows` can replace the model's attention: SDPA on a CPU, with keys and values in the cache.
-
-    DeepSeek-V3's cache holds compressed states instead. Models that do not look up their attention by name keep it.
-    """
-    name = model.config.get_text_config()._attn_implementation
-    sdpa = model._supports_attention_backend and model.device.type == "cpu" and name in ("sdpa", NAME)
-    return sdpa and not any(hasattr(module, "expand_kv") for module in model.modules())
-
-
-@contextmanager
-def attention_by_rows(model: PreTrainedModel, layers: list[Pair], lengths: list[int]) -> Iterator[None]:
-    """Within the context, packed rows of `lengths` tokens attend to themselves and to the prefix in every layer.
-
-    `layers` holds the prefix's keys and values, [1, groups, P, D] for each layer; they are not copied.
-    """
-    config = model.config.get_text_config()
-    AttentionInterface.register(PACKED_NAME, partial(_packed, layers, lengths))
-    before, config._attn_implementation = config._attn_implementation, PACKED_NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 @torch.no_grad()
-def _packed(
-    layers: list[Pair],
-    lengths: list[int],
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Transformers' attention function: [1, heads, Q, D], keys and values [1, groups, Q, D] -> [1, Q, heads, D].
-
-    Raises:
-        ValueError: the model uses an argument that is not supported here; full rows are then passed instead.
-    """
-    if unknown := _unsupported(others):
-        raise ValueError(f"its attention has {', '.join(unknown)}, which is not supported here; use attention: eager")
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.autocast(device, enabled=False):
-        more = key.shape[2] - query.shape[2]  # keys of a Cartridge, before those of the prefix
-        queries, *own = (x[0].to(dtype) for x in (query * (scale * LOG2_E), key[:, :, more:], value[:, :, more:]))
-        keys, values = (x[0].to(dtype) for x in layers[module.layer_idx])
-        if more:
-            keys, values = (
-                torch.cat([own[0, :, :more].to(dtype), x], 1)
-                for own, x in zip((key, value), (keys, values), strict=True)
-            )
-        grouped = queries.unflatten(0, (len(keys), -1))
-        before = _from_prefix(grouped, (keys, values), lengths, sliding_window)
-        rows = list(zip(*(x.split(lengths, -2) for x in (grouped, *own, *before)), strict=True))
-        some = max(1, SCORES // (len(queries) * min(PACKED_QUERIES, max(lengths)) * max(lengths)))
-        results = [_rows(rows[first : first + some], sliding_window) for first in range(0, len(rows), some)]
-    return torch.cat(results)[None], None
+def attend_packed(query: Tensor, own: Pair, shared: Pair, rows: Packed, scoring: Scoring) -> Tensor:
+    """The `Attend` of a CPU; capped scores and sinks take the one of every device."""
+    if scoring.softcap is not None or scoring.sink is not None:
+        return attend(query, own, shared, rows, scoring)
+    lengths, window = rows.lengths, scoring.window
+    grouped = (query * (scoring.scale * LOG2_E)).to(own[1].dtype).unflatten(0, (len(shared[0]), -1))
+    before = _from_prefix(grouped, shared, lengths, window)
+    each = list(zip(*(x.split(lengths, -2) for x in (grouped, *own, *before)), strict=True))
+    some = max(1, SCORES // (len(query) * min(PACKED_QUERIES, max(lengths)) * max(lengths)))
+    return torch.cat([_rows(each[first : first + some], window) for first in range(0, len(each), some)])
 
 
 def _from_prefix(queries: Tensor, shared: Pair, lengths: list[int], window: int | None) -> Pair:

@@ -72,9 +72,10 @@ def packed_rows(model: PreTrainedModel, prefix: EncodedPrefix, lengths: list[int
 def packed_masks(model: PreTrainedModel, prefix: int, lengths: list[int]) -> Tensor | dict[str, Tensor]:
     """The mask of Q packed tokens behind a prefix: every token sees the prefix and the past of its own row.
 
-    Sliding-window layers see no further back than their window, counted in positions of the row. Models with more than
-    one kind of layer get one mask per kind. A mask is [1, 1, Q, prefix + Q]: bool; or, for eager attention, 0 and the
-    type's lowest number, to be added to scores.
+    Only models whose attention cannot be replaced need it (`packs_rows`). Sliding-window layers see no further back
+    than their window, counted in positions of the row. Models with more than one kind of layer get one mask per kind.
+    A mask is [1, 1, Q, prefix + Q]: bool; or, for eager attention, 0 and the type's lowest number, to be added to
+    scores.
 
     Raises:
         ValueError: the model's attention takes no such mask.

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, FalconConfig
 
 from opcd.accel.cpu import attention as cpu_attention
-from opcd.accel.cpu.attention import NAME, attends_by_rows, attention, causal_attention, use_cpu_attention
+from opcd.accel.cpu.attention import NAME, attention, causal_attention, use_cpu_attention
+from opcd.accel.packed_attention import attends_by_rows
 from opcd.models import ModelConfig
 from opcd.modules import Student
 from tests.helpers.small_models import FAMILIES

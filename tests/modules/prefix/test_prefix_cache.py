@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from opcd.accel import Accelerator
 from opcd.accel.cpu import attention as cpu_attention
 from opcd.accel.cpu.accelerator import CPUAccelerator
+from opcd.accel.packed_attention import Packed, Scoring
 from opcd.models import ModelConfig
 from opcd.modules import MovingAverageTeacher, SelfTeacher
 from opcd.modules.lm.generation import Sampling, generate
@@ -42,24 +46,54 @@ def test_the_shared_prefix_changes_nothing(family, mixed, max_tokens) -> None:
     assert len(teacher.prefix._entries) == 3  # the row that leaves early has a prefix of its own by the second time
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """As on a GPU: no code of the CPU's own."""
+    monkeypatch.setattr(CPUAccelerator, "attend_packed", Accelerator.attend_packed)
+
+
+@pytest.mark.case("GPU-S2")
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    # Eager attention computes its softmax in float32, in the context's own pass too.
+    [("sdpa", torch.float64, 1e-10), ("sdpa", torch.float32, 1e-5), ("eager", torch.float32, 1e-5)],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sdpa_with_a_mask(family, mixed, monkeypatch) -> None:
-    """What a GPU takes in float32."""
+def test_two_parts_are_the_full_pass(family, name, dtype, tolerance, mixed, elsewhere, monkeypatch) -> None:
     torch.manual_seed(0)
-    model = FAMILIES[family]()
-    monkeypatch.setattr(CPUAccelerator, "packs_rows", lambda *arguments: False)
-    fast, full = Teaches(model).score(mixed, 4096), Teaches(model, "never").score(mixed, 4096)
-    assert_close(fast.hidden, full.hidden, rtol=1e-5, atol=1e-5)
+    model = FAMILIES[family]().to(dtype)
+    full = Teaches(model, "never").score(mixed, 4096)
+    model.set_attn_implementation(name)
+    monkeypatch.setattr(packing, "packed_masks", None)  # none is made
+    teacher = Teaches(model)
+    assert_close(teacher.score(mixed, 4096).hidden, full.hidden, rtol=tolerance, atol=tolerance)
+    assert teacher.prefix._agrees is True
 
 
-@pytest.mark.case("D13", "W1")
+@pytest.mark.case("GPU-S2", "GPU-B5")
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_packed_rows_beside_flash_attention(name, mixed, elsewhere, monkeypatch) -> None:
+    """The full pass and the context's own are FlashAttention's, here SDPA under its name."""
+    torch.manual_seed(0)
+    model = FAMILIES["qwen3"]()
+    full = Teaches(model, "never").score(mixed, 4096)
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, sdpa_attention_forward)
+    monkeypatch.setattr(model.config, "_attn_implementation", name)
+    teacher = Teaches(model)
+    assert_close(teacher.score(mixed, 4096).hidden, full.hidden, rtol=1e-5, atol=1e-5)
+    assert teacher.prefix._agrees is True
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_eager_attention_with_a_mask_that_is_added(family, mixed) -> None:
-    """A bool mask would be added to the scores as 0 and 1."""
+@pytest.mark.case("D13", "W1")
+def test_a_mask_for_models_that_keep_their_attention(family, name, mixed, monkeypatch) -> None:
+    """For eager attention it is added: a bool mask would be added to the scores as 0 and 1."""
     torch.manual_seed(0)
     model = FAMILIES[family]()
     full = Teaches(model, "never").score(mixed, 4096)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(name)
+    monkeypatch.setattr(CPUAccelerator, "packs_rows", lambda *arguments: False)
     for mode in ("always", "auto"):
         teacher = Teaches(model, mode)
         assert_close(teacher.score(mixed, 4096).hidden, full.hidden, rtol=1e-5, atol=1e-5)
@@ -67,22 +101,36 @@ def test_eager_attention_with_a_mask_that_is_added(family, mixed) -> None:
 
 
 @pytest.mark.case("D13", "W1")
-def test_eager_attention_in_low_precision(mixed) -> None:
+def test_an_added_mask_in_low_precision(mixed, monkeypatch) -> None:
     torch.manual_seed(0)
     model = FAMILIES["llama"]().bfloat16()
     model.set_attn_implementation("eager")
+    monkeypatch.setattr(CPUAccelerator, "packs_rows", lambda *arguments: False)
     full, fast = (Teaches(model, mode).score(mixed, 4096).hidden.float() for mode in ("never", "always"))
     assert (fast - full).norm() < 0.02 * full.norm()
 
 
+@pytest.mark.case("GPU-S2")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_parts_in_low_precision(family, mixed, elsewhere) -> None:
+    """As near to float64 as whole rows are."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().bfloat16()
+    full, fast = (Teaches(model, mode).score(mixed, 4096).hidden.double() for mode in ("never", "always"))
+    exact = Teaches(model.double(), "never").score(mixed, 4096).hidden
+    assert (fast - exact).norm() < 1.3 * (full - exact).norm()
+
+
 @pytest.mark.case("B11")
 @pytest.mark.parametrize("family", ["Gemma2", "GptOss", "DeepseekV2", "DeepseekV3"])
-def test_families_of_another_attention_share(family, mixed) -> None:
-    """Scores that are capped, a sink, keys and values that are kept compressed."""
+def test_families_of_another_attention_share(family, mixed, elsewhere, monkeypatch) -> None:
+    """Scores that are capped, a sink; keys and values that are kept compressed need a mask."""
     torch.manual_seed(0)
     model = make(family)
     if not model._supports_sdpa:
         model.set_attn_implementation("eager")
+    if "Deepseek" not in family:
+        monkeypatch.setattr(packing, "packed_masks", None)
     teacher = Teaches(model)
     assert_close(
         teacher.score(mixed, 4096).hidden, Teaches(model, "never").score(mixed, 4096).hidden, rtol=1e-4, atol=1e-4
@@ -91,16 +139,28 @@ def test_families_of_another_attention_share(family, mixed) -> None:
 
 
 @pytest.mark.case("GPU-B5")
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn"])
-def test_attention_without_such_masks_falls_back_before_any_pass(name, mixed, monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_compressed_states_without_a_mask_fall_back_before_any_pass(name, mixed, monkeypatch) -> None:
     """FlashAttention would take the mask for padding, and read beyond its keys."""
-    model = FAMILIES["llama"]()
+    model = make("DeepseekV3")
+    cannot_share(model, name, mixed, monkeypatch)
+
+
+@pytest.mark.case("GPU-B5")
+@pytest.mark.parametrize("name", ["flex_attention", "kernels-community/flash-attn"])
+def test_an_unknown_attention_falls_back_before_any_pass(name, mixed, monkeypatch) -> None:
+    """It may compute something else."""
+    cannot_share(FAMILIES["llama"](), name, mixed, monkeypatch)
+
+
+def cannot_share(model, name, mixed, monkeypatch) -> None:
+    """The reason is told, and no token is read."""
     rows = list(zip(mixed.teacher_prompts, mixed.responses, strict=True))
     monkeypatch.setattr(model.config, "_attn_implementation", name)
     monkeypatch.setattr(model.model, "forward", None)
     with pytest.warns(UserWarning, match=f"attention {name} takes no mask of packed rows; set attention to sdpa"):
         assert PrefixCache("auto").score(model, mixed.teacher_prefixes, rows, 4096) == {}
-    with pytest.raises(UserError, match=r"model\.shared_prefix: always does not work for LlamaForCausalLM"):
+    with pytest.raises(UserError, match=r"model\.shared_prefix: always does not work for"):
         PrefixCache("always").score(model, mixed.teacher_prefixes, rows, 4096)
     with pytest.raises(ValueError, match="takes no mask of packed rows"):
         packing.packed_masks(model, 4, [3, 2])
@@ -258,14 +318,11 @@ def test_prompts_that_share_nothing_are_generated_whole() -> None:
         assert PrefixCache("never").encoded(model, contexts[:1] * 2, prompts[:1] * 2) is None
 
 
-class Layer:
-    layer_idx = 0
-
-
 def attend(query, key, value):
     """One query behind a prefix of all keys but its own."""
-    before, own = zip(*((x[:, :, :-1], x[:, :, -1:]) for x in (key, value)), strict=True)
-    return cpu_attention._packed([before], [1], Layer, query, *own, None)[0].transpose(1, 2)
+    before, own = zip(*((x[0, :, :-1], x[0, :, -1:]) for x in (key, value)), strict=True)
+    result = cpu_attention.attend_packed(query[0], own, before, Packed([1]), Scoring(query.shape[-1] ** -0.5))
+    return result.transpose(0, 1)[None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
