@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Iterator
 
-from opcd.runtime.did_you_mean import or_all
+from opcd.runtime.did_you_mean import GONE, or_all
 
 KEY = re.compile(r'Parser key "([^"]+)":')
 OWNER = re.compile(r"class_path[ =]'([\w.]+)'")
@@ -71,7 +71,8 @@ def _reason(line: str, owner: str, bases: str) -> str:
         name = line.removeprefix(NO_CLASS)
         known = sorted({cls.__name__ for base in BASE.findall(bases) for cls in concrete(_imported(*base))})
         return f"no class {name}{or_all(name, known)}; a class of your own needs its module: my_file.{name}"
-    return line
+    value = line.rpartition("Got value: ")[2]
+    return f"{line} ({GONE[value]})" if value in GONE else line
 
 
 def _imported(module: str, name: str) -> type:

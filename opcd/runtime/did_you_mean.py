@@ -16,6 +16,10 @@ RENAMED = {
     "rollout_gap": "rollout_logprob_gap",
 }
 """Parts of keys of earlier versions -> parts now."""
+GONE = {
+    "flex_attention": "it was removed; sdpa scores rows behind a shared context without a mask too",
+}
+"""Values of earlier versions -> what to use."""
 RUN = re.compile(r"version_\d+")
 """The name of a run's folder."""
 SHOWN = 5
