@@ -13,6 +13,7 @@ from opcd.runtime.did_you_mean import RENAMED, nearest_key
         (["--trainer.callbacks+=Alarms", "--trainer.callbacks.ended", "0.2"], "did you mean finished_fraction?"),
         (["--model.loss=SampledReverseKL", "--model.loss.max_importance", "2"], "did you mean importance_clip?"),
         (["--trainer.strategy", "ModelParallelStrategy"], "use ddp, or fsdp2"),
+        (["--model.teacher.attention", "flex_attention"], "it was removed; sdpa scores rows behind a shared context"),
     ],
 )
 def test_an_old_option(opcd, rows, context, words, now):
@@ -25,6 +26,13 @@ def test_an_old_key_of_a_recipe(opcd, rows, tmp_path):
     recipe.write_text("model: {bad_numbers: {action: skip}}\n")
     code, text = opcd("fit", "--config", recipe, "--data.train", rows)
     assert code == 2 and "no key model.bad_numbers.action; did you mean model.on_nonfinite.action?" in text, text
+
+
+def test_an_old_value_of_a_recipe(opcd, rows, tmp_path):
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("model: {student: {attention: flex_attention}}\n")
+    code, text = opcd("fit", "--config", recipe, "--data.train", rows)
+    assert code == 2 and "model.student.attention: " in text and "flex_attention (it was removed; sdpa" in text, text
 
 
 def test_a_name_that_is_still_there_stays(opcd):
