@@ -159,9 +159,14 @@ def attend(query: Tensor, own: Pair, shared: Pair, rows: Packed, scoring: Scorin
             _behind(x.narrow(1, x.shape[1] - tail, tail), y, lengths) for x, y in zip(shared, own, strict=True)
         )
         result, sums = varlen(query, (keys, values), rows, lengths, [tail + n for n in lengths], True, scoring)
-    if scoring.sink is not None:
-        result = result * torch.sigmoid(sums - scoring.sink.unsqueeze(-1)).T.unsqueeze(-1).to(result.dtype)
-    return result
+    return with_sink(result, sums, scoring)
+
+
+def with_sink(result: Tensor, sums: Tensor, scoring: Scoring) -> Tensor:
+    """The result [Q, H, D] with sums [H, Q] as it is beside the sink, which takes a share of each query's weights."""
+    if scoring.sink is None:
+        return result
+    return result * torch.sigmoid(sums - scoring.sink.unsqueeze(-1)).T.unsqueeze(-1).to(result.dtype)
 
 
 def _behind(prefix: Tensor, own: Tensor, lengths: list[int]) -> Tensor:
@@ -235,13 +240,13 @@ def blockwise(query: Tensor, pair: Pair, queries: list[int], keys: list[int], ca
     sums = pair[1].new_empty(len(query), query.shape[1], dtype=wide)
     first = 0
     for q, k, v in zip(query.split(queries, 1), *(x.split(keys, 1) for x in pair), strict=True):
-        size, k = max(1, SCORES // (len(query) * k.shape[1])), k.to(wide)
+        size, k = max(1, SCORES // (len(query) * k.shape[1])), k if k.device.type == "cuda" else k.to(wide)
         for begin in range(0, q.shape[1], size):
             block = q[:, begin : begin + size]
             last = k.shape[1] - q.shape[1] + begin + block.shape[1] if causal else k.shape[1]
             seen = slice(0 if window is None else max(0, last - block.shape[1] - window + 1), last)
             here = slice(first + begin, first + begin + block.shape[1])
-            result[here], sums[:, here] = _block(block.to(wide), k[:, seen], v[:, seen], causal, scoring)
+            result[here], sums[:, here] = _block(block, k[:, seen], v[:, seen], causal, scoring)
         first += q.shape[1]
     return result, sums
 
@@ -249,10 +254,8 @@ def blockwise(query: Tensor, pair: Pair, queries: list[int], keys: list[int], ca
 def _block(query: Tensor, key: Tensor, value: Tensor, causal: bool, scoring: Scoring) -> Pair:
     """Queries [H, n, D] and keys [G, K, D], the last one that of the last query -> [n, H, D] and [H, n]."""
     (heads, count, _), groups = query.shape, len(key)
-    grouped = (query * scoring.scale).reshape(groups, -1, query.shape[-1])
-    scores = torch.bmm(grouped, key.mT).view(groups, -1, count, key.shape[1])
-    if scoring.softcap is not None:
-        scores = (scores / scoring.softcap).tanh_().mul_(scoring.softcap)
+    grouped = query.reshape(groups, -1, query.shape[-1])
+    scores = products(grouped, key, scoring).view(groups, -1, count, key.shape[1])
     if causal:
         places = torch.arange(key.shape[1], device=query.device)
         own = places[-count:, None]
@@ -262,3 +265,16 @@ def _block(query: Tensor, key: Tensor, value: Tensor, causal: bool, scoring: Sco
     weights = scores.sub_(sums).exp_().to(value.dtype).flatten(1, 2)
     result = torch.bmm(weights, value).view(heads, count, -1).transpose(0, 1)
     return result, sums.view(heads, count)
+
+
+def products(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
+    """Scores of queries [N, n, D] and keys [N, K, D], scaled and capped: [N, n, K] in float32 (float64 for float64).
+
+    A GPU adds up products of bfloat16 in float32 by itself; elsewhere both are in float32 first.
+    """
+    if key.device.type == "cuda" and key.dtype in FLASH_TYPES:
+        scores = torch.bmm(query.to(key.dtype), key.mT, out_dtype=torch.float32).mul_(scoring.scale)
+    else:
+        wide = torch.promote_types(key.dtype, torch.float32)
+        scores = torch.bmm(query.to(wide) * scoring.scale, key.to(wide).mT)
+    return scores if scoring.softcap is None else scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)

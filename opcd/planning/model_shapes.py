@@ -15,6 +15,7 @@ from opcd.models import ModelConfig, architecture
 from opcd.models.key_value_prefix import NAME
 from opcd.modules.lm.adapters import ALL_LINEAR, Lora, trainable
 from opcd.modules.lm.cartridge import Cartridge
+from opcd.modules.lm.layer_kinds import sliding_window
 from opcd.runtime.errors import UserError
 
 QUANTIZED = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
@@ -46,6 +47,7 @@ class Model:
     adapter: int = 0  # weights of the adapter, in float32
     kept_bytes: float = 0.0  # kept by autograd for a token, in all layers
     casts_bytes: int = 0  # low-precision copies of weights that autocast keeps
+    windows: bool = False  # whether some layers have a sliding window
     masks: int = 0  # masks of all pairs that packed rows need; 2 where some layers have a sliding window
     quantization: str = "none"
 
@@ -119,6 +121,7 @@ def measured(model: PreTrainedModel, autocast: torch.dtype | None = None, quanti
         keys=text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * size,
         computing=computing,
         adapter=adapter,
+        windows=sliding_window(model) is not None,
         masks=0 if attends_by_rows(model) else kinds,
         quantization=quantization,
     )

@@ -172,10 +172,16 @@ def _copy(s: Setting) -> int:
 
 
 def _written(s: Setting) -> int:
-    """Bytes of the keys and values of rows that are written, at full length; a teacher's rows have the context."""
+    """Bytes of the keys and values of rows that are written, at full length.
+
+    A teacher's rows have the context: each for itself, unless it is one for all and the model reads it once for all.
+    """
     row = s.query + s.response
     of_student = row * s.student.keys * 2 * s.rollout_dtype.itemsize if "student" in s.writers else 0
-    of_teacher = (s.context + row) * s.scorer.token_bytes if "teacher" in s.writers and s.scorer else 0
+    of_teacher = 0
+    if "teacher" in s.writers and s.scorer:
+        once = s.contexts == 1 and s.prefix_bytes and not s.scorer.masks and not s.scorer.windows
+        of_teacher = (row if once else s.context + row) * s.scorer.token_bytes
     return min(s.batch, s.at_a_time or s.batch) * max(of_student, of_teacher)
 
 

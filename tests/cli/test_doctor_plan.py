@@ -124,7 +124,11 @@ def test_ranks_by_hand():
 
 def test_who_writes_by_hand():
     teacher = parts(replace(RUN, writers=("teacher",)))
-    assert teacher["keys and values"]["rollout"] == 4 * 20 * 32
+    assert teacher["keys and values"]["rollout"] == 4 * 10 * 32  # the context is there once
+    for change in ({"contexts": 2}, {"prefix_bytes": 0}, {"scorer": replace(TEACHER, masks=1)}):
+        assert parts(replace(RUN, writers=("teacher",), **change))["keys and values"]["rollout"] == 4 * 20 * 32
+    window = replace(RUN, writers=("teacher",), scorer=replace(TEACHER, windows=True))
+    assert parts(window)["keys and values"]["rollout"] == 4 * 20 * 32
     assert "copy that writes" not in teacher
     assert parts(replace(RUN, writers=("teacher",), gpu=False))["copy that writes"]["rollout"] == 2 * (1152 + 256)
     recorded = parts(replace(RUN, scorer=None, teacher_bytes=0, writers=()))
@@ -145,7 +149,8 @@ def test_models_that_need_a_mask_by_hand():
 def test_who_needs_a_mask(family, masks, tmp_path):
     """Falcon and Bloom keep their own attention; DeepSeek-V3's cache holds compressed states."""
     family(hidden_size=64, num_hidden_layers=2, vocab_size=512, num_attention_heads=4).save_pretrained(tmp_path)
-    assert measured(build(ModelConfig(str(tmp_path)), "model.student", torch.float32)).masks == masks
+    found = measured(build(ModelConfig(str(tmp_path)), "model.student", torch.float32))
+    assert found.masks == masks and found.windows is (family is Gemma2Config)
 
 
 def test_what_an_optimizer_takes_in_its_step():

@@ -7,7 +7,7 @@ transformers copies all of them for every token.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,7 +27,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from opcd.accel import accelerator
-from opcd.models.key_value_prefix import CACHE
+from opcd.accel.shared_context import behind_one_prefix
+from opcd.models.key_value_prefix import CACHE, prefix_of
+from opcd.modules.lm.layer_kinds import sliding_window
 from opcd.modules.lm.rows_at_a_time import at_a_time
 from opcd.modules.trajectories import first_sequence
 from opcd.runtime.did_you_mean import or_all
@@ -144,6 +146,23 @@ def joined_cache(prefixes: list[EncodedPrefix]) -> DynamicCache:
     return cache
 
 
+def one_prefix(model: PreTrainedModel, prefixes: list[EncodedPrefix] | None) -> EncodedPrefix | None:
+    """The prefix that several rows have in common and that the model can read once for all; None: there is none."""
+    if prefixes is None or len(prefixes) < 2 or any(prefix.ids != prefixes[0].ids for prefix in prefixes):
+        return None
+    serves = accelerator(model.device).packs_rows(model) and sliding_window(model) is None and prefix_of(model) is None
+    return prefixes[0] if serves else None
+
+
+def shared_cache(prefix: EncodedPrefix, rows: int) -> DynamicCache:
+    """A cache for the own tokens of rows behind one prefix, which `behind_one_prefix` reads."""
+    cache = DynamicCache()
+    for pair in prefix.layers:
+        keys, values = (x[:, :, :0].expand(rows, -1, -1, -1) for x in pair)
+        cache.layers.append(RoomyLayer(keys, values, before=len(prefix.ids)))
+    return cache
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -170,7 +189,8 @@ def generate(
         rows_at_a_time: most rows that are generated side by side. None: as many as fit into a GPU's free memory, on
             other devices all.
     """
-    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    common = one_prefix(model, prefixes)
+    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens - (len(common.ids) if common else 0)
     size = at_a_time(model, len(prompts), longest, rows_at_a_time)
     responses: list[Tensor] = []
     for first in range(0, len(prompts), max(1, size)):
@@ -200,6 +220,8 @@ def _generate(
     begin, begin_mask = left_padded([prompt[:n] for prompt, n in zip(prompts, shared, strict=True)], pad_id)
     rest, rest_mask = left_padded([prompt[n:] for prompt, n in zip(prompts, shared, strict=True)], pad_id)
     ids = torch.cat([begin, rest], dim=1)
+    common = one_prefix(model, prefixes)
+    cache = {CACHE: shared_cache(common, len(prompts)) if common else joined_cache(prefixes)} if prefixes else {}
     with (
         eval_mode(model),
         no_settings_of_the_model(model),
@@ -207,6 +229,7 @@ def _generate(
         accelerator(model.device).fast_linears(model, dtype, sampling.max_new_tokens),
         # For a slice of the prompts' states, torch would copy a frozen head once per row.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, states: states[0].contiguous()),
+        behind_one_prefix(model, common.layers) if common else nullcontext(),
     ):
         output = cast(Any, type(model)).generate(  # a folder can put a function of its own on the instance
             model,
@@ -215,7 +238,7 @@ def _generate(
             attention_mask=torch.cat([begin_mask, rest_mask], dim=1).to(model.device),
             generation_config=sampling.generation_config(eos_ids, pad_id),
             told=told,
-            **({CACHE: joined_cache(prefixes)} if prefixes else {}),
+            **cache,
         )
     return [first_sequence(row, eos_ids) for row in output[:, ids.shape[1] :]]
 
@@ -272,15 +295,19 @@ def decode(
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values [B, heads, T, D] in a larger buffer, into which those of the next tokens are written."""
+    """Keys and values [B, heads, T, D] in a larger buffer, into which those of the next tokens are written.
+
+    Attributes:
+        before: tokens of a prefix that stands before them and is elsewhere.
+    """
 
     MORE = 64
     """Free places, in tokens, after a copy."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, before: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.before = keys, values, before
         self._memory = [keys, values]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -288,6 +315,10 @@ class RoomyLayer(DynamicLayer):
         assert self.keys is not None and self.values is not None
         self.keys, self.values = self._appended(0, self.keys, key_states), self._appended(1, self.values, value_states)
         return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """How many tokens a new one follows."""
+        return self.before + int(super().get_seq_length())
 
     def _appended(self, number: int, old: Tensor, new: Tensor) -> Tensor:
         memory, had, length = self._memory[number], old.shape[-2], old.shape[-2] + new.shape[-2]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from opcd.accel import accelerator
 from opcd.models.key_value_prefix import CACHE
 from opcd.modules.lm.generation import EncodedPrefix, joined_cache
+from opcd.modules.lm.layer_kinds import layer_kinds, sliding_window
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 """Indices of queries and keys -> whether the query sees the key."""
@@ -31,17 +32,6 @@ def pack_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
             groups.append([index])
             total = length
     return groups
-
-
-def layer_kinds(model: PreTrainedModel) -> set[str]:
-    """The kinds of the model's layers; empty if its config does not name them."""
-    return set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-
-
-def sliding_window(model: PreTrainedModel) -> int | None:
-    """The number of tokens that a sliding-window layer sees, its own included; None if no layer has a window."""
-    window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
-    return None if layer_kinds(model) == {"full_attention"} else window
 
 
 def cannot_pack(model: PreTrainedModel) -> str | None:

@@ -12,7 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 from opcd.models.key_value_prefix import CACHE
 from opcd.modules.lm.generation import EncodedPrefix, eval_mode, own_precision
 from opcd.modules.lm.hidden_states import last_hidden
-from opcd.modules.prefix.packing import cannot_pack, pack_groups, packed_rows, sliding_window
+from opcd.modules.lm.layer_kinds import sliding_window
+from opcd.modules.prefix.packing import cannot_pack, pack_groups, packed_rows
 from opcd.runtime.errors import UserError
 from opcd.runtime.interruption import doing
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from opcd.accel import accelerator
 from opcd.modules.lm.hidden_states import last_hidden
-from opcd.modules.prefix.packing import layer_kinds, sliding_window
+from opcd.modules.lm.layer_kinds import layer_kinds, sliding_window
 from opcd.modules.prefix.prefix_cache import SHORTEST, Mode, disagreement
 
 
