@@ -21,6 +21,9 @@ PROCESS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
+PARTS = ("weights", "kv_cache")
+"""vLLM's names of the memory that sleeps."""
+
 
 class ColocatedVLLM(Engine):
     """vLLM's `LLM` in the trainer's process, for a single rank; several ranks need a `VLLMServer`.
@@ -51,7 +54,7 @@ class ColocatedVLLM(Engine):
         if sleep and not torch.cuda.is_available():
             raise ValueError("model.rollout: vLLM cannot sleep on a CPU; remove the engine's sleep")
         self._sleeps = torch.cuda.is_available() if sleep is None else sleep
-        self._asleep = False
+        self._asleep: list[str] = []
         self._settings: dict[str, Any] = {
             "max_model_len": max_model_len,
             "gpu_memory_utilization": gpu_memory_utilization,
@@ -73,7 +76,7 @@ class ColocatedVLLM(Engine):
                 student.save(Path(folder), dtype, merge=has_adapter(student.model))
                 self._llm = self._started(folder, dtype)
             return
-        self._wake()
+        self._wake("weights")  # keys and values need their memory in `generate`, when the copies of weights are gone
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(student, dtype)})
         self._llm.reset_prefix_cache()
 
@@ -90,7 +93,7 @@ class ColocatedVLLM(Engine):
     def generate(self, prompts: list[list[int]], settings: dict[str, Any], seeds: list[int]) -> list[Completion]:
         from vllm import SamplingParams, TokensPrompt
 
-        self._wake()
+        self._wake(*PARTS)
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
             [SamplingParams(**settings, seed=seed, detokenize=False) for seed in seeds],
@@ -101,12 +104,14 @@ class ColocatedVLLM(Engine):
     def sleep(self) -> None:
         if self._sleeps and self._llm is not None:
             self._llm.sleep(level=1)
-            self._asleep = True
+            self._asleep = list(PARTS)
 
-    def _wake(self) -> None:
-        if self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
+    def _wake(self, *parts: str) -> None:
+        """Take GPU memory again for parts that sleep: what the trainer's allocator holds unused is given back first."""
+        if sleeping := [part for part in self._asleep if part in parts]:
+            torch.cuda.empty_cache()
+            self._llm.wake_up(tags=sleeping)
+            self._asleep = [part for part in self._asleep if part not in parts]
 
 
 def _completion(output: Any) -> Completion:

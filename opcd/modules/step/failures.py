@@ -29,6 +29,9 @@ KNOBS = {
 }
 """What to lower, by the phase of the step that ran out of memory."""
 
+NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "CUDA Error: out of memory")
+"""What an error says when an allocation failed and the error is of no class for it."""
+
 
 @dataclass
 class OnNonfinite:
@@ -113,10 +116,10 @@ def keep_batch(file: Path, batch: Batch, trajectories: Trajectories, problem: st
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on a CPU."""
+    """Whether an allocation failed, on a GPU (by torch, or by vLLM's own allocator) or on a CPU."""
     text = str(error)
-    on_cpu = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "can't allocate memory" in text)
-    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    said = isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _reason(error: BaseException) -> str:

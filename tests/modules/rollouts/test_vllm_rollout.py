@@ -209,6 +209,48 @@ def test_a_rollout_within_another_is_looked_at_as_well(monkeypatch):
             validate(Run(distiller, ranks=2, sharded=True))
 
 
+class Sleeper:
+    """What an engine is told, in order."""
+
+    def __init__(self, told):
+        self.told = told
+
+    def sleep(self, level):
+        self.told.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.told.append(f"wake {'+'.join(tags)}")
+
+    def collective_rpc(self, name, kwargs):
+        self.told.append(name)
+
+    def reset_prefix_cache(self):
+        self.told.append("reset")
+
+
+@pytest.mark.case("GPU-B6")
+def test_an_engine_wakes_in_parts_after_the_trainers_unused_memory_is_free(monkeypatch, tiny):
+    told = []
+    monkeypatch.setattr("opcd.modules.rollouts.colocated_vllm.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("free"))
+    engine, student = ColocatedVLLM(), Student.load(ModelConfig(name=tiny))
+    engine._llm, engine._sleeps = Sleeper(told), True
+    engine.sync_weights(student, torch.float32)
+    engine._wake("weights", "kv_cache")  # as `generate` does
+    assert told == ["reload_weights", "reset"]  # it has not slept yet
+    told.clear()
+    for _ in range(2):
+        engine.sleep()
+        engine.sync_weights(student, torch.float32)
+        engine._wake("weights", "kv_cache")
+    once = ["sleep 1", "free", "wake weights", "reload_weights", "reset", "free", "wake kv_cache"]
+    assert told == once * 2
+    told.clear()
+    engine.sleep()
+    engine._wake("weights", "kv_cache")  # responses of old weights: every_n_steps
+    assert told == ["sleep 1", "free", "wake weights+kv_cache"]
+
+
 def test_a_server_that_is_not_vllms_is_one_message(tiny, monkeypatch, tmp_path):
     """Its weights cannot be renewed, and its answers have no token ids."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -8,7 +8,7 @@ import torch
 from opcd.data import ContextQueryDataModule
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, Sampling, SelfTeacher, Student, StudentRollout, Trajectories
-from opcd.modules.step.failures import BadSteps, OnNonfinite, keep_batch, what_is_bad
+from opcd.modules.step.failures import BadSteps, OnNonfinite, is_out_of_memory, keep_batch, what_is_bad
 from opcd.runtime.errors import StepAbandoned, UserError
 from tests.helpers.training import KeepGradients, trainer
 
@@ -125,6 +125,22 @@ def test_smaller_micro_batches_give_the_same_step(monkeypatch, tmp_path, tiny, r
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="out of memory in a step's student"), pytest.warns(UserWarning):
         gradient(1, shrink_on_oom=True)
+
+
+@pytest.mark.case("GPU-B6")
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62"), True),  # vLLM's
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("CUDA Error: out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, is_one):
+    assert is_out_of_memory(error) is is_one
 
 
 def test_other_errors_stay_as_they_are(monkeypatch, fit):
