@@ -55,6 +55,7 @@ from opcd.modules import (
     Student,
     Teacher,
 )
+from opcd.modules.distributed.fsdp_strategy import wait_for_rollouts
 from opcd.modules.lm.adapters import has_adapter
 from opcd.queries.documents import read_documents
 from opcd.queries.making import kind_of
@@ -337,7 +338,9 @@ def _trainer(
         "logger": [RunLogger(run), *(loggers if isinstance(loggers, list) else [loggers])],
         "callbacks": [one for one in everyone if is_kept or one in callbacks or not isinstance(one, ExportStudent)],
     }
-    return Trainer(**options)
+    trainer = Trainer(**options)
+    wait_for_rollouts(trainer.strategy)
+    return trainer
 
 
 def _written(

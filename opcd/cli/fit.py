@@ -33,7 +33,7 @@ from opcd.data import ContextQueryDataModule, TeacherModels
 from opcd.models import ModelConfig
 from opcd.modules import Distiller, FrozenTeacher, StudentRollout
 from opcd.modules.distiller import default_optimizer
-from opcd.modules.distributed.fsdp_strategy import check_configured
+from opcd.modules.distributed.fsdp_strategy import check_configured, wait_for_rollouts
 from opcd.runtime.differences import plain_config
 from opcd.runtime.errors import StepAbandoned, UserError
 from opcd.runtime.files.disk import whole
@@ -184,6 +184,7 @@ class Command(LightningCLI):
         except MisconfigurationException as error:
             raise UserError(in_full(error, config)) from error
         check_port(trainer)
+        wait_for_rollouts(trainer.strategy)
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):  # a rank that waits for the others could not handle them
                 signal.signal(number, signal.SIG_DFL)

@@ -23,6 +23,8 @@ from opcd.runtime.errors import UserError
 
 SHARDED = "fsdp2"
 """The name of `FSDP2Strategy` in `trainer.strategy`."""
+PATIENCE = timedelta(hours=6)
+"""How long a rank waits for the longest rollout of another; Lightning's 30 minutes may end a run."""
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -46,7 +48,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: Literal["auto"] | int = 1,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | None = PATIENCE,
     ) -> None:
         if tensor_parallel_size not in ("auto", 1):
             raise ValueError(
@@ -133,6 +135,12 @@ def check_configured(strategy: Any) -> None:
     name = str(path).rpartition(".")[2]
     if name.lower().startswith(("fsdp", "deepspeed", "modelparallel")) and name.lower() not in SHARDED_NAMES:
         raise UserError(_refused(name))
+
+
+def wait_for_rollouts(strategy: Strategy) -> None:
+    """Let the ranks of a DDP strategy wait for `PATIENCE`, unless it has a timeout of its own."""
+    if isinstance(strategy, DDPStrategy) and strategy._timeout == default_pg_timeout:
+        strategy._timeout = PATIENCE
 
 
 def check_strategy(strategy: Strategy) -> None:
