@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opcd.accel import packed_attention
 from opcd.accel.packed_attention import Packed, Scoring, attend, blockwise, uses_flash
+from tests.helpers.hardware import needs_gpu
 
 LENGTHS, PREFIX, HEADS, GROUPS = [5, 1, 12, 7], 23, 4, 2
 
@@ -166,6 +167,21 @@ def test_on_cuda(dtype, window, ampere):
     flash = [name for name in calls.names if "_flash_attention_forward" in name]
     assert len(flash) == (2 if window else 4)
     assert calls.names.count("aten::cumsum") == (2 if window else 3)  # ends are made once, not in each of two layers
+
+
+@needs_gpu
+@pytest.mark.case("GPU-S2")
+@pytest.mark.parametrize(("width", "of_values"), [(8, 8), (64, 64), (12, 6), (128, 128)])
+@pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_on_a_gpu(dtype, tolerance, scoring, width, of_values):
+    """The kernel itself, beside float64 on the CPU."""
+    query, own, shared = given = tensors(dtype, width, of_values)
+    there = replace(scoring, sink=None if scoring.sink is None else scoring.sink.cuda())
+    pairs = ([x.cuda() for x in pair] for pair in (own, shared))
+    result = attend(query.cuda(), *pairs, Packed(LENGTHS), there).cpu()
+    assert result.dtype == dtype
+    assert_close(result.double(), reference(*given, scoring), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.case("GPU-S2")

@@ -39,9 +39,9 @@ def calls(monkeypatch):
     made = []
     for module, who in ((student_rollout, "student"), (teacher_module, "teacher")):
 
-        def counted(model, prompts, *args, who=who, generate=module.generate):
+        def counted(model, prompts, *args, who=who, generate=module.generate, **options):
             made.append((who, len(prompts)))
-            return generate(model, prompts, *args)
+            return generate(model, prompts, *args, **options)
 
         monkeypatch.setattr(module, "generate", counted)
     return made

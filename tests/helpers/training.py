@@ -17,11 +17,11 @@ RESPONSES = [
 ]
 
 
-def trainer(tmp_path, steps=1, **options):
-    """A trainer on the CPU that writes and shows nothing."""
+def trainer(tmp_path, steps=1, accelerator="cpu", **options):
+    """A trainer that writes and shows nothing; on the CPU, where a test holds models or tensors of its own there."""
     return Trainer(
         max_steps=steps,
-        accelerator="cpu",
+        accelerator=accelerator,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -43,11 +43,11 @@ class KeepGradients(Callback):
         return cls()
 
     def on_before_optimizer_step(self, trainer, distiller, optimizer):
-        self.found = {name: p.grad.clone() for name, p in distiller.student.named_parameters()}
+        self.found = {name: p.grad.to("cpu", copy=True) for name, p in distiller.student.named_parameters()}
 
 
 def gradients(tmp_path, data, distiller, **options):
-    """The gradients of one step, as they are when the optimizer would use them."""
+    """The gradients of one step on the CPU, as they are when the optimizer would use them."""
     kept = KeepGradients.of(distiller)
     run = trainer(tmp_path, steps=-1, max_epochs=1, limit_train_batches=1, callbacks=[kept], **options)
     run.fit(distiller, datamodule=data)

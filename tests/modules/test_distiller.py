@@ -32,7 +32,7 @@ from tests.helpers.training import dense_reference, gradients, greedily, relativ
 def test_gradient_equals_the_definition(monkeypatch, tmp_path, recorded, tiny, tiny_teacher, reduction, loss, name):
     config, teacher = ModelConfig(name=tiny), ModelConfig(name=tiny_teacher, dtype="float32")
     distiller = Distiller(config, FrozenTeacher(teacher), loss, RecordedRollout(), reduction=reduction)
-    found = gradients(tmp_path, recorded, distiller)
+    found = gradients(tmp_path, recorded, distiller, accelerator="auto")
 
     student, frozen = load_model(config, torch.float32), load_model(teacher, torch.float32)
     batch = recorded.encode(recorded.examples("train"))
@@ -68,8 +68,8 @@ def test_the_live_student_as_teacher_gets_no_gradient_of_its_own(monkeypatch, tm
     """Its gradient equals that against a frozen copy: it is the same model, and only the student's side counts."""
     frozen = FrozenTeacher(ModelConfig(name=tiny, dtype="float32"))
     make = partial(Distiller, ModelConfig(name=tiny), rollout=RecordedRollout())
-    live = gradients(tmp_path, recorded, make(SelfTeacher()), precision=precision)
-    other = gradients(tmp_path, recorded, make(frozen), precision=precision)
+    options = {"precision": precision, "accelerator": "auto"}
+    live, other = (gradients(tmp_path, recorded, make(teacher), **options) for teacher in (SelfTeacher(), frozen))
     assert all(float(value.abs().sum()) > 0 for value in live.values())
     assert relative_difference(live, other) < (1e-6 if precision == "32-true" else 5e-2)
 
@@ -214,7 +214,7 @@ def test_clipped_tokens_have_no_gradient_and_top_k_reports_its_mass(
 ):
     teacher = FrozenTeacher(ModelConfig(name=tiny_teacher))
     distiller = Distiller(ModelConfig(name=tiny), teacher, TopK(ReverseKL(), k=4), RecordedRollout(), max_nats=1e-6)
-    found = gradients(tmp_path, recorded, distiller)
+    found = gradients(tmp_path, recorded, distiller, accelerator="auto")
     assert all(float(value.abs().max()) == 0 for value in found.values())
     logged = distiller.trainer.callback_metrics
     assert float(logged["train/clipped"]) == 1.0

@@ -23,6 +23,7 @@ from opcd.modules.trajectories import Trajectories
 from opcd.planning.sizes import MASK
 from opcd.runtime.errors import UserError
 from tests.helpers.families import make
+from tests.helpers.hardware import needs_gpu
 from tests.helpers.small_models import FAMILIES, WITHOUT, Teaches, ids, packed_trajectories
 
 
@@ -68,6 +69,22 @@ def test_two_parts_are_the_full_pass(family, name, dtype, tolerance, mixed, else
     teacher = Teaches(model)
     assert_close(teacher.score(mixed, 4096).hidden, full.hidden, rtol=tolerance, atol=tolerance)
     assert teacher.prefix._agrees is True
+
+
+@needs_gpu
+@pytest.mark.case("GPU-S2")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_parts_on_a_gpu(family) -> None:
+    """In float32, and in bfloat16 (the kernel) as near to float64 as whole rows are."""
+    torch.manual_seed(0)
+    model, mixed = FAMILIES[family](), packed_trajectories()
+    exact = Teaches(model.double(), "never").score(mixed, 4096).hidden
+    one = Teaches(model.float().cuda(), "always").score(mixed, 4096).hidden
+    assert_close(one.double().cpu(), exact, rtol=1e-3, atol=1e-3)
+    model.bfloat16()
+    exact = Teaches(model.double(), "never").score(mixed, 4096).hidden  # of rounded weights
+    full, fast = (Teaches(model.bfloat16(), mode).score(mixed, 4096).hidden for mode in ("never", "always"))
+    assert (fast.double() - exact).norm() < 2 * (full.double() - exact).norm()
 
 
 @pytest.mark.case("GPU-S2", "GPU-B5")
