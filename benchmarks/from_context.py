@@ -6,7 +6,7 @@
 
 The documents are fictional, of two pages, each with 30 questions by hand that no arm trains on. Arms:
 
-    by_hand      40 training questions that were written by hand
+    by_hand      questions that were written by hand: 120 for hiking_club, each about one fact; 40 for the others
     by_asker     as many that `opcd queries` wrote with the model --asker, tried out by the student
     by_itself    as many that the student itself wrote
 
@@ -29,8 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "benchmarks/data/from_context"
 DOCUMENTS = ("hiking_club", "fog_collector", "repair_workshop")
 ARMS = ("by_hand", "by_asker", "by_itself")
-COUNT = 40
-"""Training questions of every arm."""
 COLUMNS = ("before", "after", "chunk in the prompt", "recovery", "drift", "s to ask", "s to train")
 
 
@@ -107,7 +105,7 @@ class Document:
             rows = [{"query": row["query"], "context": self.section(row["section"])} for row in self.by_hand]
             return write(folder / "train.jsonl", rows), 0.0
         words = ["queries", "--context", str(self.file), "--out", str(folder), "--kind", "facts", "--val", "0"]
-        words += ["--count", str(COUNT), "--chunk_tokens", str(self.chunk_tokens)]
+        words += ["--count", str(len(self.by_hand)), "--chunk_tokens", str(self.chunk_tokens)]
         words += ["--model", options.asker] if arm == "by_asker" else ["--model", options.student]
         words += ["--student", options.student] if arm == "by_asker" else []
         if not (folder / "report.json").is_file():
