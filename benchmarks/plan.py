@@ -21,7 +21,7 @@ from pathlib import Path
 QUICK = ("--config", "configs/quickstart.yaml")
 LORA = ("--config", "configs/lora.yaml")
 CHECKPOINTING = ("--model.gradient_checkpointing", "true")
-LONG = ("--data.context", "{long}")
+LONG = ("--data.train", "configs/data/quickstart_train.jsonl", "--data.context", "{long}")
 FIXED = (
     "--model.rollout",
     "{class_path: StudentRollout, init_args: {sampling: {max_new_tokens: 64, options: {min_new_tokens: 64}}}}",

@@ -41,7 +41,7 @@ class Accelerator:
 
     def packs_rows(self, model: PreTrainedModel) -> bool:
         """Whether `packed_attention` serves the model. Else packed rows get a mask."""
-        return attends_by_rows(model)
+        return attends_by_rows(model, self.mask_name(model))
 
     def packed_attention(
         self, model: PreTrainedModel, layers: list[Pair], lengths: list[int]

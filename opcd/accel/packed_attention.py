@@ -27,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 
 NAME = "opcd_packed_rows"
 """The name of this attention in transformers."""
-REPLACED = {"sdpa", "eager", "flash_attention_2", "flash_attention_3", "opcd_cpu"}
+REPLACED = {"sdpa", "eager", "flash_attention_2", "flash_attention_3"}
 """Attentions that compute the softmax over the same keys; another one may compute something else."""
 FLASH_TYPES, FLASH_WIDTH, FLASH_GPU = (torch.bfloat16, torch.float16), 256, (8, 0)
 """Types and the widest head of the FlashAttention kernel, and the first GPU (compute capability) that has it."""
@@ -80,13 +80,12 @@ result [Q, H, D] in the type of the values. Queries may be in a wider type. H is
 share keys."""
 
 
-def attends_by_rows(model: PreTrainedModel) -> bool:
-    """Whether `attention_by_rows` can replace the model's attention.
+def attends_by_rows(model: PreTrainedModel, name: str) -> bool:
+    """Whether `attention_by_rows` can replace the model's attention, which has this name in transformers.
 
     It cannot in models that do not look up their attention by name, and where the cache holds compressed states
     (DeepSeek-V3) in place of keys and values.
     """
-    name = model.config.get_text_config()._attn_implementation
     by_name = model._supports_attention_backend and name in REPLACED
     return by_name and not any(hasattr(module, "expand_kv") for module in model.modules())
 
@@ -97,9 +96,16 @@ def attention_by_rows(model: PreTrainedModel, layers: list[Pair], lengths: list[
 
     `layers` holds the prefix's keys and values, [1, G, P, D] for each layer; they are not copied.
     """
+    with replaced_attention(model, NAME, partial(_attention, layers, Packed(lengths), attend)):
+        yield
+
+
+@contextmanager
+def replaced_attention(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, the layers of the model call this attention function of transformers, under this name."""
     config = model.config.get_text_config()
-    AttentionInterface.register(NAME, partial(_attention, layers, Packed(lengths), attend))
-    before, config._attn_implementation = config._attn_implementation, NAME
+    AttentionInterface.register(name, function)
+    before, config._attn_implementation = config._attn_implementation, name
     try:
         yield
     finally:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from opcd.accel import packed_attention
-from opcd.accel.packed_attention import Packed, Pair, Scoring, merged, products, varlen, with_sink
+from opcd.accel.packed_attention import Packed, Pair, Scoring, merged, products, replaced_attention, varlen, with_sink
 
 NAME = "opcd_shared_context"
 """The name of this attention in transformers."""
@@ -30,14 +30,9 @@ def behind_one_prefix(model: PreTrainedModel, layers: list[Pair]) -> Iterator[No
         model: one of `attends_by_rows`, without sliding windows.
         layers: the prefix's keys and values, [1, G, P, D] for each layer; they are not copied.
     """
-    config = model.config.get_text_config()
-    AttentionInterface.register(NAME, partial(_attention, layers, Packed([])))
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    before, config._attn_implementation = config._attn_implementation, NAME
-    try:
+    with replaced_attention(model, NAME, partial(_attention, layers, Packed([]))):
         yield
-    finally:
-        config._attn_implementation = before
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
-from opcd.accel.packed_attention import attends_by_rows
+from opcd.accel import accelerator
 from opcd.models import ModelConfig, architecture
 from opcd.models.key_value_prefix import NAME
 from opcd.modules.lm.adapters import ALL_LINEAR, Lora, trainable
@@ -122,7 +122,7 @@ def measured(model: PreTrainedModel, autocast: torch.dtype | None = None, quanti
         computing=computing,
         adapter=adapter,
         windows=sliding_window(model) is not None,
-        masks=0 if attends_by_rows(model) else kinds,
+        masks=0 if accelerator(model.device).packs_rows(model) else kinds,
         quantization=quantization,
     )
 

@@ -68,7 +68,7 @@ def read_setting(trainer: Any, made: Any, query: int | None, context: int | None
         state_bytes=state_bytes,
         fused=bool(optimizer.defaults.get("fused")),
         batch=made.data.rows_on_each(ranks),
-        at_a_time=next((n for n in (getattr(part, "rows_at_a_time", None) for part in model.rollout.parts) if n), None),
+        at_a_time=next((part.rows_at_a_time for part in model.rollout.parts if part.rows_at_a_time), None),
         micro_batch_tokens=model.micro_batch_tokens,
         multi_turn=model.rollout.multi_turn,
         checkpointing=model.gradient_checkpointing,

@@ -335,7 +335,7 @@ def test_sizes_are_read(text, number):
     assert size(text) == number
 
 
-@pytest.mark.parametrize("cell", ["quickstart, micro-batches of 256 tokens", "checkpointing", "lora"])
+@pytest.mark.parametrize("cell", ["quickstart, micro-batches of 256 tokens", "checkpointing", "lora", "long"])
 def test_the_plan_is_within_15_percent_of_measured_runs(cell, tmp_path, monkeypatch):
     """Those of docs/memory.md, on a machine with bfloat16 instructions, whose process took 501 MiB before a model."""
     monkeypatch.setattr(precision, "has_bfloat16", lambda device="cpu": True)

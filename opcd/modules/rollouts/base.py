@@ -39,6 +39,7 @@ class Rollout(ABC):
             it; None: all tokens have the same weight.
         sampling: how tokens are drawn; None if they are not.
         stale: whether the generating weights may be older than this step's.
+        rows_at_a_time: most responses that it generates side by side; None: all, or what fits into a GPU.
         record: the folder of the record (`opcd record`) that it takes the responses of; None: of no record.
     """
 
@@ -48,6 +49,7 @@ class Rollout(ABC):
     importance_clip: float | None = None
     sampling: Sampling | None = None
     stale: bool = False
+    rows_at_a_time: int | None = None
     record: Path | None = None
 
     @property
